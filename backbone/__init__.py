@@ -1,0 +1,1 @@
+"""The frozen ViT, LuCA and the cosine classifier."""

@@ -1,0 +1,1 @@
+"""Configuration, data, tasks, the feature bank, metrics, checkpoints and reports."""
