@@ -78,11 +78,14 @@ class Learner(ABC):
         """Train on ``task``; ``row_task`` still holds the earlier rows only."""
 
     @abstractmethod
-    def predict(self, features: Tensor, true_task: Tensor | None = None) -> dict[str, Prediction]:
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
         """Answer ``(samples, dim)`` features in the order given, under every selection that the method has.
 
-        ``true_task`` ``(samples,)`` adds ``oracle`` where the method has modules. A learner without modules
-        answers each sample by itself: its one selection is ``sample``.
+        A learner without modules answers each sample by itself: its one selection is ``sample``. With modules,
+        ``true_task`` ``(samples,)`` adds ``oracle``, and ``shuffled``, a permutation of the samples, adds
+        ``batch_shuffled``: batch selection as if the samples came in that order.
         """
 
     @abstractmethod

@@ -46,8 +46,12 @@ class Config:
     model_name: Literal[LEARNERS] = _key("tosca", doc="the method")
     backbone_type: str = _key(doc="any timm ViT by name, or one of PILOT's names")
     pretrained: bool = _key(True, doc="false: a random ViT (only sensible in tests)")
-    device: tuple[str, ...] = _key(("0",), doc='`["0"]`: the first accelerator, else the CPU; `"-1"` or `"cpu"`: the CPU')
-    seed: tuple[int, ...] = _key((1993,), doc="one run for each seed: class order, initialisation, batches, views", low=0)
+    device: tuple[str, ...] = _key(
+        ("0",), doc='`["0"]`: the first accelerator, else the CPU; `"-1"` or `"cpu"`: the CPU'
+    )
+    seed: tuple[int, ...] = _key(
+        (1993,), doc="one run for each seed: class order, initialisation, batches, views", low=0
+    )
     mlp_ratio: int = _key(16, doc="the adapter's bottleneck is the feature width divided by this", low=1)
     se_ratio: int = _key(16, doc="the same for the calibrator", low=1)
     l1: float = _key(0.0005, doc="weight of the L1 penalty on all LuCA parameters", low=0)
@@ -76,16 +80,24 @@ class Config:
         None, doc="the feature bank; by default the user's cache folder; `none`: in memory, for this run alone"
     )
     precision: Literal["auto", "fp32", "bf16"] = _key("auto", doc="of the backbone; `auto`: bf16 where it is native")
-    feature_batch_size: int | None = _key(None, doc="images in one forward pass; by default chosen by the device", low=1)
+    feature_batch_size: int | None = _key(
+        None, doc="images in one forward pass; by default chosen by the device", low=1
+    )
     num_workers: int | None = _key(None, doc="processes that load images; by default from the CPU count", low=0)
     check_images: bool = _key(False, doc="decode every image once before anything else")
     checkpoint_dir: str = _key("tosca", doc="where modules are saved")
     log_dir: str = _key("logs", doc="where logs, JSON files and pictures go")
     new_rows: Literal["zeros", "prototypes"] = _key("zeros", doc="how the classifier rows of new classes start")
     old_rows: Literal["train", "freeze"] = _key("train", doc="whether the rows of earlier classes go on training")
-    sigma: Literal["learned"] | float = _key("learned", doc="scale of the cosine logits: learned, or a fixed number", above=0)
-    scenario: Literal["class", "domain"] = _key("class", doc="tasks bring new classes, or the same classes in new domains")
-    continue_from: str | None = _key(None, doc="a checkpoint folder on top of which the classes of this data are learned")
+    sigma: Literal["learned"] | float = _key(
+        "learned", doc="scale of the cosine logits: learned, or a fixed number", above=0
+    )
+    scenario: Literal["class", "domain"] = _key(
+        "class", doc="tasks bring new classes, or the same classes in new domains"
+    )
+    continue_from: str | None = _key(
+        None, doc="a checkpoint folder on top of which the classes of this data are learned"
+    )
     tracker: Literal["none", "tensorboard"] = _key("none", doc="also write the curves for a tracker")
 
     def __post_init__(self) -> None:
@@ -104,7 +116,9 @@ class Config:
                 raise ConfigError(f"seed must be below 2**32, got {seed}")
         for device in self.device:
             if not re.fullmatch(r"-1|cpu|\d{1,4}", device):
-                raise ConfigError(f'device must be "-1", "cpu" or the number of an accelerator such as "0", got {device!r}')
+                raise ConfigError(
+                    f'device must be "-1", "cpu" or the number of an accelerator such as "0", got {device!r}'
+                )
         if self.scenario == "domain" and self.dataset != "imagefolder":
             raise ConfigError(f'scenario "domain" needs dataset "imagefolder", got {self.dataset!r}')
         if not self.backbone_type:
@@ -132,7 +146,10 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         item_kind = get_args(kind)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_checked_item(name, str(v) if _is_plain_int(v) and item_kind is str else v, item_kind, limits) for v in items)
+        return tuple(
+            _checked_item(name, str(v) if _is_plain_int(v) and item_kind is str else v, item_kind, limits)
+            for v in items
+        )
     return _checked_item(name, value, item_kind, limits)
 
 
@@ -236,7 +253,9 @@ def make_config(values: dict[str, Any], source: str = "config") -> Config:
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{source}: unknown key {key!r} (value {_shown(value)}); the nearest known key is {near!r}")
+            raise ConfigError(
+                f"{source}: unknown key {key!r} (value {_shown(value)}); the nearest known key is {near!r}"
+            )
     if absent := [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]:
         raise ConfigError(f"{source}: required key {absent[0]!r} is missing")
     try:

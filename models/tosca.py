@@ -1,0 +1,239 @@
+"""TOSCA: one LuCA a task on the frozen [CLS] feature; the module of lowest entropy answers (paper, section 3)."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from backbone.classifier import CosineClassifier, first_rows
+from backbone.luca import LuCA
+from backbone.luca import build as build_luca
+from models.base import Learner, Prediction, TaskData
+from utils.config import Config
+from utils.data import derive_seed
+from utils.errors import NumericError
+
+SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
+EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
+
+
+class TOSCA(Learner):
+    """The learner of the paper, with the release's quirks (README, "How this differs from the release").
+
+    Attributes:
+        modules: LuCA's parameters by name, those of all tasks stacked: ``(tasks, ...)``.
+        classifier: the cosine classifier over all rows, None before the first task.
+    """
+
+    modules: dict[str, Tensor]
+
+    def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
+        super().__init__(config, dim, device, seed)
+        self.modules = {}
+        self.classifier: CosineClassifier | None = None
+        self._luca = self._fresh_luca(first=True, seed=0)  # its forward serves all modules; its weights are unused
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    def _fit(self, task: TaskData) -> None:
+        luca = self._fresh_luca(first=task.index == 0, seed=derive_seed("luca", self.seed, task.index))
+        classifier = self._grown_classifier(task)
+        if self.config.new_rows == "prototypes":
+            _set_rows(classifier, task, task.test_view())
+        with single_thread():
+            train(luca, classifier, task, self)
+        with torch.no_grad():
+            _set_rows(classifier, task, luca(task.test_view()))
+        self.classifier = classifier.requires_grad_(False)
+        new = {name: p.detach()[None] for name, p in luca.named_parameters()}
+        self.modules = {n: torch.cat([self.modules[n], p]) if self.modules else p for n, p in new.items()}
+
+    def _fresh_luca(self, *, first: bool, seed: int) -> LuCA:
+        c = self.config
+        luca = build_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=first, seed=seed)
+        return luca.to(self.device)
+
+    def _grown_classifier(self, task: TaskData) -> CosineClassifier:
+        """The classifier with rows for the new task: random in the first task, zero in later ones."""
+        if self.classifier is not None:
+            return self.classifier.grown(torch.zeros(task.new_rows, self.dim, device=self.device))
+        generator = torch.Generator().manual_seed(derive_seed("classifier", self.seed))
+        sigma = 1.0 if self.config.sigma == "learned" else self.config.sigma
+        rows = first_rows(task.new_rows, self.dim, generator)
+        return CosineClassifier(rows, torch.tensor(sigma)).to(self.device)
+
+    # -- prediction ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        entropies = self.entropies(features)
+        chosen = {"batch": choose_by_batch(entropies), "sample": entropies.argmin(dim=1)}
+        if shuffled is not None:
+            chosen["batch_shuffled"] = choose_by_batch(entropies[shuffled])[shuffled.argsort()]
+        if true_task is not None:
+            chosen["oracle"] = true_task
+        return {
+            name: Prediction(self.answer(features, module), module, entropies.gather(1, module[:, None])[:, 0])
+            for name, module in chosen.items()
+        }
+
+    @torch.no_grad()
+    def entropies(self, features: Tensor) -> Tensor:
+        """Entropy of every module's prediction, in nats: ``(samples, dim) -> (samples, modules)``.
+
+        All modules are evaluated together, some samples at a time, so that memory is bounded.
+        """
+        rows, tasks = len(self.row_task), self.tasks
+        step = max(1, EVALUATION_BYTES // (4 * tasks * (4 * self.dim + 2 * rows)))
+        stacked = torch.vmap(self._forward_one, in_dims=(0, None))
+        found = [entropy(self.classifier(stacked(self.modules, part))).T for part in features.split(step)]
+        return torch.cat(found) if found else features.new_empty(0, tasks)
+
+    def _forward_one(self, parameters: dict[str, Tensor], h: Tensor) -> Tensor:
+        return functional_call(self._luca, parameters, (h,))
+
+    @torch.no_grad()
+    def answer(self, features: Tensor, module: Tensor) -> Tensor:
+        """Logits over all rows by each sample's chosen module: ``(samples, dim), (samples,) -> (samples, rows)``."""
+        logits = features.new_empty(len(features), len(self.row_task))
+        for index in module.unique().tolist():
+            mine = module == index
+            parameters = {name: p[index] for name, p in self.modules.items()}
+            logits[mine] = self.classifier(self._forward_one(parameters, features[mine]))
+        return logits
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"weight": self.classifier.weight, "sigma": self.classifier.sigma, "row_task": self.row_task}
+
+    def module_state(self, task: int) -> dict[str, Tensor]:
+        return {name: p[task] for name, p in self.modules.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
+        self.row_task = state["row_task"].to(self.device)
+        self.classifier = CosineClassifier(state["weight"].clone(), state["sigma"].clone()).to(self.device)
+        self.classifier.requires_grad_(False)
+        names = self._luca.state_dict().keys()
+        self.modules = {name: torch.stack([m[name] for m in modules]).to(self.device) for name in names}
+
+    def parameter_counts(self) -> dict[str, int]:
+        luca = sum(p.numel() for p in self._luca.parameters())
+        classifier = len(self.row_task) * self.dim + 1
+        return {"luca_per_task": luca, "classifier": classifier, "trainable": luca + classifier}
+
+    def sparsity(self) -> list[float]:
+        """For each task the share of its LuCA's parameters with |θ| < 1e-3."""
+        small = sum((p.abs() < 1e-3).flatten(1).sum(dim=1) for p in self.modules.values())
+        return (small / sum(p[0].numel() for p in self.modules.values())).tolist()
+
+
+def _set_rows(classifier: CosineClassifier, task: TaskData, features: Tensor) -> None:
+    """Set the task's rows to the means of ``(images, dim)`` features, not normalised."""
+    classifier.weight.data[task.first_row : task.first_row + task.new_rows] = class_means(
+        features, task.labels - task.first_row, task.new_rows
+    )
+
+
+def class_means(features: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Mean feature of each of ``count`` classes: ``(images, dim), (images,) -> (count, dim)``."""
+    sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=count)[:, None]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """−Σ p·log(p + 1e-9) over the last dimension, in nats."""
+    p = logits.softmax(dim=-1)
+    return -(p * (p + 1e-9).log()).sum(dim=-1)
+
+
+def choose_by_batch(entropies: Tensor) -> Tensor:
+    """One module for every 48 consecutive samples, by their mean entropy: ``(samples, modules) -> (samples,)``."""
+    parts = [part.mean(dim=0).argmin().expand(len(part)) for part in entropies.split(SELECTION_BATCH) if len(part)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=entropies.device)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One CPU thread for a while: LuCA's products are so small that handing them out costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(luca: LuCA, classifier: CosineClassifier, task: TaskData, learner: TOSCA) -> None:
+    """Train both in place on one task.
+
+    Loss: cross-entropy over all rows + l1 · Σ|θ| over all of LuCA's parameters, biases and unused branches
+    included. The optimiser holds LuCA, all classifier rows and σ.
+    """
+    config = learner.config
+    parameters = [*luca.parameters(), classifier.weight]
+    if config.sigma == "learned":
+        parameters.append(classifier.sigma)
+    optimizer, schedule = build_optimizer(parameters, config)
+    images = len(task.labels)
+    bar = tqdm(range(config.epochs), desc=f"Task {task.index}", unit="epoch", leave=False, dynamic_ncols=True)
+    for epoch in bar:
+        generator = torch.Generator().manual_seed(derive_seed("batches", learner.seed, task.index, epoch))
+        order = torch.randperm(images, generator=generator).to(learner.device)
+        features, labels = task.epoch(epoch)[order], task.labels[order]
+        losses = []
+        for h, y in zip(features.split(config.batch_size), labels.split(config.batch_size), strict=True):
+            loss = F.cross_entropy(classifier(luca(h)), y) + config.l1 * l1_norm(luca)
+            optimizer.zero_grad()
+            loss.backward()
+            if config.old_rows == "freeze":
+                classifier.weight.grad[: task.first_row] = 0
+            optimizer.step()
+            losses.append(loss.detach())
+        if schedule is not None:
+            schedule.step()
+        mean = _checked_mean(torch.stack(losses), task.index, epoch)
+        bar.set_postfix(loss=f"{mean:.3f}")
+
+
+def l1_norm(module: nn.Module) -> Tensor:
+    """Σ|θ| over all parameters of ``module``, a scalar."""
+    return torch.cat([p.flatten() for p in module.parameters()]).abs().sum()
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], config: Config
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    """The optimiser and its schedule, stepped once an epoch (None: constant rate)."""
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, **options)
+    else:
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)
+    if config.scheduler == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=1e-8)
+    if config.scheduler == "steplr":
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.1)
+    return optimizer, None
+
+
+def _checked_mean(losses: Tensor, task: int, epoch: int) -> float:
+    """Mean loss of an epoch; one look at the device for all its steps."""
+    mean = losses.mean().item()
+    if not math.isfinite(mean):
+        step = int((~torch.isfinite(losses)).nonzero()[0]) + 1
+        raise NumericError(
+            f"task {task}, epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; lower lr or try "
+            "another optimizer; earlier tasks are saved"
+        )
+    return mean

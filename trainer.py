@@ -1,0 +1,339 @@
+"""A run as a story: for each seed and task, learn, evaluate on all classes seen, record, save."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbone.vit import Backbone, load_backbone, resolve_device
+from models import LEARNERS, make_learner
+from models.base import Learner
+from utils import metrics, report
+from utils.checkpoint import FORMAT, CheckpointFolder, run_identity
+from utils.config import Config
+from utils.data import Dataset, derive_seed, load_dataset
+from utils.distributed import Ranks, joined_ranks
+from utils.errors import ConfigError
+from utils.features import TEST_VIEW, FeatureBank, Wanted, fingerprint_splits, resolve_cache_dir
+from utils.files import FolderLock, write_json
+from utils.tasks import Task, TaskStream, make_stream
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
+    """Run every seed of ``config``; return what each run's JSON holds (under torchrun, on rank 0).
+
+    Args:
+        config: what to do.
+        fresh: start over; what an earlier start left is moved aside.
+
+    Raises:
+        UserError: bad data, weights, files or numbers, in one line.
+    """
+    with joined_ranks() as ranks:
+        setup = prepare(config, ranks)
+        runs = [run_seed(setup, seed, fresh=fresh) for seed in config.seed]
+    if ranks.first and len(runs) > 1:
+        report.log_seeds(runs)
+    return runs if ranks.first else []
+
+
+# -- what all seeds share ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Config, data and backbone, checked against each other."""
+
+    config: Config
+    data: Dataset
+    backbone: Backbone
+    fingerprints: dict[str, str]  # of each split's images
+    ranks: Ranks
+
+    def bank(self, seed: int) -> FeatureBank:
+        c = self.config
+        return FeatureBank(
+            self.data,
+            self.backbone,
+            image_size=c.image_size,
+            augment_seed=seed if c.augment_seed is None else c.augment_seed,
+            fingerprints=self.fingerprints,
+            cache_dir=resolve_cache_dir(c.cache_dir),
+            batch_size=c.feature_batch_size,
+            num_workers=c.num_workers,
+            ranks=self.ranks,
+        )
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        return run_identity(
+            self.config,
+            seed,
+            weights_sha256=self.backbone.weights_sha256,
+            precision=self.backbone.precision,
+            images_sha256=self.fingerprints,
+        )
+
+    def checkpoint(self, seed: int) -> CheckpointFolder:
+        """``tosca/``, or with several seeds ``tosca/seed<seed>/``."""
+        folder = Path(self.config.checkpoint_dir).expanduser()
+        return CheckpointFolder(folder / f"seed{seed}" if len(self.config.seed) > 1 else folder)
+
+
+def prepare(config: Config, ranks: Ranks) -> Setup:
+    """Load data and backbone, cheap checks first."""
+    device = resolve_device(config, ranks.local_rank, ranks.count)
+    data = load_dataset(config)
+    make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
+    backbone = load_backbone(config, device)
+    for name in ("mlp_ratio", "se_ratio"):
+        if getattr(config, name) > backbone.feature_dim:
+            raise ConfigError(
+                f"{name} {getattr(config, name)} is above the feature width {backbone.feature_dim} of {backbone.name}"
+            )
+    fingerprints = ranks.share(fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None)
+    return Setup(config, data, backbone, fingerprints, ranks)
+
+
+def wanted_features(config: Config) -> list[Wanted]:
+    """Every (split, view) that a run reads."""
+    return [("train", TEST_VIEW), ("test", TEST_VIEW), *(("train", view) for view in range(config.views))]
+
+
+# -- one seed ---------------------------------------------------------------------------------------------------------
+
+
+def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
+    """Learn all tasks under one seed, from wherever an earlier start of the same run stopped."""
+    if not setup.ranks.first:
+        if not setup.ranks.share(None):  # rank 0 says whether there is anything left to do
+            setup.bank(seed).fill(wanted_features(setup.config))
+        return None
+    paths, checkpoint = report.run_paths(setup.config, seed), setup.checkpoint(seed)
+    with (
+        FolderLock(checkpoint.folder / ".lock", f"checkpoint_dir {str(checkpoint.folder)!r}"),
+        FolderLock(paths.folder / f".{paths.stem}.lock", f"log {str(paths.file('.log'))!r}"),
+    ):
+        manifest = _find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
+        with report.logging_to(paths.file(".log")):
+            return _run_tasks(setup, seed, paths, checkpoint, manifest)
+
+
+def _find_earlier_start(
+    setup: Setup, seed: int, paths: report.RunPaths, checkpoint: CheckpointFolder, *, fresh: bool
+) -> dict[str, Any]:
+    """The manifest to go on from. Files of another run, and with ``fresh`` of this one, are moved aside first."""
+    identity = setup.identity(seed)
+    manifest = None if fresh else checkpoint.read_manifest()
+    if manifest is not None and manifest["identity"] != identity:
+        old = manifest["identity"]
+        different = sorted(k for k in identity.keys() | old.keys() if old.get(k) != identity.get(k))
+        log.info("%s holds another run (%s differ)", checkpoint.folder, ", ".join(different))
+        manifest = None
+    if manifest is None and (aside := checkpoint.move_aside()):
+        log.info("Moved the files of an earlier run from %s to %s", checkpoint.folder, aside)
+    if manifest is None or not report.belongs_to(paths, identity):
+        for moved in paths.move_aside():
+            log.info("Moved the report of an earlier run to %s", moved)
+    return manifest or _new_manifest(setup, seed, identity)
+
+
+def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
+    config, backbone = setup.config, setup.backbone
+    stream = make_stream(setup.data, config, seed)
+    return {
+        "format": FORMAT,
+        "status": "running",
+        "identity": identity,
+        "config": config.as_dict(),
+        "seed": seed,
+        "backbone": {
+            "name": backbone.name,
+            "weights_sha256": backbone.weights_sha256,
+            "feature_dim": backbone.feature_dim,
+            "precision": backbone.precision,
+            "parameters": backbone.parameters,
+        },
+        "data": {
+            "classes": len(setup.data.class_names),
+            "train_images": len(setup.data.train),
+            "test_images": len(setup.data.test),
+            "images_sha256": setup.fingerprints,
+        },
+        "versions": report.versions(),
+        "class_order": list(stream.class_names),
+        "task_sizes": stream.task_sizes,
+        "row_class": stream.row_class.tolist(),
+        "continual": LEARNERS[config.model_name].continual,
+        "missing_at_start": None,
+        "backbone_forwards": 0,
+        "seconds": {"features": 0.0, "train": 0.0, "evaluate": 0.0},
+        "files": {},
+        "tasks": [],
+    }
+
+
+def _run_tasks(
+    setup: Setup, seed: int, paths: report.RunPaths, checkpoint: CheckpointFolder, manifest: dict[str, Any]
+) -> dict[str, Any]:
+    config, backbone = setup.config, setup.backbone
+    stream = make_stream(setup.data, config, seed)
+    done, total = len(manifest["tasks"]), len(stream.tasks)
+    finished = manifest["status"] == "finished"
+    setup.ranks.share(finished)
+    learner = make_learner(config, backbone.feature_dim, backbone.device, seed)
+    if done:
+        learner.load_state_dict(*checkpoint.load(manifest))
+    if finished:
+        log.info("This run is finished (%s); --fresh starts it over", checkpoint.folder)
+        run = report.write_run_json(paths, manifest)
+        report.log_summary(run)
+        return run
+
+    _log_header(setup, seed, stream)
+    if done:
+        log.info("Resuming from %s after task %d of %d", checkpoint.folder, done, total)
+    seconds = dict(manifest["seconds"])
+    bank, wanted = setup.bank(seed), wanted_features(config)
+    missing = bank.missing(wanted)
+    first_missing = missing if manifest["missing_at_start"] is None else manifest["missing_at_start"]
+    manifest = {**manifest, "config": config.as_dict(), "missing_at_start": first_missing}
+    write_json(checkpoint.manifest_path, manifest)
+    report.write_run_json(paths, manifest)
+    with _timed(seconds, "features"):
+        bank.fill(wanted)
+    # what earlier, interrupted starts of this run computed counts as well
+    manifest["backbone_forwards"] = max(0, first_missing - missing) + bank.forwards
+
+    for task in stream.tasks[done:]:
+        log.info("Task %d of %d: learning rows %d to %d", task.index + 1, total, task.rows.start, task.rows.stop - 1)
+        with _timed(seconds, "train"):
+            learner.learn(BankTask(bank, stream, task, config.views, backbone.device))
+        with _timed(seconds, "evaluate"):
+            record = evaluate(learner, bank, stream, task.index, seed)
+        record["parameters"] = {"backbone": backbone.parameters, **learner.parameter_counts()}
+        manifest = {
+            **manifest,
+            "tasks": [*manifest["tasks"], record],
+            "seconds": seconds,
+            "status": "finished" if task.index + 1 == total else "running",
+        }
+        manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
+        run = report.write_run_json(paths, manifest)
+        selection = config.selection if config.selection in record["results"] else "sample"
+        report.log_task(record, selection)
+        report.log_curves(run["results"], selection)
+    report.log_summary(run)
+    return run
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[phase] += time.monotonic() - started
+
+
+def _log_header(setup: Setup, seed: int, stream: TaskStream) -> None:
+    backbone = setup.backbone
+    log.info("Config: %s", setup.config.as_dict())
+    log.info(
+        "Backbone: %s, %d features, %.1f M parameters, %s on %s, weights SHA-256 %s",
+        *(backbone.name, backbone.feature_dim, backbone.parameters / 1e6, backbone.precision, backbone.device),
+        backbone.weights_sha256,
+    )
+    log.info("Seed %d, class order: %s", seed, list(stream.class_names))
+
+
+# -- one task ---------------------------------------------------------------------------------------------------------
+
+
+class BankTask:
+    """A task's training images as features of the bank, on the learner's device (``models.base.TaskData``)."""
+
+    def __init__(self, bank: FeatureBank, stream: TaskStream, task: Task, views: int, device: torch.device) -> None:
+        self._bank, self._stream, self._task, self._views, self._device = bank, stream, task, views, device
+        self.index, self.first_row, self.new_rows = task.index, task.rows.start, len(task.rows)
+        self.labels = torch.from_numpy(task.train_rows).to(device)
+        self._test_view: Tensor | None = None
+
+    def epoch(self, epoch: int) -> Tensor:
+        return self._read("train", epoch % self._views, self._task.train) if self._views else self.test_view()
+
+    def test_view(self) -> Tensor:
+        if self._test_view is None:
+            self._test_view = self._read("train", TEST_VIEW, self._task.train)
+        return self._test_view
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        tasks = self._stream.tasks[: self.index + 1]
+        features = self._read("train", TEST_VIEW, np.concatenate([t.train for t in tasks]))
+        return features, torch.from_numpy(np.concatenate([t.train_rows for t in tasks])).to(self._device)
+
+    def _read(self, split: str, view: int, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._bank.read(split, view, rows)).to(self._device)
+
+
+def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> dict[str, Any]:
+    """Test on all tasks so far, in class order, under every selection: the record of task ``task``."""
+    seen = stream.tasks[: task + 1]
+    images = np.concatenate([t.test for t in seen])
+    true_class = np.concatenate([t.test_classes for t in seen])
+    true_task = np.repeat(np.arange(len(seen)), [len(t.test) for t in seen])
+    generator = torch.Generator().manual_seed(derive_seed("shuffled test set", seed, task))
+    predictions = learner.predict(
+        torch.from_numpy(bank.read("test", TEST_VIEW, images)).to(learner.device),
+        torch.from_numpy(true_task).to(learner.device),
+        torch.randperm(len(images), generator=generator).to(learner.device),
+    )
+    row_class = torch.from_numpy(stream.row_class[: seen[-1].rows.stop]).to(learner.device)
+    results, confusion, entropy = {}, {}, {}
+    for name, prediction in predictions.items():
+        top = top_classes(prediction.scores, row_class).cpu().numpy()
+        hits = top[:, 0] == true_class
+        results[name] = {
+            "top1": metrics.percent(hits),
+            "top5": metrics.percent(metrics.top_k_hits(top, true_class, 5)),
+            "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
+            "groups": _groups(stream, task, top[:, 0], true_class, true_task),
+        }
+        if prediction.module is not None:
+            module = prediction.module.cpu().numpy()
+            results[name]["selection_accuracy"] = metrics.percent(module == true_task)
+            confusion[name] = metrics.confusion(true_task, module, len(seen))
+        if prediction.entropy is not None:
+            entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
+    sparsity = learner.sparsity()[task] if hasattr(learner, "sparsity") else None
+    return {"results": results, "confusion": confusion, "entropy": entropy, "sparsity": sparsity}
+
+
+def _groups(
+    stream: TaskStream, task: int, predicted: np.ndarray, true_class: np.ndarray, true_task: np.ndarray
+) -> dict[str, float]:
+    """PILOT's groups; in domain runs, where classes recur, a group is a task."""
+    ranges = [t.rows for t in stream.tasks[: task + 1]]
+    if len(set(stream.row_class.tolist())) == len(stream.row_class):
+        return metrics.accuracy_groups(predicted, true_class, ranges, ranges[-1].start)
+    hits = predicted == true_class
+    per_task = {f"task {t}": metrics.percent(hits[true_task == t]) for t in range(task + 1)}
+    old_new = {"old": metrics.percent(hits[true_task < task]), "new": metrics.percent(hits[true_task == task])}
+    return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}
+
+
+def top_classes(scores: Tensor, row_class: Tensor, k: int = 5) -> Tensor:
+    """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``.
+
+    A class scores its best row: in domain-incremental runs it has one for each domain.
+    """
+    classes = int(row_class.max()) + 1
+    of_class = scores.new_full((len(scores), classes), float("-inf"))
+    of_class.scatter_reduce_(1, row_class.expand_as(scores), scores, "amax")
+    return of_class.topk(min(k, classes), dim=1).indices

@@ -1,0 +1,126 @@
+"""Writing files so that a reader sees the old or the new one, and holding a folder for one process."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.errors import UserError
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call ``write`` on a hidden neighbour of ``path``, flush it to disk, then move it into place in one step.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or the name is too long; ``path`` is as before.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); what was there is unchanged") from error
+    except RuntimeError as error:  # torch's zip writer turns a failed write of the disk into this
+        raise UserError(
+            f"{path} cannot be written ({str(error).splitlines()[0]}); what was there is unchanged"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON atomically. NaN is not JSON: callers pass None for what is undefined."""
+    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
+    atomic_write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape") + b"\n"))
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class FolderLock:
+    """Held by one process at a time; the operating system gives it back when the process ends, however it ends.
+
+    Use it as a context manager. The file names its holder.
+
+    Args:
+        path: the lock file.
+        what: for the message, what is locked.
+        wait: True waits for the holder; False raises at once.
+
+    Raises:
+        UserError: another process holds it; process and machine are named.
+    """
+
+    def __init__(
+        self, path: Path, what: str, *, wait: bool = False, on_wait: Callable[[str], None] | None = None
+    ) -> None:
+        self.path, self.what, self.wait, self.on_wait = path, what, wait, on_wait
+
+    def __enter__(self) -> "FolderLock":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror})") from error
+        if not _lock(self._handle, wait=False):
+            holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() if os.name == "posix" else ""
+            holder = holder or "another process"
+            if not self.wait:
+                os.close(self._handle)
+                raise UserError(f"{self.what} is in use by {holder}; wait for it or give another folder")
+            if self.on_wait:
+                self.on_wait(holder)
+            _lock(self._handle, wait=True)
+        os.ftruncate(self._handle, 0)
+        os.lseek(self._handle, 0, os.SEEK_SET)
+        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)  # gives the lock back; the file stays, for removing it would race with another process
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Take an exclusive lock; False if another process has it and ``wait`` is False."""
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            import msvcrt
+
+            os.lseek(handle, 1 << 20, os.SEEK_SET)  # beyond the text that names the holder
+            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    return True

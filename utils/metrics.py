@@ -1,0 +1,95 @@
+"""Every number that is reported, as a pure function. NumPy only.
+
+The definitions, used word for word in log, JSON, tables and README, are in ``GLOSSARY``.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+GLOSSARY = {
+    "Ā": "average accuracy: the mean over tasks of the top-1 accuracy on all test images of the classes seen so far, "
+    "measured after each task (%)",
+    "A_T": "last accuracy: the top-1 accuracy on all test images after the last task (%)",
+    "forgetting": "the mean over all tasks but the last of (best accuracy on the task before the end − its final "
+    "accuracy), in percentage points",
+    "selection accuracy": "the share of test images for which the module of their own task was chosen (%)",
+    "oracle": "the accuracy when each image's true task chooses the module: the ceiling of any selection (%)",
+    "batch": "one module for 48 consecutive test images, by their mean entropy: the release's evaluation; in class "
+    "order the order itself tells the task",
+    "sample": "the module of lowest entropy for each image by itself: no task identity at inference",
+}
+
+
+def top_k_hits(top: np.ndarray, true: np.ndarray, k: int) -> np.ndarray:
+    """Whether the true class is among the first ``k``: ``(samples, ranks), (samples,) -> (samples,)`` bool."""
+    return (top[:, :k] == true[:, None]).any(axis=1)
+
+
+def percent(hits: np.ndarray) -> float | None:
+    """Share of True in percent; None where there is nothing to count."""
+    return float(hits.mean() * 100) if len(hits) else None
+
+
+def accuracy_groups(
+    predicted: np.ndarray, true: np.ndarray, task_classes: Sequence[range], known: int
+) -> dict[str, float]:
+    """PILOT's ``CNN: {...}`` line: total, each task's class range, classes known before this task, new classes.
+
+    ``task_classes`` are the class ranges of the tasks so far; ``known`` counts the classes before the newest
+    task. A range of one class is kept (the release drops it when it is the last).
+    """
+    hits = predicted == true
+    groups = {"total": percent(hits)}
+    for classes in task_classes:
+        inside = (true >= classes.start) & (true < classes.stop)
+        groups[f"{classes.start:02d}-{classes.stop - 1:02d}"] = percent(hits[inside])
+    groups["old"] = percent(hits[true < known])
+    groups["new"] = percent(hits[true >= known])
+    return {name: round(value or 0.0, 2) for name, value in groups.items()}
+
+
+def task_accuracies(hits: np.ndarray, task: np.ndarray, tasks: int) -> list[float | None]:
+    """One row of the accuracy matrix: percent correct on each of the ``tasks`` so far."""
+    return [percent(hits[task == t]) for t in range(tasks)]
+
+
+def average_accuracy(curve: Sequence[float]) -> float:
+    """Ā of a top-1 curve."""
+    return float(np.mean(curve))
+
+
+def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
+    """Mean over all but the last task of (best accuracy before the end − final accuracy), in percentage points.
+
+    ``matrix[t][k]`` is the accuracy on task ``k`` after learning task ``t``; only ``k <= t`` is read. A task that
+    improves to its best at the very end has negative forgetting. One task alone: 0.
+    """
+    last = len(matrix) - 1
+    drops = []
+    for k in range(last):
+        before = [matrix[t][k] for t in range(k, last)]
+        if None not in before and matrix[last][k] is not None:
+            drops.append(max(before) - matrix[last][k])
+    return float(np.mean(drops)) if drops else 0.0
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1); the deviation of one value is 0."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def confusion(true_task: np.ndarray, module: np.ndarray, tasks: int) -> list[list[int]]:
+    """Counts of (true task, chosen module)."""
+    table = np.zeros((tasks, tasks), dtype=np.int64)
+    np.add.at(table, (true_task, module), 1)
+    return table.tolist()
+
+
+def entropy_by_module(entropy: np.ndarray, module: np.ndarray, true_task: np.ndarray, tasks: int) -> dict[str, list]:
+    """Mean entropy (nats) of each module where it was the right choice and where it was not; None: never chosen so."""
+    means = {}
+    for name, right in (("right", module == true_task), ("wrong", module != true_task)):
+        of_module = [entropy[right & (module == t)] for t in range(tasks)]
+        means[name] = [float(values.mean()) if len(values) else None for values in of_module]
+    return means

@@ -1,0 +1,234 @@
+"""What a run tells: PILOT's log lines, the run's JSON, and the closing summary."""
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import metrics
+from utils.checkpoint import free_name
+from utils.config import Config, read_json
+from utils.errors import ConfigError, UserError
+from utils.files import write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
+SELECTION_NAMES = {
+    "batch": "batch (class order)",
+    "batch_shuffled": "batch (shuffled test set)",
+    "sample": "sample",
+    "lda": "lda",
+    "ridge": "ridge",
+    "oracle": "oracle (true task)",
+}
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where one seed's log, JSON and pictures go: files that share a stem, in PILOT's folders."""
+
+    folder: Path
+    stem: str
+
+    def file(self, suffix: str) -> Path:
+        return self.folder / f"{self.stem}{suffix}"
+
+    def move_aside(self) -> list[Path]:
+        """Rename another run's files at this stem; return their new names."""
+        stamp, moved = time.strftime("%Y%m%d-%H%M%S"), []
+        for suffix in (".log", ".json", ".png", ".csv"):
+            path = self.file(suffix)
+            if path.exists():
+                new = free_name(path.with_name(f"{self.stem}.{stamp}{suffix}"))
+                try:
+                    path.rename(new)
+                except OSError as error:
+                    raise UserError(f"{path} cannot be moved aside ({error.strerror})") from error
+                moved.append(new)
+        return moved
+
+
+def run_paths(config: Config, seed: int) -> RunPaths:
+    """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps are PILOT's base 0."""
+    first = 0 if config.init_cls == config.increment else config.init_cls
+    folder = Path(config.log_dir) / config.model_name / config.dataset / str(first) / str(config.increment)
+    backbone = config.backbone_type.replace("/", "_")
+    return RunPaths(folder, f"{config.prefix}_{seed}_{backbone}" if config.prefix else f"{seed}_{backbone}")
+
+
+def set_up_logging() -> None:
+    """Log lines to standard output in PILOT's form (progress bars go to standard error)."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stdout, force=True)
+    for noisy in ("timm", "huggingface_hub", "httpx", "PIL", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Also write log lines to ``path``, appending."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); set log_dir to another folder") from error
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def versions() -> dict[str, str]:
+    """What computed the numbers."""
+    import numpy
+    import PIL
+    import timm
+    import torch
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        **{m.__name__.lower(): m.__version__ for m in (torch, torchvision, timm, numpy)},
+        "pillow": PIL.__version__,
+    }
+
+
+# -- one task ---------------------------------------------------------------------------------------------------------
+
+
+def log_task(record: dict[str, Any], selection: str) -> None:
+    """PILOT's ``CNN: {...}`` line for ``selection``; the others beside it, each under its own name."""
+    for name, result in record["results"].items():
+        label = "CNN" if name == selection else "Accuracy"
+        log.info("[selection: %s] %s: %s", SELECTION_NAMES[name], label, result["groups"])
+
+
+def log_curves(results: dict[str, Any], selection: str) -> None:
+    """PILOT's curve and average lines for ``selection``; the others beside it, each under its own name."""
+    for name, result in results.items():
+        place, label = SELECTION_NAMES[name], "CNN " if name == selection else ""
+        log.info("[selection: %s] %stop1 curve: %s", place, label, _rounded(result["top1_curve"]))
+        log.info("[selection: %s] %stop5 curve: %s", place, label, _rounded(result["top5_curve"]))
+        average = f"Average Accuracy{' (CNN)' if name == selection else ''}: {result['average']:.2f}"
+        log.info("[selection: %s] %s", place, average)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def collect_results(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The records of the tasks so far -> for each selection its curves, matrix, average, last and forgetting.
+
+    A matrix's row is "after task", its column "on task"; tasks not learned yet are null.
+    """
+    results = {}
+    for name in tasks[-1]["results"] if tasks else ():
+        of_name = [task["results"][name] for task in tasks]
+        matrix = [r["per_task"] + [None] * (len(tasks) - len(r["per_task"])) for r in of_name]
+        curve = [r["top1"] for r in of_name]
+        results[name] = {
+            "top1_curve": curve,
+            "top5_curve": [r["top5"] for r in of_name],
+            "matrix": matrix,
+            "average": metrics.average_accuracy(curve),
+            "last": curve[-1],
+            "forgetting": metrics.forgetting(matrix),
+        }
+    return results
+
+
+def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a table needs, from the run's manifest."""
+    tasks = manifest["tasks"]
+    selecting = {
+        n: [t["results"][n].get("selection_accuracy") for t in tasks] for n in (tasks[-1]["results"] if tasks else ())
+    }
+    seconds = manifest["seconds"]
+    return {
+        "format": FORMAT,
+        **{
+            k: manifest[k]
+            for k in ("status", "config", "seed", "identity", "backbone", "data", "versions", "class_order")
+        },
+        "task_sizes": manifest["task_sizes"],
+        "continual": manifest["continual"],
+        "results": collect_results(tasks),
+        "selection_accuracy": {n: values for n, values in selecting.items() if n != "oracle" and None not in values},
+        "parameters": tasks[-1]["parameters"] if tasks else None,
+        "sparsity": [t["sparsity"] for t in tasks if t["sparsity"] is not None],
+        "confusion": tasks[-1]["confusion"] if tasks else {},
+        "entropy": tasks[-1]["entropy"] if tasks else {},
+        "seconds": {k: round(v, 3) for k, v in {**seconds, "total": sum(seconds.values())}.items()},
+        "backbone_forwards": manifest["backbone_forwards"],
+    }
+
+
+def write_run_json(paths: RunPaths, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Replace the run's JSON and return what it holds."""
+    values = run_json(manifest)
+    write_json(paths.file(".json"), values)
+    return values
+
+
+def belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
+    """Whether the JSON at ``paths`` (if any) is of the run with this identity."""
+    if not paths.file(".json").exists():
+        return not paths.file(".log").exists()
+    try:
+        return read_json(paths.file(".json")).get("identity") == identity
+    except ConfigError:
+        return False
+
+
+def summary_table(run: dict[str, Any]) -> list[str]:
+    """The closing lines of a run: every selection beside the others, as they are."""
+    lines = [f"{'':27}{'Ā':>8}{'A_T':>8}{'forgetting':>12}{'selection accuracy':>20}"]
+    for name, result in run["results"].items():
+        selecting = run["selection_accuracy"].get(name)
+        chosen = f"{selecting[-1]:.1f}" if selecting else "–"
+        numbers = f"{result['average']:8.1f}{result['last']:8.1f}{result['forgetting']:12.1f}{chosen:>20}"
+        lines.append(f"{SELECTION_NAMES[name]:27}{numbers}")
+    return lines
+
+
+def log_summary(run: dict[str, Any]) -> None:
+    tasks = len(run["task_sizes"])
+    log.info(
+        "Summary: %s on %s, %d tasks, seed %d (%%)",
+        run["config"]["model_name"],
+        run["config"]["dataset"],
+        tasks,
+        run["seed"],
+    )
+    for line in summary_table(run):
+        log.info("  %s", line)
+    seconds = run["seconds"]
+    log.info(
+        "  %.1f s (features %.1f, training %.1f, evaluation %.1f), %d images through the backbone",
+        *(seconds[k] for k in ("total", "features", "train", "evaluate")),
+        run["backbone_forwards"],
+    )
+
+
+def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
+    """Mean ± sample standard deviation over seeds, for each selection."""
+    for name in runs[0]["results"]:
+        a, last = ([r["results"][name][k] for r in runs] for k in ("average", "last"))
+        (a_mean, a_std), (l_mean, l_std) = metrics.mean_std(a), metrics.mean_std(last)
+        log.info(
+            "[selection: %s] over %d seeds: Ā %.2f ± %.2f, A_T %.2f ± %.2f",
+            *(SELECTION_NAMES[name], len(runs), a_mean, a_std, l_mean, l_std),
+        )
