@@ -1,0 +1,171 @@
+"""Shared by all tests: tiny real images, a tiny config, a tiny frozen extractor. Nothing is ever downloaded."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import main
+from utils.config import Config, make_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY: dict[str, Any] = {
+    "dataset": "imagefolder",
+    "init_cls": 2,
+    "increment": 2,
+    "backbone_type": "vit_tiny_patch16_224",
+    "pretrained": False,
+    "device": ["-1"],
+    "image_size": 32,
+    "epochs": 2,
+    "batch_size": 4,
+    "train_views": 1,
+    "precision": "fp32",
+    "num_workers": 0,
+    "feature_batch_size": 8,
+    "cache_dir": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No test reads the user's data or writes into the user's folders, and log handlers end with their test."""
+    for name in ("TOSCA_DATA", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with _handlers_restored():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def tiny_config(**keys: Any) -> Config:
+    """A config of three tiny tasks on the CPU; ``keys`` replace its values."""
+    return make_config({**TINY, **keys})
+
+
+@pytest.fixture(scope="session")
+def digit_images() -> dict[str, list[np.ndarray]]:
+    """Real handwritten digits, ``(8, 8)`` uint8, by class name."""
+    with np.load(ROOT / "assets" / "digits.npz") as archive:
+        images, labels = archive["images"], archive["labels"]
+    pixels = (images.astype(np.float64) * 255 / 16).astype(np.uint8)
+    return {str(digit): list(pixels[labels == digit]) for digit in range(10)}
+
+
+FolderMaker = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_folder(digit_images: dict[str, list[np.ndarray]]) -> FolderMaker:
+    """Writes ``train/<class>/*.png`` and ``test/<class>/*.png`` of real digits below a folder and returns it.
+
+    The number of images is one for all classes, or one for each.
+    """
+
+    def make(root: Path, *, classes: int = 6, train: int | Sequence[int] = 4, test: int | Sequence[int] = 3) -> Path:
+        names = [str(digit) for digit in range(classes)]
+        n_train, n_test = ([n] * classes if isinstance(n, int) else list(n) for n in (train, test))
+        for name, count, extra in zip(names, n_train, n_test, strict=True):
+            for index, pixels in enumerate(digit_images[name][: count + extra]):
+                path = root / ("train" if index < count else "test") / name / f"{index:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).resize((40, 36), Image.Resampling.BICUBIC).save(path)
+        return root
+
+    return make
+
+
+@dataclass
+class TinyExtractor:
+    """A frozen random projection of an image's pixels: what ``utils.features`` needs of a backbone."""
+
+    feature_dim: int = 32
+    image_size: int = 8
+    name: str = "tiny"
+    weights_sha256: str = "0" * 64
+    precision: str = "fp32"
+    normalize: bool = False
+    device: torch.device = torch.device("cpu")
+    images_seen: int = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.images_seen += len(images)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(3 * self.image_size**2, self.feature_dim, generator=generator) / self.image_size
+        return (images.float() / 255 - 0.5).flatten(1) @ weight
+
+
+@pytest.fixture
+def tiny_extractor() -> TinyExtractor:
+    return TinyExtractor()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one start of ``main.py`` left behind."""
+
+    code: int
+    config: dict[str, Any]
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config["checkpoint_dir"])
+
+    def log_file(self, seed: int | None = None) -> Path:
+        return self._beside(seed, ".log")
+
+    def log(self, seed: int | None = None) -> str:
+        return self.log_file(seed).read_text(encoding="utf-8")
+
+    def json(self, seed: int | None = None) -> dict[str, Any]:
+        return json.loads(self._beside(seed, ".json").read_text(encoding="utf-8"))
+
+    def _beside(self, seed: int | None, suffix: str) -> Path:
+        c = self.config
+        first = 0 if c["init_cls"] == c["increment"] else c["init_cls"]
+        folder = Path(c["log_dir"]) / c.get("model_name", "tosca") / c["dataset"] / str(first) / str(c["increment"])
+        return folder / f"{seed or c.get('seed', [1993])[0]}_{c['backbone_type']}{suffix}"
+
+
+@pytest.fixture(scope="session")
+def run_main() -> Callable[..., Outcome]:
+    """Starts ``main.py`` in this process with a tiny config whose files go below ``folder``."""
+
+    def run(folder: Path, *arguments: str, **keys: Any) -> Outcome:
+        own = {"checkpoint_dir": str(folder / "tosca"), "log_dir": str(folder / "logs")}
+        config = {**TINY, **own, **keys}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.json"
+        path.write_text(json.dumps(config))
+        with _handlers_restored():
+            code = main.main([f"--config={path}", *arguments])
+        return Outcome(code, config, folder)
+
+    return run
