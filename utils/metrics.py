@@ -19,6 +19,15 @@ GLOSSARY = {
     "order the order itself tells the task",
     "sample": "the module of lowest entropy for each image by itself: no task identity at inference",
 }
+# how every log line, table and picture names a selection; only "batch" depends on the order of the test set
+SELECTION_NAMES = {
+    "batch": "batch (class order)",
+    "batch_shuffled": "batch (shuffled test set)",
+    "sample": "sample",
+    "lda": "lda",
+    "ridge": "ridge",
+    "oracle": "oracle (true task)",
+}
 
 
 def top_k_hits(top: np.ndarray, true: np.ndarray, k: int) -> np.ndarray:

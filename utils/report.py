@@ -15,19 +15,12 @@ from utils.checkpoint import free_name
 from utils.config import Config, read_json
 from utils.errors import ConfigError, UserError
 from utils.files import write_json
+from utils.metrics import GLOSSARY, SELECTION_NAMES
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
-SELECTION_NAMES = {
-    "batch": "batch (class order)",
-    "batch_shuffled": "batch (shuffled test set)",
-    "sample": "sample",
-    "lda": "lda",
-    "ridge": "ridge",
-    "oracle": "oracle (true task)",
-}
 
 
 @dataclass(frozen=True)
@@ -173,6 +166,7 @@ def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
         "entropy": tasks[-1]["entropy"] if tasks else {},
         "seconds": {k: round(v, 3) for k, v in {**seconds, "total": sum(seconds.values())}.items()},
         "backbone_forwards": manifest["backbone_forwards"],
+        "glossary": GLOSSARY,
     }
 
 
@@ -221,6 +215,8 @@ def log_summary(run: dict[str, Any]) -> None:
         *(seconds[k] for k in ("total", "features", "train", "evaluate")),
         run["backbone_forwards"],
     )
+    for term in ("Ā", "A_T", "forgetting", "selection accuracy", "oracle"):
+        log.info("  %s: %s", term, GLOSSARY[term])
 
 
 def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
