@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class TinyExtractor:
     weights_sha256: str = "0" * 64
     precision: str = "fp32"
     normalize: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     images_seen: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Outcome:
         c = self.config
         first = 0 if c["init_cls"] == c["increment"] else c["init_cls"]
         folder = Path(c["log_dir"]) / c.get("model_name", "tosca") / c["dataset"] / str(first) / str(c["increment"])
-        return folder / f"{seed or c.get('seed', [1993])[0]}_{c['backbone_type']}{suffix}"
+        return folder / f"{c.get('seed', [1993])[0] if seed is None else seed}_{c['backbone_type']}{suffix}"
 
 
 @pytest.fixture(scope="session")
