@@ -3,10 +3,20 @@
 import torch
 
 from models.base import Learner
+from models.linear_joint import LinearJoint
+from models.ncm_lda import NcmLda
+from models.ranpac import RanPAC
+from models.simplecil import SimpleCIL
 from models.tosca import TOSCA
 from utils.config import Config
 
-LEARNERS: dict[str, type[Learner]] = {"tosca": TOSCA}
+LEARNERS: dict[str, type[Learner]] = {
+    "tosca": TOSCA,
+    "simplecil": SimpleCIL,
+    "ncm_lda": NcmLda,
+    "ranpac": RanPAC,
+    "linear_joint": LinearJoint,
+}
 
 
 def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:

@@ -1,4 +1,8 @@
-"""TOSCA: one LuCA a task on the frozen [CLS] feature; the module of lowest entropy answers (paper, section 3)."""
+"""TOSCA: one LuCA a task on the frozen [CLS] feature; the module of lowest entropy answers (paper, section 3).
+
+Beside the paper's selections there are two routers, ``lda`` and ``ridge``: statistics of the *frozen* feature,
+streamed without exemplars, name the task of the best class; that task's module answers among its own classes.
+"""
 
 import math
 from collections.abc import Iterator
@@ -14,11 +18,14 @@ from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA
 from backbone.luca import build as build_luca
 from models.base import Learner, Prediction, TaskData
+from models.lda import StreamingLDA
+from models.ridge import RandomRidge
 from utils.config import Config
 from utils.data import derive_seed
 from utils.errors import NumericError
 
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
+ROUTER_WIDTH = 1_000  # random features of the ``ridge`` router: RanPAC's 10,000 would cost more than all the rest
 EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
 
 
@@ -28,6 +35,7 @@ class TOSCA(Learner):
     Attributes:
         modules: LuCA's parameters by name, those of all tasks stacked: ``(tasks, ...)``.
         classifier: the cosine classifier over all rows, None before the first task.
+        routers: ``lda`` and ``ridge``, which read the frozen feature.
     """
 
     modules: dict[str, Tensor]
@@ -36,6 +44,10 @@ class TOSCA(Learner):
         super().__init__(config, dim, device, seed)
         self.modules = {}
         self.classifier: CosineClassifier | None = None
+        self.routers = {
+            "lda": StreamingLDA(dim, device),
+            "ridge": RandomRidge(dim, ROUTER_WIDTH, derive_seed("ridge", seed), device),
+        }
         self._luca = self._fresh_luca(first=True, seed=0)  # its forward serves all modules; its weights are unused
 
     # -- learning --------------------------------------------------------------------------------------------------
@@ -52,6 +64,8 @@ class TOSCA(Learner):
         self.classifier = classifier.requires_grad_(False)
         new = {name: p.detach()[None] for name, p in luca.named_parameters()}
         self.modules = {n: torch.cat([self.modules[n], p]) if self.modules else p for n, p in new.items()}
+        for router in self.routers.values():
+            router.update(task.test_view(), task.labels, task.first_row + task.new_rows)
 
     def _fresh_luca(self, *, first: bool, seed: int) -> LuCA:
         c = self.config
@@ -79,8 +93,13 @@ class TOSCA(Learner):
             chosen["batch_shuffled"] = choose_by_batch(entropies[shuffled])[shuffled.argsort()]
         if true_task is not None:
             chosen["oracle"] = true_task
+        answers = {name: self.answer(features, module) for name, module in chosen.items()}
+        for name, router in self.routers.items():
+            chosen[name] = self.row_task[router.scores(features).argmax(dim=1)]
+            foreign = self.row_task != chosen[name][:, None]  # (samples, rows)
+            answers[name] = self.answer(features, chosen[name]).masked_fill(foreign, -torch.inf)
         return {
-            name: Prediction(self.answer(features, module), module, entropies.gather(1, module[:, None])[:, 0])
+            name: Prediction(answers[name], module, entropies.gather(1, module[:, None])[:, 0])
             for name, module in chosen.items()
         }
 
@@ -112,7 +131,9 @@ class TOSCA(Learner):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"weight": self.classifier.weight, "sigma": self.classifier.sigma, "row_task": self.row_task}
+        state = {"weight": self.classifier.weight, "sigma": self.classifier.sigma, "row_task": self.row_task}
+        routers = {f"{name}.{k}": v for name, router in self.routers.items() for k, v in router.state_dict().items()}
+        return state | routers
 
     def module_state(self, task: int) -> dict[str, Tensor]:
         return {name: p[task] for name, p in self.modules.items()}
@@ -121,6 +142,8 @@ class TOSCA(Learner):
         self.row_task = state["row_task"].to(self.device)
         self.classifier = CosineClassifier(state["weight"].clone(), state["sigma"].clone()).to(self.device)
         self.classifier.requires_grad_(False)
+        for name, router in self.routers.items():
+            router.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)})
         names = self._luca.state_dict().keys()
         self.modules = {name: torch.stack([m[name] for m in modules]).to(self.device) for name in names}
 

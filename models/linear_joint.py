@@ -1,0 +1,91 @@
+"""Joint linear probe: multinomial logistic regression on the frozen features of all classes so far.
+
+Not continual: at every task it is fitted afresh to the data of all tasks, under the test transform. It is the usual
+upper bound for what a linear classifier can do on these features ("joint training" in the continual-learning
+literature, e.g. De Lange et al., "A Continual Learning Survey", TPAMI 2021, Section 6).
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.base import Learner, Prediction, TaskData
+from models.lda import exact, float64_device
+from utils.config import Config
+from utils.errors import NumericError
+
+L2 = 1e-3  # weight of ½‖W‖² beside the mean cross-entropy; makes the optimum finite and unique
+MAX_STEPS = 200  # of L-BFGS
+FLAT = 1e-5  # largest entry of the gradient at which it stops
+
+
+class LinearJoint(Learner):
+    """Softmax regression on standardised features, fitted to all data so far. An upper bound, not continual.
+
+    Attributes:
+        weight: ``(dim, rows)``, for features as they come: the standardisation is folded in.
+        bias: ``(rows,)``.
+    """
+
+    continual: ClassVar[bool] = False
+
+    def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
+        super().__init__(config, dim, device, seed)
+        self.weight, self.bias = torch.zeros(dim, 0, device=device), torch.zeros(0, device=device)
+
+    def _fit(self, task: TaskData) -> None:
+        features, rows = task.seen()
+        features = exact(features, float64_device(self.device))
+        weight, bias = fit_softmax(features, rows.to(features.device), task.first_row + task.new_rows)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise NumericError(f"task {task.index}: the weights of the joint linear classifier are not finite")
+        self.weight, self.bias = weight.float().to(self.device), bias.float().to(self.device)
+
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        """Logits ``(samples, rows)`` under ``sample``."""
+        return {"sample": Prediction(features.float() @ self.weight + self.bias)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``row_task``, ``weight`` and ``bias``."""
+        return {"row_task": self.row_task, "weight": self.weight, "bias": self.bias}
+
+    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
+        """Restore ``state_dict``; there are no modules."""
+        for name in self.state_dict():
+            setattr(self, name, state[name].to(self.device))
+
+    def parameter_counts(self) -> dict[str, int]:
+        """``classifier``: weights and bias, all of them trained at every task."""
+        numbers = len(self.row_task) * (self.dim + 1)
+        return {"luca_per_task": 0, "classifier": numbers, "trainable": numbers}
+
+
+def fit_softmax(features: Tensor, rows: Tensor, total_rows: int) -> tuple[Tensor, Tensor]:
+    """Minimise mean cross-entropy + ``L2``/2 · ‖W‖² on standardised features; convex and deterministic.
+
+    Shape: ``(images, dim), (images,) -> (dim, rows), (rows,)``, for features that are not standardised.
+    """
+    mean = features.mean(dim=0)
+    spread = features.std(dim=0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    inputs = (features - mean) / spread
+    weight = features.new_zeros(features.shape[1], total_rows, requires_grad=True)
+    bias = features.new_zeros(total_rows, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=MAX_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(inputs @ weight + bias, rows) + L2 / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    weight, bias = weight.detach() / spread[:, None], bias.detach()
+    return weight, bias - mean @ weight

@@ -1,0 +1,43 @@
+"""Streaming linear discriminant analysis on frozen features: class means, one shared covariance, no exemplars.
+
+Hayes & Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis", CVPR Workshops 2020,
+Section 3, here without its warm-up and with closed-form shrinkage (``models/lda.py``); Panos et al., "First Session
+Adaptation", ICCV 2023, use it as "NA" (no adaptation). Training images pass the test transform, without augmentation.
+"""
+
+import torch
+from torch import Tensor
+
+from models.base import Learner, Prediction, TaskData
+from models.lda import StreamingLDA
+from utils.config import Config
+
+
+class NcmLda(Learner):
+    """Nearest class mean in the shared-covariance Mahalanobis metric."""
+
+    def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
+        super().__init__(config, dim, device, seed)
+        self.lda = StreamingLDA(dim, device)
+
+    def _fit(self, task: TaskData) -> None:
+        self.lda.update(task.test_view(), task.labels, task.first_row + task.new_rows)
+
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        """Linear discriminants ``(samples, rows)`` under ``sample``."""
+        return {"sample": Prediction(self.lda.scores(features))}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``row_task`` and the streamed statistics."""
+        return {"row_task": self.row_task, **self.lda.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
+        """Restore ``state_dict``; there are no modules."""
+        self.row_task = state["row_task"].to(self.device)
+        self.lda.load_state_dict(state)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """``classifier``: a weight vector and a bias for each row. Nothing is trained by gradient."""
+        return {"luca_per_task": 0, "classifier": len(self.row_task) * (self.dim + 1), "trainable": 0}

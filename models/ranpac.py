@@ -1,0 +1,46 @@
+"""RanPAC on frozen features: ridge regression on 10,000 random ReLU features, without first-session adaptation.
+
+McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023, Section 4.
+The paper first tunes the backbone on the first task by a parameter-efficient method (its Phase 1). That is left out
+here: every learner of this project sees the same frozen features. Training images pass the test transform, without
+augmentation. The statistics, and how λ is chosen, are in ``models/ridge.py``.
+"""
+
+import torch
+from torch import Tensor
+
+from models.base import Learner, Prediction, TaskData
+from models.ridge import RandomRidge
+from utils.config import Config
+
+RANDOM_FEATURES = 10_000  # the paper's M
+
+
+class RanPAC(Learner):
+    """Random projection, ReLU, and a ridge classifier from streamed statistics. No first-session adaptation."""
+
+    def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
+        super().__init__(config, dim, device, seed)
+        self.ridge = RandomRidge(dim, RANDOM_FEATURES, seed, device)
+
+    def _fit(self, task: TaskData) -> None:
+        self.ridge.update(task.test_view(), task.labels, task.first_row + task.new_rows)
+
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        """Regressed one-hot targets ``(samples, rows)`` under ``sample``."""
+        return {"sample": Prediction(self.ridge.scores(features))}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``row_task`` and the streamed statistics; the projection comes from the seed."""
+        return {"row_task": self.row_task, **self.ridge.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
+        """Restore ``state_dict``; there are no modules."""
+        self.row_task = state["row_task"].to(self.device)
+        self.ridge.load_state_dict(state)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """``classifier``: a weight for each random feature and row. Nothing is trained by gradient."""
+        return {"luca_per_task": 0, "classifier": len(self.row_task) * self.ridge.width, "trainable": 0}
