@@ -149,8 +149,10 @@ class TOSCA(Learner):
 
     def parameter_counts(self) -> dict[str, int]:
         luca = sum(p.numel() for p in self._luca.parameters())
-        classifier = len(self.row_task) * self.dim + 1
-        return {"luca_per_task": luca, "classifier": classifier, "trainable": luca + classifier}
+        rows = len(self.row_task)
+        trained_rows = rows if self.config.old_rows == "train" else int((self.row_task == self.tasks - 1).sum())
+        trained = luca + trained_rows * self.dim + (self.config.sigma == "learned")
+        return {"luca_per_task": luca, "classifier": rows * self.dim + 1, "trainable": trained}
 
     def sparsity(self) -> list[float]:
         """For each task the share of its LuCA's parameters with |θ| < 1e-3."""
@@ -208,6 +210,7 @@ def train(luca: LuCA, classifier: CosineClassifier, task: TaskData, learner: TOS
     if config.sigma == "learned":
         parameters.append(classifier.sigma)
     optimizer, schedule = build_optimizer(parameters, config)
+    old_rows = classifier.weight.detach()[: task.first_row].clone()
     images = len(task.labels)
     bar = tqdm(range(config.epochs), desc=f"Task {task.index}", unit="epoch", leave=False, dynamic_ncols=True)
     for epoch in bar:
@@ -219,9 +222,9 @@ def train(luca: LuCA, classifier: CosineClassifier, task: TaskData, learner: TOS
             loss = F.cross_entropy(classifier(luca(h)), y) + config.l1 * l1_norm(luca)
             optimizer.zero_grad()
             loss.backward()
-            if config.old_rows == "freeze":
-                classifier.weight.grad[: task.first_row] = 0
             optimizer.step()
+            if config.old_rows == "freeze":  # a zero gradient would not do: weight decay moves a row without one
+                classifier.weight.data[: task.first_row] = old_rows
             losses.append(loss.detach())
         if schedule is not None:
             schedule.step()

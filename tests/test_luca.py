@@ -35,7 +35,8 @@ def hand_worked_luca(flow: str) -> LuCA:
         # se: 3 - 1 = 2, ReLU 2, sigmoid((0, ln 3)) = (1/2, 3/4).
         ("calibrator", [3 / 2, 3 / 4]),
         ("tosca_r", [3 / 2 + 2.5, 3 / 4 - 3.5]),
-        # h + mlp(h) = (4, 0), normalised (1, -1), z = (2.5, -3.5); se: 2.5 + 3.5 = 6, sigmoid((0, 3 ln 3)) = (1/2, 27/28)
+        # h + mlp(h) = (4, 0), normalised (1, -1), z = (2.5, -3.5).
+        # se: 2.5 + 3.5 = 6, sigmoid((0, 3 ln 3)) = (1/2, 27/28).
         ("tosca", [2.5 / 2, -3.5 * 27 / 28]),
     ],
 )
