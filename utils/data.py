@@ -26,9 +26,9 @@ EXPECTED_COUNTS = {
     "omnibenchmark": (300, 89_697, 5_985),
     "vtab": (50, 1_796, 8_619),
     "objectnet": (200, 26_509, 6_628),
-    "digits": (10, 1_198, 599),
 }
 LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
+DOMAIN_LAYOUT = "expected <folder>/train/<domain>/<class>/<images> and the same domains and classes below test/"
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits.npz"
 
 
@@ -142,10 +142,11 @@ def load_dataset(config: Config) -> Dataset:
     elif config.dataset == "cifar224":
         data = _cifar100(data_folder(config))
     elif config.scenario == "domain":
-        data = _domain_folder(data_folder(config))
+        data = _domain_folder(data_folder(config), continues=config.continue_from is not None)
     else:
-        data = _image_folder(config.dataset, data_folder(config))
-    _warn_about_counts(data)
+        data = _image_folder(config.dataset, data_folder(config), continues=config.continue_from is not None)
+    if config.continue_from is None:
+        _warn_about_counts(data)
     return data
 
 
@@ -163,32 +164,41 @@ def data_folder(config: Config) -> Path:
     )
 
 
-def _image_folder(name: str, root: Path) -> Dataset:
+def _image_folder(name: str, root: Path, *, continues: bool = False) -> Dataset:
+    """``continues``: the test split may hold classes that a saved run has learned; they are counted last."""
     train_root, test_root = _split_roots(root)
     train, test = _list_classes(train_root), _list_classes(test_root)
-    _check_same_classes(train, test, train_root, test_root)
-    classes = tuple(sorted(train))
+    _check_same_classes(train, test, train_root, test_root, continues=continues)
+    classes = (*sorted(train), *sorted(test.keys() - train.keys()))
     return Dataset(name, _files(train_root, train, classes), _files(test_root, test, classes), classes)
 
 
-def _domain_folder(root: Path) -> Dataset:
-    """``train/<domain>/<class>/``: the same label space seen in several domains (a domain may lack classes)."""
+def _domain_folder(root: Path, *, continues: bool = False) -> Dataset:
+    """``train/<domain>/<class>/``: the same label space seen in several domains (a domain may lack classes).
+
+    ``continues``: the test split may hold domains that a saved run has learned; they are counted last.
+    """
     train_root, test_root = _split_roots(root)
     domains = tuple(_subfolders(train_root))
     if not domains:
-        raise DataError(f"{train_root} holds no domain folders; expected <folder>/train/<domain>/<class>/<images>")
+        raise DataError(f"{train_root} holds no domain folders; {DOMAIN_LAYOUT}")
     for domain in domains:
         if not (test_root / domain).is_dir():
-            raise DataError(f"{test_root} lacks the domain {domain!r} that {train_root} has")
-    if extra := sorted(set(_subfolders(test_root)) - set(domains)):
-        raise DataError(f"{test_root} has the domain {extra[0]!r} that {train_root} lacks")
+            raise DataError(f"{test_root} lacks the domain {domain!r} that {train_root} has; {DOMAIN_LAYOUT}")
+    extra = sorted(set(_subfolders(test_root)) - set(domains))
+    if extra and not continues:
+        raise DataError(f"{test_root} has the domain {extra[0]!r} that {train_root} lacks; {DOMAIN_LAYOUT}")
     listed: dict[str, list[dict[str, list[str]]]] = {"train": [], "test": []}
     for domain in domains:
         train, test = _list_classes(train_root / domain), _list_classes(test_root / domain)
         _check_same_classes(train, test, train_root / domain, test_root / domain)
         listed["train"].append(train)
         listed["test"].append(test)
-    classes = tuple(sorted({name for found in listed["train"] for name in found}))
+    for domain in extra:
+        listed["train"].append({})
+        listed["test"].append(_list_classes(test_root / domain))
+    domains += tuple(extra)
+    classes = tuple(sorted({name for split in listed.values() for found in split for name in found}))
     splits, of_image = {}, {}
     for split, base in (("train", train_root), ("test", test_root)):
         files, labels, domain_of = [], [], []
@@ -256,16 +266,19 @@ def _list_images(root: Path, name: str) -> list[str]:
     return sorted(files)
 
 
-def _check_same_classes(train: dict[str, Any], test: dict[str, Any], train_root: Path, test_root: Path) -> None:
-    if extra := sorted(set(test) - set(train)):
+def _check_same_classes(
+    train: dict[str, Any], test: dict[str, Any], train_root: Path, test_root: Path, *, continues: bool = False
+) -> None:
+    extra = sorted(set(test) - set(train))
+    if extra and not continues:
         raise DataError(f"class {extra[0]!r} is in {test_root} but not in {train_root}; {LAYOUT}")
     if lacking := sorted(set(train) - set(test)):
         raise DataError(f"class {lacking[0]!r} is in {train_root} but not in {test_root}; {LAYOUT}")
 
 
 def _files(root: Path, found: dict[str, list[str]], classes: Sequence[str]) -> ImageFiles:
-    files = [file for name in classes for file in found[name]]
-    labels = [label for label, name in enumerate(classes) for _ in found[name]]
+    files = [file for name in classes for file in found.get(name, ())]
+    labels = [label for label, name in enumerate(classes) for _ in found.get(name, ())]
     return ImageFiles(root, files, labels)
 
 
