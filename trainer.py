@@ -329,11 +329,15 @@ def _groups(
 
 
 def top_classes(scores: Tensor, row_class: Tensor, k: int = 5) -> Tensor:
-    """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``.
+    """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``."""
+    of_class = class_scores(scores, row_class)
+    return of_class.topk(min(k, of_class.shape[1]), dim=1).indices
 
-    A class scores its best row: in domain-incremental runs it has one for each domain.
+
+def class_scores(scores: Tensor, row_class: Tensor) -> Tensor:
+    """A class scores its best row: ``(samples, rows), (rows,) -> (samples, classes)``.
+
+    In domain-incremental runs a class has one row for each of its domains; one without a row scores ``-inf``.
     """
-    classes = int(row_class.max()) + 1
-    of_class = scores.new_full((len(scores), classes), float("-inf"))
-    of_class.scatter_reduce_(1, row_class.expand_as(scores), scores, "amax")
-    return of_class.topk(min(k, classes), dim=1).indices
+    of_class = scores.new_full((len(scores), int(row_class.max()) + 1), float("-inf"))
+    return of_class.scatter_reduce_(1, row_class.expand_as(scores), scores, "amax")

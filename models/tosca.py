@@ -119,6 +119,15 @@ class TOSCA(Learner):
         return functional_call(self._luca, parameters, (h,))
 
     @torch.no_grad()
+    def answer_by_sample(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """``sample`` selection in one go: ``(samples, dim) -> (samples, modules), (samples, rows)``.
+
+        The entropies of all modules, and the logits of the one that is least uncertain about each sample.
+        """
+        entropies = self.entropies(features)
+        return entropies, self.answer(features, entropies.argmin(dim=1))
+
+    @torch.no_grad()
     def answer(self, features: Tensor, module: Tensor) -> Tensor:
         """Logits over all rows by each sample's chosen module: ``(samples, dim), (samples,) -> (samples, rows)``."""
         logits = features.new_empty(len(features), len(self.row_task))
