@@ -1,14 +1,17 @@
 """A run's folder of modules: verified when read, committed in one step after each task, never overwritten.
 
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
-learning need after task t. ``run.json`` names both with their SHA-256, the run's identity, and its results so far;
-replacing it is the commit. A process that dies between two commits leaves the last one whole.
+learning need after task t. ``run.manifest`` names both with their SHA-256, the run's identity, and its results so far,
+and ends with a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the
+last one whole.
 """
 
+import hashlib
 import io
 import json
 import logging
 import os
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -19,12 +22,13 @@ from torch import Tensor
 
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.files import atomic_write, sha256_of_file, write_json
+from utils.files import atomic_write, remove_partials, sha256_of_file, write_json
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "run.json"
+MANIFEST = "run.manifest"  # JSON; not named so, for scripts that collect the JSON files below a log folder
 FORMAT = 1
+MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
 MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
 # keys that change where a run happens or what it prints, but not what it computes
 _NOT_IDENTITY = (
@@ -66,47 +70,75 @@ class CheckpointFolder:
         return self.folder / MANIFEST
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """``run.json``, or None if there is none.
+        """``run.manifest``, or None if there is none.
 
         Raises:
-            CheckpointError: it is damaged or of a newer format.
+            CheckpointError: it cannot be read, is damaged, was edited, or is of another format.
         """
+        path = self.manifest_path
         try:
-            manifest = json.loads(self.manifest_path.read_bytes())
-            if not isinstance(manifest, dict) or not {"identity", "files", "tasks"} <= manifest.keys():
-                raise ValueError("not a run's manifest")
+            manifest = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CheckpointError(f"{self.manifest_path} cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise CheckpointError(f"{self.manifest_path} is damaged ({error}); {_WAY_OUT}") from error
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, then start again") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); {_WAY_OUT}") from error
+        if not isinstance(manifest, dict) or "identity" not in manifest:
+            raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {_WAY_OUT}")
         if manifest.get("format") != FORMAT:
             raise CheckpointError(
-                f"{self.manifest_path} has format {manifest.get('format')!r}, this code reads {FORMAT}"
+                f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; use the version that "
+                "wrote it, or another checkpoint_dir"
+            )
+        if (recorded := manifest.pop("sha256", None)) != (found := _sha256_of_values(manifest)):
+            raise CheckpointError(
+                f"{path} is damaged or was edited: its SHA-256 is {found[:12]}…, it says {str(recorded)[:12]}…; "
+                f"{_WAY_OUT}"
             )
         return manifest
 
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace ``run.manifest``: from here on a start of the same run goes on from ``manifest``."""
+        write_json(self.manifest_path, {**manifest, "sha256": _sha256_of_values(manifest)})
+
     def run_files(self) -> list[Path]:
-        """The files here that belong to some run, ours or the release's."""
+        """The files here that belong to some run, ours or the release's; the manifest first."""
         if not self.folder.is_dir():
             return []
-        found = [*self.folder.glob("task*.pth"), *self.folder.glob("classifier*.pth"), self.manifest_path]
-        return sorted(path for path in found if path.is_file())
+        names = (MODULE_FILE, CLASSIFIER_FILE, re.compile(re.escape(MANIFEST)))
+        found = [path for path in self.folder.iterdir() if any(name.fullmatch(path.name) for name in names)]
+        return sorted(found, key=lambda path: (path.name != MANIFEST, path.name))
 
     def move_aside(self) -> Path | None:
-        """Move a run's files to a new folder beside this one and return it; None if there are none."""
-        files = self.run_files()
-        if not files:
-            return None
-        aside = free_name(self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        """Move a run's files to a new folder beside this one and return it; None if there are none.
+
+        They are gathered in a hidden folder, the manifest first, which is then named. Killed half-way, the next call
+        gathers the rest, so that a run is never split.
+        """
+        folder = self.folder.resolve()
+        gathered = folder.parent / f".{folder.name}.moving"
+        aside = free_name(folder.parent / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         try:
-            aside.mkdir(parents=True)
+            files = self.run_files()
+            if not files and not gathered.is_dir():
+                return None
+            gathered.mkdir(exist_ok=True)
             for path in files:
-                os.replace(path, aside / path.name)
+                if (gathered / path.name).exists():
+                    raise CheckpointError(f"{gathered} and {folder} both hold {path.name}; move one of them elsewhere")
+                os.replace(path, gathered / path.name)
+            os.replace(gathered, aside)
         except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be moved aside ({error.strerror})") from error
+            raise CheckpointError(
+                f"the run in {self.folder} cannot be moved aside to {aside} ({error.strerror}); mend that or set "
+                "another checkpoint_dir"
+            ) from error
         return aside
+
+    def remove_partials(self) -> None:
+        """Remove what killed writes left; only for the holder of the folder's lock."""
+        remove_partials(self.folder, rf"(task\d+\.pth|classifier\d+\.pth|{re.escape(MANIFEST)})")
 
     def commit(
         self, manifest: dict[str, Any], state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
@@ -118,9 +150,9 @@ class CheckpointFolder:
             files[f"task{task}.pth"] = self._save(f"task{task}.pth", keys)
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
         manifest = {**manifest, "files": files}
-        write_json(self.manifest_path, manifest)
-        for old in self.folder.glob("classifier*.pth"):
-            if old.name not in files:
+        self.write_manifest(manifest)
+        for old in self.run_files():
+            if CLASSIFIER_FILE.fullmatch(old.name) and old.name not in files:
                 old.unlink(missing_ok=True)
         return manifest
 
@@ -128,7 +160,7 @@ class CheckpointFolder:
         buffer = io.BytesIO()
         torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
         atomic_write(self.folder / name, lambda file: file.write(buffer.getbuffer()))
-        return sha256_of_file(self.folder / name)
+        return hashlib.sha256(buffer.getbuffer()).hexdigest()  # of what was meant, not of what the disk made of it
 
     def load(self, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
@@ -136,15 +168,19 @@ class CheckpointFolder:
         state: dict[str, Tensor] = {}
         for name, expected in manifest["files"].items():
             path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {_WAY_OUT}")
-            if (found := sha256_of_file(path)) != expected:
+            try:
+                found = sha256_of_file(path)
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {_WAY_OUT}") from None
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+            if found != expected:
                 raise CheckpointError(
                     f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, "
                     f"{MANIFEST} says {expected[:12]}…; {_WAY_OUT}"
                 )
-            if name.startswith("task"):
-                modules.append((int(name[4:-4]), module_from_file(path)))
+            if task := MODULE_FILE.fullmatch(name):
+                modules.append((int(task[1]), module_from_file(path)))
             else:
                 state = load_tensors(path)
         return state, [module for _, module in sorted(modules, key=lambda numbered: numbered[0])]
@@ -166,9 +202,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged and cannot be read ({_first_line(error)}); {_WAY_OUT}") from error
     except Exception as error:  # pickle.UnpicklingError and what a hostile file may provoke
-        raise CheckpointError(f"{path} is not a plain state dict and was not loaded ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{path} is not a plain state dict of tensors and was not loaded ({_first_line(error)}); {_WAY_OUT}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} is not a plain state dict of tensors")
+        raise CheckpointError(f"{path} is not a plain state dict of tensors; {_WAY_OUT}")
     return state
 
 
@@ -184,6 +222,12 @@ def free_name(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def _sha256_of_values(values: dict[str, Any]) -> str:
+    """Of JSON values, whatever their order and layout in the file."""
+    as_read = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:
