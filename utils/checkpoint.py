@@ -156,6 +156,26 @@ class CheckpointFolder:
                 old.unlink(missing_ok=True)
         return manifest
 
+    def commit_all(
+        self, manifest: dict[str, Any], state: dict[str, Tensor], modules: list[dict[str, Tensor] | None]
+    ) -> dict[str, Any]:
+        """``commit`` for all tasks at once: a run that grew in memory, not here."""
+        files = {}
+        for task, module in enumerate(modules):
+            if module is not None:
+                keys = {MODULE_PREFIX + name: tensor for name, tensor in module.items()}
+                files[f"task{task}.pth"] = self._save(f"task{task}.pth", keys)
+        return self.commit({**manifest, "files": files}, state, None, len(modules) - 1)
+
+    def copy_files(self, source: "CheckpointFolder", manifest: dict[str, Any]) -> None:
+        """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
+        for name in manifest["files"]:
+            try:
+                content = (source.folder / name).read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"{source.folder / name} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+            atomic_write(self.folder / name, lambda file, content=content: file.write(content))
+
     def _save(self, name: str, state: dict[str, Tensor]) -> str:
         buffer = io.BytesIO()
         torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
