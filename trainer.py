@@ -24,6 +24,7 @@ from utils.errors import ConfigError
 from utils.features import TEST_VIEW, FeatureBank, Wanted, fingerprint_splits, resolve_cache_dir
 from utils.files import FolderLock, write_json
 from utils.tasks import Task, TaskStream, make_stream
+from utils.tracker import Tracker, check_tracker, tracking
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Setup:
 
 def prepare(config: Config, ranks: Ranks) -> Setup:
     """Load data and backbone, cheap checks first."""
+    check_tracker(config)
     device = resolve_device(config, ranks.local_rank, ranks.count)
     data = load_dataset(config)
     make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
@@ -123,8 +125,11 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
         FolderLock(paths.folder / f".{paths.stem}.lock", f"log {str(paths.file('.log'))!r}"),
     ):
         manifest = _find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
-        with report.logging_to(paths.file(".log")):
-            return _run_tasks(setup, seed, paths, checkpoint, manifest)
+        with (
+            report.logging_to(paths.file(".log")),
+            tracking(setup.config, paths.file(".tensorboard")) as tracker,
+        ):
+            return _run_tasks(setup, seed, paths, checkpoint, manifest, tracker)
 
 
 def _find_earlier_start(
@@ -182,7 +187,12 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> dict[str
 
 
 def _run_tasks(
-    setup: Setup, seed: int, paths: report.RunPaths, checkpoint: CheckpointFolder, manifest: dict[str, Any]
+    setup: Setup,
+    seed: int,
+    paths: report.RunPaths,
+    checkpoint: CheckpointFolder,
+    manifest: dict[str, Any],
+    tracker: Tracker,
 ) -> dict[str, Any]:
     config, backbone = setup.config, setup.backbone
     stream = make_stream(setup.data, config, seed)
@@ -228,10 +238,12 @@ def _run_tasks(
         }
         manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
         run = report.write_run_json(paths, manifest)
+        tracker.update(manifest["tasks"])
         selection = config.selection if config.selection in record["results"] else "sample"
         report.log_task(record, selection)
         report.log_curves(run["results"], selection)
     report.log_summary(run)
+    report.draw_curves(paths, run)
     return run
 
 

@@ -1,5 +1,6 @@
 """What a run tells: PILOT's log lines, the run's JSON, and the closing summary."""
 
+import itertools
 import logging
 import platform
 import sys
@@ -14,7 +15,7 @@ from utils import metrics
 from utils.checkpoint import free_name
 from utils.config import Config, read_json
 from utils.errors import ConfigError, UserError
-from utils.files import write_json
+from utils.files import atomic_write, write_json
 from utils.metrics import GLOSSARY, SELECTION_NAMES
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class RunPaths:
     def move_aside(self) -> list[Path]:
         """Rename another run's files at this stem; return their new names."""
         stamp, moved = time.strftime("%Y%m%d-%H%M%S"), []
-        for suffix in (".log", ".json", ".png", ".csv"):
+        for suffix in (".log", ".json", ".png", ".csv", ".tensorboard"):
             path = self.file(suffix)
             if path.exists():
                 new = free_name(path.with_name(f"{self.stem}.{stamp}{suffix}"))
@@ -49,7 +50,7 @@ class RunPaths:
 
 
 def run_paths(config: Config, seed: int) -> RunPaths:
-    """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps are PILOT's base 0."""
+    """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps: 0."""
     first = 0 if config.init_cls == config.increment else config.init_cls
     folder = Path(config.log_dir) / config.model_name / config.dataset / str(first) / str(config.increment)
     backbone = config.backbone_type.replace("/", "_")
@@ -171,10 +172,37 @@ def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run_json(paths: RunPaths, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Replace the run's JSON and return what it holds."""
+    """Replace the run's JSON, and the CSV of its curves; return what the JSON holds."""
     values = run_json(manifest)
     write_json(paths.file(".json"), values)
+    curves = curves_csv(values).encode()
+    atomic_write(paths.file(".csv"), lambda file: file.write(curves))
     return values
+
+
+def curves_csv(run: dict[str, Any]) -> str:
+    """One line for each task (from 1) and selection: what a plot of the curves needs."""
+    lines = ["task,classes_seen,selection,top1,top5,selection_accuracy"]
+    classes_seen = list(itertools.accumulate(run["task_sizes"]))
+    if run["config"]["scenario"] == "domain":  # every domain brings the same classes
+        classes_seen = run["task_sizes"]
+    for name, result in run["results"].items():
+        chosen = run["selection_accuracy"].get(name, [""] * len(result["top1_curve"]))
+        for task, values in enumerate(zip(result["top1_curve"], result["top5_curve"], chosen, strict=True)):
+            lines.append(",".join(map(str, (task + 1, classes_seen[task], name, *values))))
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
+    """The run's curves as a picture beside its JSON. A run never fails for want of a picture."""
+    try:
+        from utils import figures  # needs matplotlib, an optional extra
+
+        figures.save(figures.run_curves(run), paths.file(".png"))
+    except ImportError:
+        log.info("No picture of the curves: it needs matplotlib (pip install matplotlib)")
+    except UserError as error:
+        log.warning("No picture of the curves: %s", error)
 
 
 def belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
