@@ -1,0 +1,294 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from utils.config import Config, load_config, make_config
+from utils.errors import ConfigError
+
+REQUIRED = {"dataset": "cub", "init_cls": 10, "increment": 10, "backbone_type": "vit_base_patch16_224"}
+EXPERIMENTS = sorted((ROOT / "exps").glob("*.json"))
+# a config of the TOSCA release, all its keys and nothing else
+RELEASE = {
+    "prefix": "reproduce",
+    "dataset": "cifar224",
+    "shuffle": True,
+    "init_cls": 5,
+    "increment": 5,
+    "model_name": "tosca",
+    "backbone_type": "pretrained_vit_b16_224_in21k",
+    "pretrained": True,
+    "device": ["0"],
+    "seed": [1993, 1994],
+    "mlp_ratio": 16,
+    "se_ratio": 16,
+    "l1": 0.0005,
+    "flow": "tosca_r",
+    "epochs": 20,
+    "batch_size": 48,
+    "optimizer": "sgd",
+    "scheduler": "steplr",
+    "lr": 0.025,
+    "weight_decay": 0,
+    "milestones": [10, 15],
+}
+
+
+def write(folder: Path, values: object) -> Path:
+    path = folder / "exp.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def test_a_config_of_the_release_loads_unchanged(tmp_path):
+    config = load_config(write(tmp_path, RELEASE))
+    assert {name: config.as_dict()[name] for name in RELEASE} == RELEASE
+    assert config.backbone_name == "vit_base_patch16_224.augreg_in21k"
+
+
+def test_defaults_are_those_of_the_release():
+    config = make_config(REQUIRED)
+    expected = {
+        "shuffle": True,
+        "model_name": "tosca",
+        "pretrained": True,
+        "seed": (1993,),
+        "mlp_ratio": 16,
+        "se_ratio": 16,
+        "l1": 0.0005,
+        "flow": "tosca",
+        "epochs": 20,
+        "batch_size": 48,
+        "optimizer": "sgd",
+        "scheduler": "cosine",
+        "lr": 0.025,
+        "weight_decay": 0.0,
+        "milestones": (10, 15),
+        "image_size": 224,
+        "normalize": False,
+        "precision": "auto",
+        "checkpoint_dir": "tosca",
+        "log_dir": "logs",
+        "new_rows": "zeros",
+        "old_rows": "train",
+        "sigma": "learned",
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert all(getattr(config, name) is None for name in ("data_path", "backbone_weights", "train_views", "cache_dir"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_experiment_loads(path):
+    config = load_config(path)
+    assert make_config(config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "step", "selection"),
+    [
+        ("cifar", "cifar224", 5, "batch"),
+        ("cub", "cub", 10, "batch"),
+        ("ina", "imageneta", 20, "batch"),
+        ("inr", "imagenetr", 20, "batch"),
+        ("omni", "omnibenchmark", 30, "batch"),
+        ("vtab", "vtab", 10, "batch"),
+        ("objectnet", "objectnet", 20, "sample"),
+    ],
+)
+def test_the_benchmarks_run_as_published(name, dataset, step, selection):
+    path = ROOT / "exps" / f"tosca_{name}.json"
+    config = load_config(path)
+    assert (config.dataset, config.init_cls, config.increment, config.selection) == (dataset, step, step, selection)
+    assert (config.seed, config.prefix, config.model_name) == ((1993,), "reproduce", "tosca")
+    assert config.backbone_name == "vit_base_patch16_224.augreg_in21k"
+    assert RELEASE.keys() <= json.loads(path.read_text()).keys()
+    defaults = make_config(REQUIRED)
+    trained_by = ("mlp_ratio", "se_ratio", "l1", "flow", "epochs", "batch_size", "optimizer", "scheduler", "lr")
+    for key in (*trained_by, "weight_decay", "milestones", "train_views", "image_size", "normalize", "shuffle"):
+        assert getattr(config, key) == getattr(defaults, key), key
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ("vit_base_patch16_224", "vit_base_patch16_224.augreg2_in21k_ft_in1k"),
+        ("vit_base_patch16_224_in21k", "vit_base_patch16_224.augreg_in21k"),
+        ("pretrained_vit_b16_224", "vit_base_patch16_224.augreg2_in21k_ft_in1k"),
+        ("pretrained_vit_b16_224_in21k", "vit_base_patch16_224.augreg_in21k"),
+        ("vit_small_patch14_dinov2", "vit_small_patch14_dinov2"),
+    ],
+)
+def test_pilots_backbone_names_resolve_to_explicit_tags(given, resolved):
+    assert make_config({**REQUIRED, "backbone_type": given}).backbone_name == resolved
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("epochs=5", "epochs", 5),
+        ("lr=0.1", "lr", 0.1),
+        ("lr=1", "lr", 1.0),
+        ("l1=1e-4", "l1", 1e-4),
+        ("shuffle=false", "shuffle", False),
+        ("seed=7", "seed", (7,)),
+        ("seed=1993,1994", "seed", (1993, 1994)),
+        ("seed=[1, 2]", "seed", (1, 2)),
+        ("device=-1", "device", ("-1",)),
+        ("device=cpu", "device", ("cpu",)),
+        ("device=0,1", "device", ("0", "1")),
+        ('device=["0"]', "device", ("0",)),
+        ("milestones=3,6", "milestones", (3, 6)),
+        ("train_views=0", "train_views", 0),
+        ("train_views=null", "train_views", None),
+        ("data_path=/a b/c=d", "data_path", "/a b/c=d"),
+        ("cache_dir=none", "cache_dir", "none"),
+        ("prefix=12", "prefix", "12"),
+        ("sigma=16", "sigma", 16.0),
+        ("sigma=learned", "sigma", "learned"),
+        ("flow=adapter", "flow", "adapter"),
+    ],
+)
+def test_an_override_replaces_a_key(tmp_path, override, key, value):
+    found = getattr(load_config(write(tmp_path, REQUIRED), [override]), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_last_override_of_a_key_counts(tmp_path):
+    assert load_config(write(tmp_path, REQUIRED), ["epochs=5", "epochs=6"]).epochs == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "value"),
+    [
+        ("seed", 7, (7,)),
+        ("seed", [7, 8], (7, 8)),
+        ("device", "-1", ("-1",)),
+        ("device", -1, ("-1",)),
+        ("device", [0], ("0",)),
+        ("device", ["0", 1], ("0", "1")),
+        ("device", "cpu", ("cpu",)),
+    ],
+)
+def test_lists_may_be_given_as_a_plain_value_and_devices_as_numbers(key, given, value):
+    assert getattr(make_config({**REQUIRED, key: given}), key) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epoch": 3}, ["unknown key 'epoch'", "value 3", "nearest known key is 'epochs'"]),
+        ({"optimiser": "sgd"}, ["'optimiser'", "'sgd'", "'optimizer'"]),
+        ({"zzz": None}, ["unknown key 'zzz'", "nearest known key is"]),
+        ({"flow": "tosca_l"}, ["flow", "'tosca_l'", "tosca, tosca_r, adapter, calibrator", "did you mean 'tosca"]),
+        ({"optimizer": "adamx"}, ["optimizer", "sgd, adam, adamw", "'adamx'", "did you mean 'adam"]),
+        ({"scheduler": "step"}, ["scheduler", "cosine, steplr, constant", "'step'"]),
+        ({"dataset": "imagenet_r"}, ["dataset", "'imagenet_r'", "did you mean 'imagenetr'?"]),
+        ({"model_name": "toska"}, ["model_name", "did you mean 'tosca'?"]),
+        ({"epochs": "20"}, ["epochs must be a whole number, got '20'"]),
+        ({"epochs": 2.5}, ["epochs must be a whole number, got 2.5"]),
+        ({"epochs": True}, ["epochs must be a whole number, got True"]),
+        ({"epochs": 0}, ["epochs must be at least 1, got 0"]),
+        ({"init_cls": 0}, ["init_cls must be at least 1"]),
+        ({"increment": -1}, ["increment must be at least 1"]),
+        ({"batch_size": 0}, ["batch_size must be at least 1"]),
+        ({"lr": 0}, ["lr must be above 0"]),
+        ({"lr": float("nan")}, ["lr must be a finite number"]),
+        ({"l1": -0.1}, ["l1 must be at least 0"]),
+        ({"train_views": -1}, ["train_views must be at least 0"]),
+        ({"shuffle": 1}, ["shuffle must be true or false, got 1"]),
+        ({"shuffle": "yes"}, ["shuffle must be true or false, got 'yes'"]),
+        ({"seed": []}, ["seed must not be empty"]),
+        ({"seed": [1, 1]}, ["seed [1, 1] repeats a value"]),
+        ({"seed": ["a"]}, ["seed must be a whole number, got 'a'"]),
+        ({"seed": 2**32}, ["seed must be below 2**32"]),
+        ({"seed": [-3]}, ["seed must be at least 0, got -3"]),
+        ({"device": []}, ["device must not be empty"]),
+        ({"device": "cuda:0"}, ["device", "'cuda:0'", '"-1", "cpu"']),
+        ({"device": ["-2"]}, ["device", "'-2'"]),
+        ({"milestones": [0]}, ["milestones must be at least 1"]),
+        ({"data_path": 5}, ["data_path must be text or null, got 5"]),
+        ({"prefix": "a/b"}, ["prefix must not contain a path separator", "'a/b'"]),
+        ({"sigma": "fixed"}, ["sigma", "learned", "'fixed'"]),
+        ({"sigma": 0}, ["sigma must be above 0"]),
+        ({"backbone_type": ""}, ["backbone_type must name a timm model"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_key_value_and_what_is_allowed(tmp_path, values, words):
+    path = write(tmp_path, {**REQUIRED, **values})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("key", sorted(REQUIRED))
+def test_a_required_key_that_is_missing_is_named(tmp_path, key):
+    values = {name: value for name, value in REQUIRED.items() if name != key}
+    with pytest.raises(ConfigError, match=f"required key '{key}' is missing"):
+        load_config(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"epochs": 3,}', r"line 1, column \d+.*not JSON"),
+        ("", r"line 1, column 1"),
+        ("[1, 2]", "one flat JSON object"),
+        ('{"epochs": 3, "epochs": 4}', "key 'epochs' stands twice"),
+    ],
+)
+def test_a_file_that_is_not_a_flat_json_object_is_explained(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_file_that_does_not_exist_is_explained(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.json: cannot be read.*exps/"):
+        load_config(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", "'epochs' is not an override; write key=value"),
+        ("epoch=5", "unknown key 'epoch'.*'epochs'"),
+        ("epochs=many", "epochs must be a whole number, got 'many'"),
+    ],
+)
+def test_a_wrong_override_is_explained(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, REQUIRED), [override])
+
+
+def test_a_config_cannot_be_changed():
+    config = make_config(REQUIRED)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3
+
+
+@pytest.mark.parametrize(("train_views", "epochs", "views"), [(None, 7, 7), (0, 7, 0), (3, 7, 3), (9, 7, 7)])
+def test_views_are_one_an_epoch_unless_fewer_are_asked_for(train_views, epochs, views):
+    assert make_config({**REQUIRED, "train_views": train_views, "epochs": epochs}).views == views
+
+
+def test_every_key_has_a_line_of_documentation():
+    assert [f.name for f in dataclasses.fields(Config) if not f.metadata["doc"]] == []
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = "import sys; import utils.config; print(sorted({'torch', 'numpy', 'timm', 'PIL'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_wrong_key_is_answered_before_anything_heavy_is_imported(tmp_path):
+    path = write(tmp_path, {**REQUIRED, "epoch": 1})
+    code = f"import sys, main; code = main.main(['--config={path}']); print(code, 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "2 False"
+    assert len(found.stderr.strip().splitlines()) == 1 and "'epochs'" in found.stderr
