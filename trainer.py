@@ -1,6 +1,7 @@
 """A run as a story: for each seed and task, learn, evaluate on all classes seen, record, save."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from utils.data import Dataset, derive_seed, load_dataset
 from utils.distributed import Ranks, joined_ranks
 from utils.errors import ConfigError
 from utils.features import TEST_VIEW, FeatureBank, Wanted, fingerprint_splits, resolve_cache_dir
-from utils.files import FolderLock, write_json
+from utils.files import FolderLock, remove_partials
 from utils.tasks import Task, TaskStream, make_stream
 from utils.tracker import Tracker, check_tracker, tracking
 
@@ -124,6 +125,8 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
         FolderLock(checkpoint.folder / ".lock", f"checkpoint_dir {str(checkpoint.folder)!r}"),
         FolderLock(paths.folder / f".{paths.stem}.lock", f"log {str(paths.file('.log'))!r}"),
     ):
+        checkpoint.remove_partials()
+        remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv)")
         manifest = _find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
         with (
             report.logging_to(paths.file(".log")),
@@ -148,7 +151,11 @@ def _find_earlier_start(
     if manifest is None or not report.belongs_to(paths, identity):
         for moved in paths.move_aside():
             log.info("Moved the report of an earlier run to %s", moved)
-    return manifest or _new_manifest(setup, seed, identity)
+    if manifest is None:
+        manifest = _new_manifest(setup, seed, identity)
+        checkpoint.write_manifest(manifest)
+    report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
+    return manifest
 
 
 def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
@@ -204,19 +211,23 @@ def _run_tasks(
         learner.load_state_dict(*checkpoint.load(manifest))
     if finished:
         log.info("This run is finished (%s); --fresh starts it over", checkpoint.folder)
-        run = report.write_run_json(paths, manifest)
+        run = report.run_json(manifest)
+        report.log_curves(run["results"], _shown_selection(config, manifest))
         report.log_summary(run)
         return run
 
     _log_header(setup, seed, stream)
     if done:
         log.info("Resuming from %s after task %d of %d", checkpoint.folder, done, total)
+        if (old := manifest["versions"]) != (now := report.versions()):
+            changed = [f"{name} {old.get(name)} -> {now[name]}" for name in now if old.get(name) != now[name]]
+            log.warning("Versions changed since this run began: %s; its end may differ", ", ".join(changed))
     seconds = dict(manifest["seconds"])
     bank, wanted = setup.bank(seed), wanted_features(config)
     missing = bank.missing(wanted)
     first_missing = missing if manifest["missing_at_start"] is None else manifest["missing_at_start"]
     manifest = {**manifest, "config": config.as_dict(), "missing_at_start": first_missing}
-    write_json(checkpoint.manifest_path, manifest)
+    checkpoint.write_manifest(manifest)
     report.write_run_json(paths, manifest)
     with _timed(seconds, "features"):
         bank.fill(wanted)
@@ -239,12 +250,17 @@ def _run_tasks(
         manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
         run = report.write_run_json(paths, manifest)
         tracker.update(manifest["tasks"])
-        selection = config.selection if config.selection in record["results"] else "sample"
+        selection = _shown_selection(config, manifest)
         report.log_task(record, selection)
         report.log_curves(run["results"], selection)
     report.log_summary(run)
     report.draw_curves(paths, run)
     return run
+
+
+def _shown_selection(config: Config, manifest: dict[str, Any]) -> str:
+    """The selection of the log's ``CNN`` lines: the one asked for, if the method has it."""
+    return config.selection if config.selection in manifest["tasks"][-1]["results"] else "sample"
 
 
 @contextmanager

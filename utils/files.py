@@ -1,8 +1,10 @@
 """Writing files so that a reader sees the old or the new one, and holding a folder for one process."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the disk is full, the folder cannot be written, or the name is too long; ``path`` is as before.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # remove_partials knows this form
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -29,11 +31,11 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         finally:
             partial.unlink(missing_ok=True)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); what was there is unchanged") from error
-    except RuntimeError as error:  # torch's zip writer turns a failed write of the disk into this
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write of the disk into the latter
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(
-            f"{path} cannot be written ({str(error).splitlines()[0]}); what was there is unchanged"
+            f"{path} cannot be written ({reason}); what was there is unchanged: free space, mend permissions or set "
+            "another folder, then start again"
         ) from error
 
 
@@ -43,8 +45,22 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+            raise
     finally:
         os.close(handle)
+
+
+def remove_partials(folder: Path, name: str) -> None:
+    """Remove what killed processes left of unfinished writes of files whose name matches the pattern ``name``.
+
+    Only whoever holds the lock of those files may call this: a partial file may be another process's, at work.
+    """
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if re.fullmatch(rf"\.{name}\.\d+\.partial", path.name):
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -90,7 +106,10 @@ class FolderLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror})") from error
+            raise UserError(
+                f"{self.what} cannot be used: {error.filename or self.path} cannot be written ({error.strerror}); mend "
+                "that or set another folder"
+            ) from error
         if not _lock(self._handle, wait=False):
             holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() if os.name == "posix" else ""
             holder = holder or "another process"
@@ -100,9 +119,13 @@ class FolderLock:
             if self.on_wait:
                 self.on_wait(holder)
             _lock(self._handle, wait=True)
-        os.ftruncate(self._handle, 0)
-        os.lseek(self._handle, 0, os.SEEK_SET)
-        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            os.ftruncate(self._handle, 0)
+            os.lseek(self._handle, 0, os.SEEK_SET)
+            os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            os.close(self._handle)
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); free space, start again") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,17 +133,23 @@ class FolderLock:
 
 
 def _lock(handle: int, *, wait: bool) -> bool:
-    """Take an exclusive lock; False if another process has it and ``wait`` is False."""
+    """Take an exclusive lock; False if another process has it and ``wait`` is False.
+
+    It belongs to this process alone: loader processes do not inherit it, so it ends with the process that holds it
+    even if they outlive it for a moment.
+    """
     try:
         if os.name == "posix":
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         else:
             import msvcrt
 
             os.lseek(handle, 1 << 20, os.SEEK_SET)  # beyond the text that names the holder
             msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as: no locks on this file system
+            raise UserError(f"a file lock cannot be taken ({error.strerror}); set a folder on another disk") from error
         return False
     return True
