@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from models.base import Learner
 from utils import metrics, report
 from utils.checkpoint import FORMAT, CheckpointFolder, run_identity
 from utils.config import Config
+from utils.continuing import Base, adopt, find_base, tests_old
 from utils.data import Dataset, derive_seed, load_dataset
 from utils.distributed import Ranks, joined_ranks
 from utils.errors import ConfigError
@@ -60,6 +61,10 @@ class Setup:
     backbone: Backbone
     fingerprints: dict[str, str]  # of each split's images
     ranks: Ranks
+    base: Base | None = None  # the saved run that this one continues
+
+    def stream(self, seed: int) -> TaskStream:
+        return make_stream(self.data, self.config, seed, self.base.learned if self.base else None)
 
     def bank(self, seed: int) -> FeatureBank:
         c = self.config
@@ -76,13 +81,18 @@ class Setup:
         )
 
     def identity(self, seed: int) -> dict[str, Any]:
-        return run_identity(
+        return self.identity_on(self.base.sha256 if self.base else None, seed)
+
+    def identity_on(self, base_sha256: str | None, seed: int) -> dict[str, Any]:
+        """The identity of a run on top of a saved one (or of none)."""
+        identity = run_identity(
             self.config,
             seed,
             weights_sha256=self.backbone.weights_sha256,
             precision=self.backbone.precision,
             images_sha256=self.fingerprints,
         )
+        return identity if base_sha256 is None else {**identity, "base": base_sha256}
 
     def checkpoint(self, seed: int) -> CheckpointFolder:
         """``tosca/``, or with several seeds ``tosca/seed<seed>/``."""
@@ -95,7 +105,10 @@ def prepare(config: Config, ranks: Ranks) -> Setup:
     check_tracker(config)
     device = resolve_device(config, ranks.local_rank, ranks.count)
     data = load_dataset(config)
-    make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
+    if config.continue_from is None:
+        make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
+    elif not LEARNERS[config.model_name].continual:
+        raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
     backbone = load_backbone(config, device)
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
@@ -103,7 +116,21 @@ def prepare(config: Config, ranks: Ranks) -> Setup:
                 f"{name} {getattr(config, name)} is above the feature width {backbone.feature_dim} of {backbone.name}"
             )
     fingerprints = ranks.share(fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None)
-    return Setup(config, data, backbone, fingerprints, ranks)
+    setup = Setup(config, data, backbone, fingerprints, ranks)
+    return setup if config.continue_from is None else _on_top(setup)
+
+
+def _on_top(setup: Setup) -> Setup:
+    """The setup with the saved run that it continues."""
+    seed = setup.config.seed[0]
+
+    def identity(base_sha256: str) -> dict[str, Any]:
+        return setup.identity_on(base_sha256, seed)
+
+    base = setup.ranks.share(find_base(setup.config, identity) if setup.ranks.first else None)
+    setup = replace(setup, base=base)
+    tests_old(base, setup.stream(seed))
+    return setup
 
 
 def wanted_features(config: Config) -> list[Wanted]:
@@ -146,22 +173,26 @@ def _find_earlier_start(
         different = sorted(k for k in identity.keys() | old.keys() if old.get(k) != identity.get(k))
         log.info("%s holds another run (%s differ)", checkpoint.folder, ", ".join(different))
         manifest = None
-    if manifest is None and (aside := checkpoint.move_aside()):
+    grows_in_place = setup.base is not None and setup.base.folder.resolve() == checkpoint.folder.resolve()
+    if manifest is None and not grows_in_place and (aside := checkpoint.move_aside()):
         log.info("Moved the files of an earlier run from %s to %s", checkpoint.folder, aside)
     if manifest is None or not report.belongs_to(paths, identity):
         for moved in paths.move_aside():
             log.info("Moved the report of an earlier run to %s", moved)
     if manifest is None:
-        manifest = _new_manifest(setup, seed, identity)
+        manifest = _new_manifest(setup, seed, identity, checkpoint)
         checkpoint.write_manifest(manifest)
     report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
     return manifest
 
 
-def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
+def _new_manifest(
+    setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder
+) -> dict[str, Any]:
+    """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
     config, backbone = setup.config, setup.backbone
-    stream = make_stream(setup.data, config, seed)
-    return {
+    stream = setup.stream(seed)
+    manifest = {
         "format": FORMAT,
         "status": "running",
         "identity": identity,
@@ -184,6 +215,7 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> dict[str
         "class_order": list(stream.class_names),
         "task_sizes": stream.task_sizes,
         "row_class": stream.row_class.tolist(),
+        "domains": list(stream.domains),
         "continual": LEARNERS[config.model_name].continual,
         "missing_at_start": None,
         "backbone_forwards": 0,
@@ -191,6 +223,7 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> dict[str
         "files": {},
         "tasks": [],
     }
+    return adopt(setup.base, checkpoint, manifest, stream) if setup.base else manifest
 
 
 def _run_tasks(
@@ -202,7 +235,7 @@ def _run_tasks(
     tracker: Tracker,
 ) -> dict[str, Any]:
     config, backbone = setup.config, setup.backbone
-    stream = make_stream(setup.data, config, seed)
+    stream = setup.stream(seed)
     done, total = len(manifest["tasks"]), len(stream.tasks)
     finished = manifest["status"] == "finished"
     setup.ranks.share(finished)
@@ -217,7 +250,9 @@ def _run_tasks(
         return run
 
     _log_header(setup, seed, stream)
-    if done:
+    if setup.base:
+        _log_base(setup.base, manifest["base"])
+    if done > (setup.base.tasks if setup.base else 0):
         log.info("Resuming from %s after task %d of %d", checkpoint.folder, done, total)
         if (old := manifest["versions"]) != (now := report.versions()):
             changed = [f"{name} {old.get(name)} -> {now[name]}" for name in now if old.get(name) != now[name]]
@@ -279,6 +314,13 @@ def _log_header(setup: Setup, seed: int, stream: TaskStream) -> None:
         backbone.weights_sha256,
     )
     log.info("Seed %d, class order: %s", seed, list(stream.class_names))
+
+
+def _log_base(base: Base, facts: dict[str, Any]) -> None:
+    log.info(
+        "Continuing the run in %s: %d tasks, %d classes; evaluation covers %s",
+        *(base.folder, facts["tasks"], facts["classes"], facts["evaluation"]),
+    )
 
 
 # -- one task ---------------------------------------------------------------------------------------------------------

@@ -156,20 +156,29 @@ def _create(name: str, image_size: int, pretrained: bool = False) -> nn.Module:
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(0)  # a random ViT (pretrained: false) is the same one in every run
         try:
-            return timm.create_model(**build, pretrained=pretrained, num_classes=0, img_size=image_size)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return timm.create_model(**build, pretrained=pretrained, num_classes=0)  # takes any size
+            model = _build({**build, "pretrained": pretrained, "num_classes": 0}, image_size)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if pretrained:
                 raise BackboneError(
                     f"the weights of {name!r} cannot be had from the model hub ({type(error).__name__}: {first}). "
-                    "Two ways out: run once on a machine with internet and copy its hub cache here (HF_HOME), or download the "
-                    "weights and set backbone_weights=<file>.pth, .safetensors or .npz"
+                    "Two ways out: run once on a machine with internet and copy its hub cache here (HF_HOME), or "
+                    "download the weights and set backbone_weights=<file>.pth, .safetensors or .npz"
                 ) from error
             raise BackboneError(f"{name!r} cannot be built for image_size {image_size}: {first}") from error
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is not None and min(grid) < 1:
+        raise BackboneError(f"image_size {image_size} is smaller than one patch of {name!r}")
+    return model
+
+
+def _build(options: dict[str, Any], image_size: int) -> nn.Module:
+    try:
+        return timm.create_model(**options, img_size=image_size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(**options)  # takes any size
 
 
 @contextmanager

@@ -167,6 +167,16 @@ class CheckpointFolder:
                 files[f"task{task}.pth"] = self._save(f"task{task}.pth", keys)
         return self.commit({**manifest, "files": files}, state, None, len(modules) - 1)
 
+    def copy_aside(self, manifest: dict[str, Any]) -> Path:
+        """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
+        folder = self.folder.resolve()
+        aside = free_name(folder.parent / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        copy = CheckpointFolder(folder.parent / f".{folder.name}.copying")  # a killed copy is written over
+        copy.copy_files(self, manifest)
+        copy.write_manifest(manifest)
+        os.replace(copy.folder, aside)
+        return aside
+
     def copy_files(self, source: "CheckpointFolder", manifest: dict[str, Any]) -> None:
         """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
         for name in manifest["files"]:

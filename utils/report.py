@@ -145,8 +145,12 @@ def collect_results(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a table needs, from the run's manifest."""
-    tasks = manifest["tasks"]
+    """Everything that a table needs, from the run's manifest.
+
+    A continued run whose data does not test the classes of the saved run reports its own tasks alone.
+    """
+    first = manifest.get("base", {}).get("reported_from_task", 0)
+    tasks = [_without_tasks(record, first) for record in manifest["tasks"][first:]]
     selecting = {
         n: [t["results"][n].get("selection_accuracy") for t in tasks] for n in (tasks[-1]["results"] if tasks else ())
     }
@@ -157,7 +161,8 @@ def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
             k: manifest[k]
             for k in ("status", "config", "seed", "identity", "backbone", "data", "versions", "class_order")
         },
-        "task_sizes": manifest["task_sizes"],
+        "task_sizes": manifest["task_sizes"][first:],
+        **{k: manifest[k] for k in ("base", "domains") if manifest.get(k)},
         "continual": manifest["continual"],
         "results": collect_results(tasks),
         "selection_accuracy": {n: values for n, values in selecting.items() if n != "oracle" and None not in values},
@@ -169,6 +174,12 @@ def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
         "backbone_forwards": manifest["backbone_forwards"],
         "glossary": GLOSSARY,
     }
+
+
+def _without_tasks(record: dict[str, Any], first: int) -> dict[str, Any]:
+    """A task's record without its columns for the tasks before ``first``."""
+    results = {name: {**r, "per_task": r["per_task"][first:]} for name, r in record["results"].items()}
+    return {**record, "results": results}
 
 
 def write_run_json(paths: RunPaths, manifest: dict[str, Any]) -> dict[str, Any]:

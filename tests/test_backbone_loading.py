@@ -1,0 +1,279 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import tiny_config
+from safetensors.torch import save_file
+from torch import nn
+
+from backbone.vit import load_backbone, resolve_device, resolve_precision
+from utils.errors import BackboneError
+
+NAME = "vit_tiny_patch16_224"
+CPU = torch.device("cpu")
+
+
+def load(**keys):
+    return load_backbone(tiny_config(backbone_type=NAME, **keys), CPU)
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A ViT with a classification head at 64 px, as a model hub would have it: a grid of 4 x 4 patches."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return timm.create_model(NAME, num_classes=7, img_size=64).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def plain_feature(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.forward_head(model.forward_features(images / 255), pre_logits=True)
+
+
+def save_jax(model: nn.Module, path: Path) -> None:
+    """The layout of Google's ViT checkpoints (.npz), the inverse of what timm reads."""
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    heads = model.blocks[0].attn.num_heads
+    dim = model.embed_dim
+    arrays = {
+        "cls": state["cls_token"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for number in range(len(model.blocks)):
+        ours, theirs = f"blocks.{number}.", f"Transformer/encoderblock_{number}/"
+        for index, norm in ((0, "norm1"), (2, "norm2")):
+            arrays[f"{theirs}LayerNorm_{index}/scale"] = state[f"{ours}{norm}.weight"]
+            arrays[f"{theirs}LayerNorm_{index}/bias"] = state[f"{ours}{norm}.bias"]
+        attention = f"{theirs}MultiHeadDotProductAttention_1/"
+        weights, biases = state[f"{ours}attn.qkv.weight"].reshape(3, dim, dim), state[f"{ours}attn.qkv.bias"]
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases.reshape(3, dim), strict=True):
+            arrays[f"{attention}{name}/kernel"] = weight.T.reshape(dim, heads, dim // heads)
+            arrays[f"{attention}{name}/bias"] = bias.reshape(heads, dim // heads)
+        arrays[f"{attention}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, dim // heads, dim)
+        arrays[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
+        for index, layer in ((0, "fc1"), (1, "fc2")):
+            arrays[f"{theirs}MlpBlock_3/Dense_{index}/kernel"] = state[f"{ours}mlp.{layer}.weight"].T
+            arrays[f"{theirs}MlpBlock_3/Dense_{index}/bias"] = state[f"{ours}mlp.{layer}.bias"]
+    np.savez(path, **arrays)
+
+
+def save(model: nn.Module, path: Path) -> Path:
+    if path.suffix == ".npz":
+        save_jax(model, path)
+    elif path.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    else:
+        torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+def test_local_weights_give_the_features_of_the_model_they_come_from(tmp_path, trained, images, suffix, caplog):
+    backbone = load(backbone_weights=str(save(trained, tmp_path / f"vit{suffix}")), image_size=64)
+    torch.testing.assert_close(backbone(images), plain_feature(trained, images))
+    assert backbone.feature_dim == 192 and backbone.name == NAME
+    assert not caplog.records  # the head that is not used is no news
+
+
+def test_the_digest_of_the_weights_does_not_depend_on_the_kind_of_file(tmp_path, trained):
+    digests = {
+        load(backbone_weights=str(save(trained, tmp_path / f"vit{suffix}")), image_size=64).weights_sha256
+        for suffix in (".pth", ".safetensors", ".npz")
+    }
+    assert len(digests) == 1
+    with torch.no_grad():
+        changed = timm.create_model(NAME, num_classes=7, img_size=64)
+        changed.load_state_dict(trained.state_dict())
+        changed.norm.bias[3] += 1e-6
+    other = load(backbone_weights=str(save(changed, tmp_path / "other.pth")), image_size=64).weights_sha256
+    assert other not in digests
+
+
+@pytest.mark.parametrize(("suffix", "how"), [(".pth", ("bicubic", True)), (".npz", ("bilinear", False))])
+def test_the_position_grid_is_resized_to_another_image_size_as_timm_does(tmp_path, trained, suffix, how):
+    mode, antialias = how
+    backbone = load(backbone_weights=str(save(trained, tmp_path / f"vit{suffix}")), image_size=96)
+    positions = backbone.model.pos_embed
+    assert positions.shape == (1, 1 + 6 * 6, 192)
+    torch.testing.assert_close(positions[:, 0], trained.pos_embed[:, 0])  # that of the class token stays
+    grid, old = (p[0, 1:].T.reshape(192, n, n) for p, n in ((positions, 6), (trained.pos_embed, 4)))
+    expected = nn.functional.interpolate(old[None], size=(6, 6), mode=mode, antialias=antialias)[0]
+    torch.testing.assert_close(grid, expected, rtol=0, atol=1e-5)
+    assert backbone(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).shape == (1, 192)
+
+
+def test_missing_keys_are_named(tmp_path, trained):
+    state = trained.state_dict()
+    del state["blocks.3.mlp.fc1.bias"], state["norm.weight"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(BackboneError, match=r"part\.pth.* lacks 2 keys.*blocks\.3\.mlp\.fc1\.bias.*norm\.weight"):
+        load(backbone_weights=str(tmp_path / "part.pth"), image_size=64)
+
+
+def test_misshapen_keys_are_named_with_both_shapes(tmp_path, trained):
+    state = trained.state_dict() | {"norm.weight": torch.zeros(191)}
+    torch.save(state, tmp_path / "bent.pth")
+    with pytest.raises(BackboneError, match=r"norm\.weight.*191.*192") as caught:
+        load(backbone_weights=str(tmp_path / "bent.pth"), image_size=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_array_of_an_npz_is_named(tmp_path, trained):
+    save_jax(trained, tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as archive:
+        np.savez(tmp_path / "part.npz", **{name: archive[name] for name in archive if "encoder_norm/scale" not in name})
+    with pytest.raises(BackboneError, match=r"Transformer/encoder_norm/scale"):
+        load(backbone_weights=str(tmp_path / "part.npz"), image_size=64)
+
+
+def test_a_misshapen_array_of_an_npz_is_an_error(tmp_path, trained):
+    save_jax(trained, tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as archive:
+        arrays = dict(archive) | {"Transformer/encoder_norm/scale": np.zeros(191, dtype=np.float32)}
+    np.savez(tmp_path / "bent.npz", **arrays)
+    with pytest.raises(BackboneError, match=r"bent\.npz.*191|bent\.npz.*192"):
+        load(backbone_weights=str(tmp_path / "bent.npz"), image_size=64)
+
+
+def test_keys_of_other_parts_are_not_used_and_said(tmp_path, trained, caplog):
+    torch.save(trained.state_dict() | {"decoder.weight": torch.zeros(1)}, tmp_path / "more.pth")
+    load(backbone_weights=str(tmp_path / "more.pth"), image_size=64)
+    assert "1 keys not used: decoder.weight" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+def test_a_damaged_file_is_an_error_of_one_line(tmp_path, suffix):
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(b"not weights")
+    with pytest.raises(BackboneError, match=r"damaged.*does not fit or cannot be read") as caught:
+        load(backbone_weights=str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("absent.pth", "is not a file"), ("weights.h5", r"give a \.pth, \.safetensors or \.npz")]
+)
+def test_a_file_that_cannot_be_weights_is_explained(tmp_path, name, message):
+    (tmp_path / "weights.h5").write_bytes(b"")
+    with pytest.raises(BackboneError, match=message):
+        load(backbone_weights=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch61_224", "pretrained_vit_b16_225"])
+def test_an_unknown_name_is_answered_with_names_that_exist(name):
+    with pytest.raises(BackboneError, match=rf"backbone_type '{name}' is not a timm model.*vit"):
+        load_backbone(tiny_config(backbone_type=name, pretrained=True), CPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked_for"),
+    [
+        ("pretrained_vit_b16_224_in21k", "vit_base_patch16_224.augreg_in21k"),
+        ("vit_base_patch16_224", "vit_base_patch16_224.augreg2_in21k_ft_in1k"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224"),
+    ],
+)
+@pytest.mark.parametrize("takes_img_size", [True, False])
+def test_without_network_one_error_names_the_weights_and_the_two_ways_out(
+    monkeypatch, given, asked_for, takes_img_size
+):
+    def offline(model_name, *, pretrained=False, **options):
+        assert pretrained and model_name == asked_for
+        if not takes_img_size and "img_size" in options:
+            raise TypeError("unexpected keyword argument 'img_size'")
+        raise OSError("We couldn't connect to the hub\nsecond line")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(tiny_config(backbone_type=given, pretrained=True), CPU)
+    message = str(caught.value)
+    assert f"'{asked_for}'" in message and "couldn't connect" in message and "\n" not in message
+    assert "HF_HOME" in message and "backbone_weights=" in message
+
+
+def test_an_unknown_pretraining_tag_is_an_error_not_a_traceback():
+    with pytest.raises(BackboneError, match="no_such_tag"):
+        load_backbone(tiny_config(backbone_type="vit_tiny_patch16_224.no_such_tag", pretrained=True), CPU)
+
+
+def test_an_image_size_that_no_patch_fits_into_is_an_error():
+    with pytest.raises(BackboneError, match="image_size 15 is smaller than one patch"):
+        load(image_size=15)
+
+
+def test_a_random_vit_is_the_same_one_every_time_and_leaves_the_generator_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = load().weights_sha256
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert load().weights_sha256 == first
+
+
+def test_the_backbone_is_frozen_and_in_evaluation_mode():
+    backbone = load()
+    assert not backbone.model.training and not any(p.requires_grad for p in backbone.model.parameters())
+    assert backbone.parameters == sum(p.numel() for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pixels_are_between_0_and_1_and_normalised_only_when_asked(normalize, images):
+    backbone = load(image_size=64, normalize=normalize)
+    pixels = images / 255
+    if normalize:
+        pixels = (pixels - 0.5) / 0.5  # the mean and std of timm's augreg ViTs
+    with torch.no_grad():
+        expected = backbone.model.forward_head(backbone.model.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(backbone(images), expected)
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+
+
+@pytest.mark.parametrize("device", ["-1", "cpu", ["-1"], -1])
+def test_minus_one_and_cpu_are_the_cpu_without_a_warning(device, caplog):
+    assert resolve_device(tiny_config(device=device)) == CPU
+    assert not caplog.records
+
+
+def test_an_accelerator_that_is_not_there_is_the_cpu_with_one_warning(no_accelerator, caplog):
+    assert resolve_device(tiny_config(device=["0"])) == CPU
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "no accelerator" in record.getMessage()
+
+
+def test_several_devices_are_refused_with_the_way_to_use_them(no_accelerator):
+    with pytest.raises(BackboneError, match=r"\['0', '1'\].*torchrun --nproc_per_node=2"):
+        resolve_device(tiny_config(device=["0", "1"]))
+
+
+def test_the_number_of_an_accelerator_is_checked(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert resolve_device(tiny_config(device=["1"])) == torch.device("cuda", 1)
+    with pytest.raises(BackboneError, match=r"device 2 does not exist.* has 2 cuda"):
+        resolve_device(tiny_config(device=["2"]))
+
+
+def test_a_precision_that_is_asked_for_is_used_and_auto_is_one_of_the_two():
+    assert resolve_precision("fp32", CPU) == "fp32" and resolve_precision("bf16", CPU) == "bf16"
+    assert resolve_precision("auto", CPU) in ("fp32", "bf16")
