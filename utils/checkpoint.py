@@ -183,7 +183,8 @@ class CheckpointFolder:
             try:
                 content = (source.folder / name).read_bytes()
             except OSError as error:
-                raise CheckpointError(f"{source.folder / name} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+                path = source.folder / name
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
             atomic_write(self.folder / name, lambda file, content=content: file.write(content))
 
     def _save(self, name: str, state: dict[str, Tensor]) -> str:

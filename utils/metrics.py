@@ -46,16 +46,17 @@ def accuracy_groups(
     """PILOT's ``CNN: {...}`` line: total, each task's class range, classes known before this task, new classes.
 
     ``task_classes`` are the class ranges of the tasks so far; ``known`` counts the classes before the newest
-    task. A range of one class is kept (the release drops it when it is the last).
+    task. A range of one class is kept (the release drops it when it is the last); a group without test images is
+    left out.
     """
     hits = predicted == true
     groups = {"total": percent(hits)}
     for classes in task_classes:
         inside = (true >= classes.start) & (true < classes.stop)
         groups[f"{classes.start:02d}-{classes.stop - 1:02d}"] = percent(hits[inside])
-    groups["old"] = percent(hits[true < known])
+    groups["old"] = percent(hits[true < known]) if known else 0.0  # as PILOT writes it for the first task
     groups["new"] = percent(hits[true >= known])
-    return {name: round(value or 0.0, 2) for name, value in groups.items()}
+    return {name: round(value, 2) for name, value in groups.items() if value is not None}
 
 
 def task_accuracies(hits: np.ndarray, task: np.ndarray, tasks: int) -> list[float | None]:
