@@ -14,6 +14,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1  # on this machine
 
     @property
     def first(self) -> bool:
@@ -37,18 +38,24 @@ class Ranks:
         return box[0]
 
 
+ONE_RANK = Ranks()
+
+
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """The process group that ``torchrun`` set up, or one rank alone. Only files and barriers are shared: gloo."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Ranks()
+        yield ONE_RANK
         return
     import torch.distributed as dist
 
     # an extraction may take days between two barriers: a dead rank is torchrun's to notice, not a timeout's
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
-        yield Ranks(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, local_count = (
+            int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+        )
+        yield Ranks(dist.get_rank(), count, local_rank, local_count)
     finally:
         dist.destroy_process_group()

@@ -12,9 +12,12 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +27,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data import Dataset, ImageFiles, Split, Transforms
-from utils.distributed import Ranks
+from utils.distributed import ONE_RANK, Ranks
 from utils.errors import BankError, DataError, NumericError
 from utils.files import FolderLock, sha256_of_file, write_json
 
 log = logging.getLogger(__name__)
 
+MANIFEST, LOCK = "manifest.json", "lock"  # the files of a bank beside its arrays
 TEST_VIEW = -1  # the view that the test transform gives
-SYNC_SECONDS = 30  # at most this much work is lost when the power fails (nothing when only the process dies)
+FORMAT = 1  # to be raised when the transforms or the meaning of a row change: older banks are then left alone
+SYNC_SECONDS = 30  # at most this much work is lost when the power fails (a batch when only the process dies)
+LOADED_TOGETHER = 16  # views in what a loader process hands over at a time
 
 
 class FeatureExtractor(Protocol):
@@ -49,6 +55,7 @@ class FeatureExtractor(Protocol):
 
 
 Wanted = tuple[str, int]  # (split, view)
+Place = tuple[str, int, int]  # (split, view, row)
 
 
 class FeatureBank:
@@ -66,7 +73,7 @@ class FeatureBank:
         ranks: the processes that share the work.
 
     Attributes:
-        forwards: images that this object passed through the backbone.
+        forwards: images passed through the backbone for ``fill``, by all ranks together.
     """
 
     def __init__(
@@ -80,14 +87,14 @@ class FeatureBank:
         cache_dir: Path | None,
         batch_size: int | None = None,
         num_workers: int | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         if cache_dir is None and ranks.count > 1:
             raise BankError("cache_dir=none keeps features in one process; under torchrun give a shared folder")
         self.data, self.extractor, self.ranks = data, extractor, ranks
         self.transforms = Transforms(image_size, augment_seed)
-        self.batch_size = batch_size or default_batch_size(extractor.device)
-        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.batch_size = batch_size or default_batch_size(extractor.device, image_size)
+        self.num_workers = default_workers(ranks.local_count) if num_workers is None else num_workers
         self.forwards = 0
         self.image_size, self.cache_dir = image_size, cache_dir
         self.fingerprints = fingerprints
@@ -133,101 +140,110 @@ class FeatureBank:
         """
         if self.ranks.share(self._complete(wanted) if self.ranks.first else None):
             return
-        if self.cache_dir is None:
-            self._fill_missing(wanted)
-            return
-        for split in sorted({split for split, _ in wanted}):
-            views = [w for w in wanted if w[0] == split]
+        with ExitStack() as locks:
             if self.ranks.first:
-                with FolderLock(self._folder(split) / "lock", f"bank {split}", wait=True, on_wait=_say_waiting):
-                    self._prepare(split, views)
-                    self.ranks.barrier()
-                    self._fill_missing(views)
-                    self.ranks.barrier()
-                    self._finish(views)
-                    self.ranks.barrier()
-            else:
-                self.ranks.barrier()
-                self._fill_missing(views)
-                self.ranks.barrier()
-                self.ranks.barrier()
+                for split in sorted({split for split, _ in wanted}):  # the same order everywhere: no deadlock
+                    locks.enter_context(self._lock(split))
+                self._prepare(wanted)
+                self.forwards += self.missing(wanted)
+            self.ranks.barrier()
+            self._fill_missing(self._missing_rows(wanted))
+            self.ranks.barrier()
+            if self.ranks.first:
+                self._finish(wanted)
 
-    def _prepare(self, split: str, views: Sequence[Wanted]) -> None:
-        """Check the space, then lay out the arrays, every row NaN."""
-        folder, need = self._folder(split), self.bytes_needed(views)
+    def _lock(self, split: str) -> AbstractContextManager:
+        if self.cache_dir is None:
+            return nullcontext()
+        folder = self._folder(split)
+        return FolderLock(folder / LOCK, f"feature bank {folder.name}", wait=True, on_wait=_say_waiting)
+
+    def _prepare(self, wanted: Sequence[Wanted]) -> None:
+        """Check the space for all of it, then lay out the arrays, every row NaN."""
+        need = self.bytes_needed(wanted)
+        if self.cache_dir is None:
+            log.info("Feature bank: needs %s of memory", human_size(need))
+            return
         if need:
-            free = shutil.disk_usage(folder).free
-            log.info("Feature bank %s: needs %s of disk, %s are free", folder, _size(need), _size(free))
+            free = shutil.disk_usage(self.cache_dir).free
+            log.info(
+                "Feature bank in %s: needs %s of disk, %s are free", self.cache_dir, human_size(need), human_size(free)
+            )
             if need > free:
                 raise BankError(
-                    f"the feature bank needs {_size(need)} in {self.cache_dir}, {_size(free)} are free; free some, set "
-                    "cache_dir to a larger disk, lower train_views, or list banks to remove: python -m utils.bank list"
+                    f"the feature bank needs {human_size(need)} in {self.cache_dir}, {human_size(free)} are free; free "
+                    "some, set cache_dir to a larger disk, lower train_views, or list banks to remove: "
+                    "python -m utils.bank list"
                 )
-        write_json(folder / "manifest.json", self.describe(split))
-        for want in views:
+        for split in sorted({split for split, _ in wanted}):
+            write_json(self._folder(split) / MANIFEST, self.describe(split))
+            for left in self._folder(split).glob("*.partial"):  # of a process that was killed: the lock is ours
+                left.unlink(missing_ok=True)
+        for want in wanted:
             if not self._exists(*want):
-                _create_array(_filling(self._path(*want)), (len(self.data.split(split)), self.extractor.feature_dim))
+                _create_array(_filling(self._path(*want)), (len(self.data.split(want[0])), self.extractor.feature_dim))
 
-    def _finish(self, views: Sequence[Wanted]) -> None:
-        for want in views:
+    def _finish(self, wanted: Sequence[Wanted]) -> None:
+        for want in wanted if self.cache_dir is not None else ():
             path = self._path(*want)
             if not path.exists():
                 _sync(_filling(path))
                 os.replace(_filling(path), path)
 
-    def _fill_missing(self, wanted: Sequence[Wanted]) -> None:
-        missing = self._missing_rows(wanted)
-        work = list(_image_major(missing, self.ranks))
-        total = sum(len(views) for _, _, views in work)
-        if not total:
+    def _fill_missing(self, missing: dict[Wanted, np.ndarray]) -> None:
+        """Compute this rank's share of the rows that ``missing`` marks, several forward passes at a time on a CPU."""
+        images = _Images(self.data, self.transforms, missing, self.ranks)
+        if not len(images):
             return
-        writers = {want: self._writer(want) for want in missing}
-        started, last_sync = time.monotonic(), time.monotonic()
-        bar = tqdm(
-            total=total, unit="img", desc="Features", disable=not self.ranks.first, file=sys.stderr, dynamic_ncols=True
-        )
-        try:
-            for places, images in _batches(
-                self.data, self.transforms, work, self.batch_size, self.num_workers, self._pin
-            ):
-                features = self._forward(images)
-                _check_finite(features, places, self.data)
-                for want in {(split, view) for split, view, _ in places}:
-                    chosen = [i for i, (split, view, _) in enumerate(places) if (split, view) == want]
-                    writers[want].write([places[i][2] for i in chosen], features[chosen])
-                self.forwards += len(places)
-                bar.update(len(places))
-                if time.monotonic() - last_sync > SYNC_SECONDS:
-                    for writer in writers.values():
-                        writer.sync()
-                    last_sync = time.monotonic()
-        finally:
-            bar.close()
-            for writer in writers.values():
-                writer.close()
-        log.info("Features: %d forward passes in %.1f s", total, time.monotonic() - started)
+        started = time.monotonic()
+        store = _Store({want: self._writer(want) for want in missing})
+        threads = forward_threads(self.extractor.device)
+        label = "Features" if self.ranks.count == 1 else f"Features (rank {self.ranks.rank} of {self.ranks.count})"
+        with (
+            tqdm(
+                total=images.views,
+                unit="img",
+                desc=label,
+                disable=not self.ranks.first,
+                file=sys.stderr,
+                dynamic_ncols=True,
+            ) as bar,
+            store,
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            running: deque[Future[int]] = deque()
+            for places, pixels in _batches(images, self.batch_size, self.num_workers, self._pin):
+                running.append(pool.submit(self._forward, places, pixels, store))
+                if len(running) > threads:
+                    bar.update(running.popleft().result())
+            while running:
+                bar.update(running.popleft().result())
+        log.info("Features: %d forward passes in %.1f s", images.views, time.monotonic() - started)
 
     @property
     def _pin(self) -> bool:
-        return self.extractor.device.type != "cpu"
+        return self.extractor.device.type not in ("cpu", "mps")  # where the copy can run beside the backbone
 
-    def _forward(self, images: Tensor) -> np.ndarray:
-        """Features of one batch. The shape is always the same, and so is every row, whatever else is in the batch.
+    def _forward(self, places: list[Place], pixels: Tensor, store: "_Store") -> int:
+        """Compute one batch and store it. The shape is always the same, and so is every row, whatever is beside it.
 
         A matrix product may pick another algorithm for another number of rows; then an image's last bits would
         depend on how an interrupted extraction was cut.
         """
-        count = len(images)
+        count = len(pixels)
         if count < self.batch_size:
-            images = torch.cat([images, images[-1:].expand(self.batch_size - count, -1, -1, -1)])
-        return self.extractor(images)[:count].cpu().numpy()
+            pixels = torch.cat([pixels, pixels[-1:].expand(self.batch_size - count, -1, -1, -1)])
+        features = self.extractor(pixels)[:count].cpu().numpy()
+        _check_finite(features, places, self.data)
+        store.write(places, features)
+        return count
 
     # -- what is where ---------------------------------------------------------------------------------------------
 
-    def describe(self, split: str) -> dict[str, Any]:
-        """What the bank of ``split`` holds, in words: its identity and its manifest."""
+    def identity(self, split: str) -> dict[str, Any]:
+        """All that a row of ``split`` depends on, but for its view."""
         return {
-            "what": f"final [CLS] features of the {split} images of {self.data.name}, float32, one row an image",
+            "format": FORMAT,
             "dataset": self.data.name,
             "split": split,
             "images": len(self.data.split(split)),
@@ -238,12 +254,18 @@ class FeatureBank:
             "image_size": self.image_size,
             "normalize": self.extractor.normalize,
             "precision": self.extractor.precision,
+        }
+
+    def describe(self, split: str) -> dict[str, Any]:
+        """The manifest of the bank of ``split``: what it holds in words, and its identity."""
+        return {
+            "what": f"final features of the {split} images of {self.data.name}, float32, one row an image",
             "views": "test.npy: the test transform; augmented-<seed>-<view>.npy: that augmented view",
+            **self.identity(split),
         }
 
     def _folder(self, split: str) -> Path:
-        identity = self.describe(split)
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self.identity(split), sort_keys=True).encode()).hexdigest()[:16]
         backbone = self.extractor.name.split(".")[0]
         name = f"{self.data.name}-{split}-{backbone}-{self.image_size}px-{self.extractor.precision}-{digest}"
         return self.cache_dir / name
@@ -265,20 +287,22 @@ class FeatureBank:
         return self.cache_dir is not None and all(self._path(*want).exists() for want in wanted)
 
     def _missing_rows(self, wanted: Sequence[Wanted]) -> dict[Wanted, np.ndarray]:
-        return {want: rows for want in wanted if len(rows := self._missing_of(*want))}
+        """For each of ``wanted`` that is not complete, which rows are not: ``(images,)`` bool."""
+        found = {want: self._missing_of(*want) for want in wanted}
+        return {want: rows for want, rows in found.items() if rows.any()}
 
     def _missing_of(self, split: str, view: int) -> np.ndarray:
-        everything = np.arange(len(self.data.split(split)))
+        images = len(self.data.split(split))
         if self.cache_dir is None:
-            return everything if (split, view) not in self._memory else np.empty(0, dtype=np.int64)
+            return np.full(images, (split, view) not in self._memory)
         path = self._path(split, view)
         if path.exists():
-            return np.empty(0, dtype=np.int64)
+            return np.zeros(images, dtype=bool)
         if not _filling(path).exists():
-            return everything
-        array = _open_array(_filling(path), (len(everything), self.extractor.feature_dim))
-        blocks = np.array_split(everything, max(1, len(everything) // 4096))
-        return np.concatenate([block[np.isnan(array[block]).any(axis=1)] for block in blocks])
+            return np.ones(images, dtype=bool)
+        array = _open_array(_filling(path), (images, self.extractor.feature_dim))
+        blocks = np.array_split(array, max(1, images // 4096))
+        return np.concatenate([np.isnan(block).any(axis=1) for block in blocks])
 
     def _writer(self, want: Wanted) -> "_Writer":
         shape = (len(self.data.split(want[0])), self.extractor.feature_dim)
@@ -306,15 +330,24 @@ def resolve_cache_dir(value: str | None) -> Path | None:
     return Path(value).expanduser() if value else default_cache_dir()
 
 
-def default_batch_size(device: torch.device) -> int:
-    """Images in a forward pass: few on a CPU, where caches are small, many on an accelerator."""
-    return 16 if device.type == "cpu" else 256
+def default_batch_size(device: torch.device, image_size: int = 224) -> int:
+    """Images in a forward pass: on a CPU few, so that they stay in its caches, yet more where images are small."""
+    return min(64, max(1, 8 * 224**2 // image_size**2)) if device.type == "cpu" else 256
 
 
-def default_workers() -> int:
+def forward_threads(device: torch.device) -> int:
+    """Forward passes at a time: on a CPU one for each of PyTorch's threads, each pass on one thread.
+
+    Threads inside a product would wait for each other after each of them, and for the loaders that share the CPUs,
+    and the last bits of fp32 features would depend on their number.
+    """
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def default_workers(local_ranks: int = 1) -> int:
     """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus - 1, 16)
+    return max(0, min(cpus // local_ranks - 1, 16))
 
 
 # -- fingerprints -----------------------------------------------------------------------------------------------------
@@ -438,7 +471,7 @@ def _open_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 class _Writer(Protocol):
-    def write(self, rows: list[int], features: np.ndarray) -> None: ...
+    def write(self, row: int, feature: np.ndarray) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -450,14 +483,19 @@ class _FileWriter:
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
         self.path, self.row_bytes = path, shape[1] * 4
-        self.offset = path.stat().st_size - shape[0] * self.row_bytes  # the header's length
-        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
-
-    def write(self, rows: list[int], features: np.ndarray) -> None:
         try:
-            for row, feature in zip(rows, features, strict=True):
-                self.file.seek(self.offset + row * self.row_bytes)
-                self.file.write(feature.tobytes())
+            self.offset = path.stat().st_size - shape[0] * self.row_bytes  # the header's length
+            self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise BankError(
+                f"{path} cannot be opened ({error.strerror}); under torchrun on several machines cache_dir must be on "
+                "a disk that all of them share"
+            ) from error
+
+    def write(self, row: int, feature: np.ndarray) -> None:
+        try:
+            self.file.seek(self.offset + row * self.row_bytes)
+            self.file.write(feature.tobytes())
         except OSError as error:
             raise BankError(f"{self.path} cannot be written ({error.strerror}); what is there stays valid") from error
 
@@ -472,12 +510,35 @@ class _MemoryWriter:
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
-    def write(self, rows: list[int], features: np.ndarray) -> None:
-        self.array[rows] = features
+    def write(self, row: int, feature: np.ndarray) -> None:
+        self.array[row] = feature
 
     def sync(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Store:
+    """Where features go, from any thread; closed as a context manager."""
+
+    def __init__(self, writers: dict[Wanted, _Writer]) -> None:
+        self.writers, self.lock, self.last_sync = writers, threading.Lock(), time.monotonic()
+
+    def write(self, places: "list[Place]", features: np.ndarray) -> None:
+        with self.lock:
+            for (split, view, row), feature in zip(places, features, strict=True):
+                self.writers[split, view].write(row, feature)
+            if time.monotonic() - self.last_sync > SYNC_SECONDS:
+                for writer in self.writers.values():
+                    writer.sync()
+                self.last_sync = time.monotonic()
+
+    def __enter__(self) -> "_Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self.writers.values():
+            writer.close()
 
 
 def _sync(path: Path) -> None:
@@ -487,41 +548,41 @@ def _sync(path: Path) -> None:
 
 # -- images to batches ------------------------------------------------------------------------------------------------
 
-Place = tuple[str, int, int]  # (split, view, row)
-
-
-def _image_major(missing: dict[Wanted, np.ndarray], ranks: Ranks) -> Iterator[tuple[str, int, list[int]]]:
-    """(split, row, its missing views): an image is decoded once for all its views. Each rank has rows of its own."""
-    views_of: dict[tuple[str, int], list[int]] = {}
-    for (split, view), rows in missing.items():
-        for row in rows.tolist():
-            views_of.setdefault((split, row), []).append(view)
-    for (split, row), views in sorted(views_of.items()):
-        if row % ranks.count == ranks.rank:  # not by place in this list: other ranks may have begun to write
-            yield split, row, views
-
 
 class _Images(torch.utils.data.Dataset):
-    """Item -> the places and the uint8 pixels ``(views, 3, S, S)`` of one image under its missing views."""
+    """Item -> the places and the uint8 pixels ``(views, 3, S, S)`` of one image under its missing views.
 
-    def __init__(self, data: Dataset, transforms: Transforms, work: list[tuple[str, int, list[int]]]) -> None:
-        self.data, self.transforms, self.work = data, transforms, work
+    So an image is decoded once for all its views. Each rank has images of its own.
+    """
+
+    def __init__(
+        self, data: Dataset, transforms: Transforms, missing: dict[Wanted, np.ndarray], ranks: Ranks = ONE_RANK
+    ) -> None:
+        self.data, self.transforms, self.missing, self.views = data, transforms, missing, 0
+        self.work: list[tuple[str, int]] = []
+        for split in sorted({split for split, _ in missing}):
+            count = np.sum([rows for (s, _), rows in missing.items() if s == split], axis=0)  # missing views of each
+            mine = np.flatnonzero(count)
+            mine = mine[mine % ranks.count == ranks.rank]  # not by place: other ranks may have begun to write
+            self.work += [(split, row) for row in mine.tolist()]
+            self.views += int(count[mine].sum())
 
     def __len__(self) -> int:
         return len(self.work)
 
     def __getitem__(self, item: int) -> tuple[list[Place], Tensor] | DataError:
-        split_name, row, views = self.work[item]
-        split = self.data.split(split_name)
+        name, row = self.work[item]
+        split = self.data.split(name)
         try:
             image = split.load(row)
         except DataError as error:
             return error  # raised in the main process, as it is: a worker would wrap it into a traceback
+        views = [view for (s, view), rows in self.missing.items() if s == name and rows[row]]
         pixels = [
             self.transforms.test(image) if view == TEST_VIEW else self.transforms.view(image, split.keys[row], view)
             for view in views
         ]
-        return [(split_name, view, row) for view in views], torch.stack(pixels)
+        return [(name, view, row) for view in views], torch.stack(pixels)
 
 
 def _together(items: list[tuple[list[Place], Tensor] | DataError]) -> tuple[list[Place], Tensor] | DataError:
@@ -531,46 +592,44 @@ def _together(items: list[tuple[list[Place], Tensor] | DataError]) -> tuple[list
     return [place for places, _ in items for place in places], torch.cat([pixels for _, pixels in items])
 
 
-def _batches(
-    data: Dataset,
-    transforms: Transforms,
-    work: list[tuple[str, int, list[int]]],
-    batch_size: int,
-    num_workers: int,
-    pin: bool,
-) -> Iterator[tuple[list[Place], Tensor]]:
+def _batches(images: _Images, batch_size: int, num_workers: int, pin: bool) -> Iterator[tuple[list[Place], Tensor]]:
     """Batches of exactly ``batch_size`` (image, view) pairs, but for the last."""
-    views = max(len(v) for _, _, v in work)
     loader = torch.utils.data.DataLoader(
-        _Images(data, transforms, work),
-        batch_size=max(1, batch_size // views),
-        num_workers=min(num_workers, len(work)),
+        images,
+        batch_size=max(1, LOADED_TOGETHER * len(images) // images.views),
+        num_workers=min(num_workers, len(images)),
         collate_fn=_together,
-        pin_memory=pin,
         worker_init_fn=_start_worker,
-        prefetch_factor=4 if num_workers else None,
+        # a fork starts at once and shares the images in memory; loaders never touch the accelerator
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        prefetch_factor=max(2, 2 * batch_size // LOADED_TOGETHER // num_workers) if num_workers else None,
     )
     places: list[Place] = []
-    pixels: list[Tensor] = []
+    parts: list[Tensor] = []
+
+    def batch(count: int) -> tuple[list[Place], Tensor]:
+        nonlocal places, parts
+        pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
+        first, places, parts = places[:count], places[count:], [pixels[count:]]
+        return first, pixels[:count].pin_memory() if pin else pixels[:count]
+
     try:
         for loaded in loader:
             if isinstance(loaded, DataError):
                 raise loaded
             places += loaded[0]
-            pixels.append(loaded[1])
+            parts.append(loaded[1])
             while len(places) >= batch_size:
-                images = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
-                yield places[:batch_size], images[:batch_size]
-                places, pixels = places[batch_size:], [images[batch_size:]]
+                yield batch(batch_size)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise BankError(
-                f"a process that loads images was killed ({str(error).splitlines()[0]}); often memory is short: lower "
-                "num_workers. Start again: the features that are done stay"
+                f"a process that loads images was killed ({str(error).splitlines()[0]}); often memory (in containers "
+                "/dev/shm) is short: lower num_workers, 0 needs none. Start again: the features that are done stay"
             ) from error
         raise
     if places:
-        yield places, torch.cat(pixels)
+        yield batch(len(places))
 
 
 def _start_worker(_: int) -> None:
@@ -595,7 +654,7 @@ def _say_waiting(holder: str) -> None:
     log.info("Waiting for %s to fill the same feature bank", holder)
 
 
-def _size(count: int) -> str:
+def human_size(count: int) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
