@@ -1,9 +1,13 @@
 """Train and evaluate TOSCA or a baseline: python main.py --config=exps/tosca_cifar.json [key=value ...]"""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from utils.config import load_config
 from utils.errors import UserError
@@ -11,29 +15,71 @@ from utils.errors import UserError
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, such as a cluster sends before it takes the machine away: the run ends as it does on Ctrl-C."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help shows the usage\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    """Run the command line. Exit code: 0, or 2 after a fault that the user can mend, or 128 + signal when stopped."""
+    parser = Parser(
         description="Learn classes task after task on a frozen ViT. Without arguments: a demo that needs no download."
     )
     parser.add_argument("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
     parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, stop")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(args.config, args.overrides)
-        import trainer  # after the config is known to be good: this loads PyTorch
-        from utils.report import set_up_logging
-
-        set_up_logging()
-        if args.dry_run:
-            trainer.dry_run(config)
-        else:
-            trainer.run(config, fresh=args.fresh)
+        with sigterm_as_exception():
+            _run(args)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # foreseen nowhere else, such as an input/output error of a disk
+        if error.errno is None:
+            raise
+        print(f"{parser.prog}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{parser.prog}: stopped; start the same command again to go on", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT)
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    import trainer  # after the config is known to be good: this loads PyTorch
+    from utils.report import set_up_logging
+
+    set_up_logging()
+    if args.dry_run:
+        trainer.dry_run(config)
+    else:
+        trainer.run(config, fresh=args.fresh)
+
+
+@contextmanager
+def sigterm_as_exception() -> Iterator[None]:
+    """Within, SIGTERM raises ``Stopped``."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

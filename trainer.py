@@ -20,7 +20,7 @@ from utils import metrics, report
 from utils.checkpoint import FORMAT, CheckpointFolder, run_identity
 from utils.config import Config
 from utils.continuing import Base, adopt, find_base, tests_old
-from utils.data import Dataset, derive_seed, load_dataset
+from utils.data import Dataset, available_cpus, check_images, derive_seed, load_dataset
 from utils.distributed import Ranks, joined_ranks
 from utils.errors import ConfigError
 from utils.features import TEST_VIEW, FeatureBank, Wanted, fingerprint_splits, resolve_cache_dir
@@ -109,6 +109,10 @@ def prepare(config: Config, ranks: Ranks) -> Setup:
         make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
     elif not LEARNERS[config.model_name].continual:
         raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
+    if config.num_workers is not None and config.num_workers > available_cpus():
+        log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
+    if config.check_images and ranks.first:
+        check_images(data, threads=available_cpus())
     backbone = load_backbone(config, device)
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
@@ -186,9 +190,7 @@ def _find_earlier_start(
     return manifest
 
 
-def _new_manifest(
-    setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder
-) -> dict[str, Any]:
+def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder) -> dict[str, Any]:
     """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
     config, backbone = setup.config, setup.backbone
     stream = setup.stream(seed)
@@ -247,6 +249,8 @@ def _run_tasks(
         run = report.run_json(manifest)
         report.log_curves(run["results"], _shown_selection(config, manifest))
         report.log_summary(run)
+        tracker.update(manifest["tasks"])  # the start that finished it may have been killed before this
+        report.draw_curves(paths, run)
         return run
 
     _log_header(setup, seed, stream)

@@ -3,13 +3,16 @@
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from utils.config import Config
 from utils.errors import DataError
@@ -29,6 +32,7 @@ EXPECTED_COUNTS = {
 }
 LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
 DOMAIN_LAYOUT = "expected <folder>/train/<domain>/<class>/<images> and the same domains and classes below test/"
+_MEND = "replace or remove what is named, then start again: what is done stays"
 DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits.npz"
 
 
@@ -78,12 +82,12 @@ class ImageFiles(Split):
         path = self.path(index)
         try:
             return read_image(path)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            folder = Path(self.keys[index]).parts[0]
-            raise DataError(
-                f"{path} (class {folder!r}) is not a readable image ({error}); replace or remove it, "
-                "then start again: what is done stays"
-            ) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+            folder = Path(self.keys[index]).parent.as_posix()
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DataError(f"{path} (class {folder!r}) is not a readable image ({reason}); {_MEND}") from None
 
     def content_hashes(self, of_file: Callable[[Path], str]) -> list[str]:
         return [of_file(self.root / key) for key in self.keys]
@@ -129,6 +133,40 @@ def read_image(path: Path) -> Image.Image:
     """A file as PIL's ``convert("RGB")`` makes it: EXIF rotation is not applied, 16-bit grey is clipped."""
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+def check_images(data: Dataset, *, threads: int) -> None:
+    """Decode every image once, some at a time (decoders release the interpreter's lock).
+
+    Raises:
+        DataError: some cannot be read; the first ten are named with their class.
+    """
+    places = [(split, index) for split in (data.train, data.test) for index in range(len(split))]
+    faults: list[str] = []
+    bar = tqdm(total=len(places), desc="Checking images", unit="img", file=sys.stderr, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(max_workers=threads) as pool:
+        for start in range(0, len(places), 256):  # in blocks, so that Ctrl-C has little to wait for
+            block = places[start : start + 256]
+            faults += [fault for fault in pool.map(_fault_of, block) if fault is not None]
+            bar.update(len(block))
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        count = f"{len(faults)} of {len(places)} images cannot be read: " if len(faults) > 1 else ""
+        raise DataError(f"{count}{'; '.join(faults[:10])}{more}; {_MEND}")
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fault_of(place: tuple[Split, int]) -> str | None:
+    split, index = place
+    try:
+        split.load(index)
+    except DataError as error:
+        return str(error).removesuffix(f"; {_MEND}")
+    return None
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -230,7 +268,7 @@ def _subfolders(root: Path) -> list[str]:
     try:
         return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
-        raise DataError(f"{root} cannot be read ({error.strerror}); {LAYOUT}") from None
+        raise DataError(f"{error.filename or root} cannot be read ({error.strerror}); {LAYOUT}") from None
 
 
 def _list_classes(root: Path) -> dict[str, list[str]]:
@@ -260,9 +298,13 @@ def _list_images(root: Path, name: str) -> list[str]:
                 if entry.is_dir():
                     pending.append(f"{folder}/{entry.name}")
                 elif entry.name.lower().endswith(SUFFIXES):
+                    if not entry.is_file():  # reading a pipe would never end
+                        raise DataError(f"{entry.path} is not a file (a broken link, or a device); remove it")
                     files.append(f"{folder}/{entry.name}")
         except OSError as error:
-            raise DataError(f"{root / folder} cannot be read ({error.strerror})") from None
+            raise DataError(
+                f"{error.filename or root / folder} cannot be read ({error.strerror}); mend or remove it"
+            ) from None
     return sorted(files)
 
 
