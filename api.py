@@ -110,7 +110,7 @@ class ContinualClassifier:
         self._manifest = manifest
         self._learned = learned_by(manifest)
         self._transforms = Transforms(config.image_size, 0)
-        self._batch_size = config.feature_batch_size or default_batch_size(backbone.device)
+        self._batch_size = config.feature_batch_size or default_batch_size(backbone.device, config.image_size)
 
     @classmethod
     def load(

@@ -1,0 +1,63 @@
+"""For other projects: torch.hub.load(<this folder, or owner/repository>, "tosca", checkpoint=<a run's folder>)."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from api import ContinualClassifier
+
+dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tqdm"]
+
+_HERE = Path(__file__).resolve().parent
+_OWN = ("api", "trainer", "models", "backbone", "utils")  # top-level names that the caller's project may have as well
+
+
+def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | None = None) -> "ContinualClassifier":
+    """A saved run as a classifier that goes on learning.
+
+    Args:
+        checkpoint: the run's ``checkpoint_dir``.
+        backbone_weights: where the backbone's file is now; by default as the run's config says.
+        device: ``"cpu"`` or the number of an accelerator; by default as the run's config says.
+
+    Returns:
+        an ``api.ContinualClassifier``: ``predict``, ``learn``, ``save``.
+
+    Raises:
+        UserError (a ``ValueError``): one line that says what is wrong with checkpoint or weights.
+    """
+    return _api().ContinualClassifier.load(checkpoint, backbone_weights=backbone_weights, device=device)
+
+
+def _api() -> ModuleType:
+    """Our module ``api``, loaded beside whatever the caller's project calls ``utils``, ``models`` and so on.
+
+    For the import alone our modules stand under their names; then the caller's take their places back, and ours live
+    on through what they import from each other (nothing of ours is imported later than that).
+    """
+    kept = f"tosca_hub:{_HERE}"  # a second load answers with the same classes
+    if kept in sys.modules:
+        return sys.modules[kept]
+    if _is_ours(sys.modules.get("api")):  # the caller works in this folder
+        return sys.modules["api"]
+    theirs = _taken_out()
+    sys.path.insert(0, str(_HERE))
+    try:
+        sys.modules[kept] = importlib.import_module("api")
+    finally:
+        sys.path.remove(str(_HERE))
+        _taken_out()
+        sys.modules.update(theirs)
+    return sys.modules[kept]
+
+
+def _is_ours(module: ModuleType | None) -> bool:
+    return module is not None and Path(getattr(module, "__file__", None) or "").parent == _HERE
+
+
+def _taken_out() -> dict[str, ModuleType]:
+    """Remove from the loaded modules all that stand under our names, and return them."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in _OWN}
