@@ -4,7 +4,6 @@ Beside the paper's selections there are two routers, ``lda`` and ``ridge``: stat
 streamed without exemplars, name the task of the best class; that task's module answers among its own classes.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +23,7 @@ from utils.config import Config
 from utils.data import derive_seed
 from utils.errors import NumericError
 
+_LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
 ROUTER_WIDTH = 1_000  # random features of the ``ridge`` router: RanPAC's 10,000 would cost more than all the rest
 EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
@@ -61,6 +61,7 @@ class TOSCA(Learner):
             train(luca, classifier, task, self)
         with torch.no_grad():
             _set_rows(classifier, task, luca(task.test_view()))
+        _check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())}, task.index)
         self.classifier = classifier.requires_grad_(False)
         new = {name: p.detach()[None] for name, p in luca.named_parameters()}
         self.modules = {n: torch.cat([self.modules[n], p]) if self.modules else p for n, p in new.items()}
@@ -264,11 +265,16 @@ def build_optimizer(
 
 def _checked_mean(losses: Tensor, task: int, epoch: int) -> float:
     """Mean loss of an epoch; one look at the device for all its steps."""
-    mean = losses.mean().item()
-    if not math.isfinite(mean):
-        step = int((~torch.isfinite(losses)).nonzero()[0]) + 1
+    if not bool((finite := torch.isfinite(losses)).all()):
+        step = int((~finite).nonzero()[0]) + 1
         raise NumericError(
-            f"task {task}, epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; lower lr or try "
-            "another optimizer; earlier tasks are saved"
+            f"task {task}, epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; {_LOWER_LR}"
         )
-    return mean
+    return losses.mean().item()
+
+
+def _check_finite(tensors: dict[str, Tensor], task: int) -> None:
+    """What the last step made is in no loss: look at it before it is saved."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericError(f"task {task}, after its last step: {name} is not finite; {_LOWER_LR}")

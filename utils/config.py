@@ -105,6 +105,8 @@ class Config:
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         if "/" in self.prefix or "\\" in self.prefix:
             raise ConfigError(f"prefix must not contain a path separator, got {self.prefix!r}; log_dir sets the folder")
+        for name in ("data_path", "backbone_weights", "cache_dir", "checkpoint_dir", "log_dir", "continue_from"):
+            _check_path(name, getattr(self, name))
         for name in ("device", "seed"):
             values = getattr(self, name)
             if not values:
@@ -180,6 +182,15 @@ def _checked_item(name: str, value: Any, kind: Any, limits: Any) -> Any:
         if abs(value) >= 2**63:
             raise ConfigError(f"{name} is out of range, got {_shown(value)}")
     return value
+
+
+def _check_path(name: str, value: str | None) -> None:
+    if value == "":
+        raise ConfigError(f"{name} must name a {'file' if name == 'backbone_weights' else 'folder'}, got ''")
+    try:
+        Path(value or "").expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}: the home folder at the start of {_shown(value)} is not known") from None
 
 
 def _is_plain_int(value: Any) -> bool:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data import Dataset, ImageFiles, Split, Transforms
+from utils.data import Dataset, ImageFiles, Split, Transforms, available_cpus
 from utils.distributed import ONE_RANK, Ranks
 from utils.errors import BankError, DataError, NumericError
 from utils.files import FolderLock, sha256_of_file, write_json
@@ -37,6 +37,7 @@ MANIFEST, LOCK = "manifest.json", "lock"  # the files of a bank beside its array
 TEST_VIEW = -1  # the view that the test transform gives
 FORMAT = 1  # to be raised when the transforms or the meaning of a row change: older banks are then left alone
 SYNC_SECONDS = 30  # at most this much work is lost when the power fails (a batch when only the process dies)
+_STAYS = "start again afterwards: the features that are done stay"
 LOADED_TOGETHER = 16  # views in what a loader process hands over at a time
 
 
@@ -187,38 +188,63 @@ class FeatureBank:
         for want in wanted if self.cache_dir is not None else ():
             path = self._path(*want)
             if not path.exists():
-                _sync(_filling(path))
-                os.replace(_filling(path), path)
+                try:
+                    _sync(_filling(path))
+                    os.replace(_filling(path), path)
+                except OSError as error:
+                    raise BankError(f"{path} cannot be written ({error.strerror}); {_STAYS}") from error
 
     def _fill_missing(self, missing: dict[Wanted, np.ndarray]) -> None:
-        """Compute this rank's share of the rows that ``missing`` marks, several forward passes at a time on a CPU."""
+        """Compute this rank's share of the rows that ``missing`` marks."""
         images = _Images(self.data, self.transforms, missing, self.ranks)
         if not len(images):
             return
         started = time.monotonic()
-        store = _Store({want: self._writer(want) for want in missing})
+        bar = tqdm(
+            total=images.views,
+            unit="img",
+            desc="Features" if self.ranks.count == 1 else f"Features (1 of {self.ranks.count} ranks)",
+            disable=not self.ranks.first,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        with bar, _Store({want: self._writer(want) for want in missing}) as store:
+            for count in self._computed(images, store):
+                bar.update(count)
+        seconds = time.monotonic() - started
+        log.info("Features: %d forward passes in %.1f s, %.1f a second", images.views, seconds, images.views / seconds)
+
+    def _computed(self, images: "_Images", store: "_Store") -> Iterator[int]:
+        """Pass ``images`` through the backbone into ``store``; yields how many are done whenever a batch is."""
         threads = forward_threads(self.extractor.device)
-        label = "Features" if self.ranks.count == 1 else f"Features (rank {self.ranks.rank} of {self.ranks.count})"
+        running: deque[Future[int]] = deque()
         with (
-            tqdm(
-                total=images.views,
-                unit="img",
-                desc=label,
-                disable=not self.ranks.first,
-                file=sys.stderr,
-                dynamic_ncols=True,
-            ) as bar,
-            store,
+            closing(_batches(images, self.batch_size, self.num_workers, self._pin)) as batches,
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            running: deque[Future[int]] = deque()
-            for places, pixels in _batches(images, self.batch_size, self.num_workers, self._pin):
+            for places, pixels in batches:
                 running.append(pool.submit(self._forward, places, pixels, store))
                 if len(running) > threads:
-                    bar.update(running.popleft().result())
+                    yield running.popleft().result()
             while running:
-                bar.update(running.popleft().result())
-        log.info("Features: %d forward passes in %.1f s", images.views, time.monotonic() - started)
+                yield running.popleft().result()
+
+    def probe(self, wanted: Sequence[Wanted], seconds: float = 3.0) -> float:
+        """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept.
+
+        All of them count where there are too few to see the loaders' start apart from the rest.
+        """
+        images = _Images(self.data, self.transforms, self._missing_rows(wanted), self.ranks)
+        warm_up = 2 * forward_threads(self.extractor.device)
+        started, done = time.monotonic(), 0
+        with closing(self._computed(images, _Store({}))) as batches:
+            for number, count in enumerate(batches, start=1):
+                done += count
+                if number == warm_up and images.views > 4 * warm_up * self.batch_size:
+                    started, done = time.monotonic(), 0
+                if number > 3 * warm_up and time.monotonic() - started > seconds:
+                    break
+            return done / (time.monotonic() - started)
 
     @property
     def _pin(self) -> bool:
@@ -301,6 +327,8 @@ class FeatureBank:
         if not _filling(path).exists():
             return np.ones(images, dtype=bool)
         array = _open_array(_filling(path), (images, self.extractor.feature_dim))
+        if array is None:  # completed by another process in this moment
+            return np.zeros(images, dtype=bool)
         blocks = np.array_split(array, max(1, images // 4096))
         return np.concatenate([np.isnan(block).any(axis=1) for block in blocks])
 
@@ -346,8 +374,7 @@ def forward_threads(device: torch.device) -> int:
 
 def default_workers(local_ranks: int = 1) -> int:
     """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(cpus // local_ranks - 1, 16))
+    return max(0, min(available_cpus() // local_ranks - 1, 16))
 
 
 # -- fingerprints -----------------------------------------------------------------------------------------------------
@@ -360,13 +387,15 @@ def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> dict[str, str]:
     """
     index = _HashIndex(cache_dir / "hashes" if cache_dir else None, data)
     found = {}
-    for name in ("train", "test"):
-        split = data.split(name)
-        digest = hashlib.sha256()
-        for key, content in zip(split.keys, index.hashes(split), strict=True):
-            digest.update(f"{key}\x00{content}\n".encode("utf-8", "surrogateescape"))
-        found[name] = digest.hexdigest()
-    index.save()
+    try:
+        for name in ("train", "test"):
+            split = data.split(name)
+            digest = hashlib.sha256()
+            for key, content in zip(split.keys, index.hashes(split), strict=True):
+                digest.update(f"{key}\x00{content}\n".encode("utf-8", "surrogateescape"))
+            found[name] = digest.hexdigest()
+    finally:
+        index.save()  # also when it is stopped: what is hashed need not be hashed again
     return found
 
 
@@ -390,18 +419,13 @@ class _HashIndex:
         todo = [str(split.path(i)) for i in range(len(split)) if self._known(str(split.path(i))) is None]
         if todo:
             self.changed = True
-            with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter's lock
-                hashed = pool.map(_stat_and_hash, todo)
-                bar = tqdm(
-                    hashed,
-                    total=len(todo),
-                    desc="Hashing images",
-                    unit="file",
-                    file=sys.stderr,
-                    disable=len(todo) < 5000,
-                )
-                for path, entry in zip(todo, bar, strict=True):
-                    self.known[path] = entry
+            quiet = len(todo) < 5000
+            bar = tqdm(total=len(todo), desc="Hashing images", unit="file", file=sys.stderr, disable=quiet)
+            with bar, ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter's lock
+                for start in range(0, len(todo), 256):  # in blocks, so that Ctrl-C has little to wait for
+                    block = todo[start : start + 256]
+                    self.known.update(zip(block, pool.map(_stat_and_hash, block), strict=True))
+                    bar.update(len(block))
         return [self.known[str(split.path(i))][-1] for i in range(len(split))]
 
     def _known(self, path: str) -> str | None:
@@ -452,7 +476,9 @@ def _create_array(path: Path, shape: tuple[int, int]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise BankError(f"{path} cannot be written ({error.strerror}); set cache_dir to another disk") from error
+        raise BankError(
+            f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; {_STAYS}"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -466,7 +492,10 @@ def _open_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (OSError, ValueError, EOFError) as error:
         raise BankError(f"{path} is damaged ({error}); remove it, its features are computed again") from error
     if array.shape != shape or array.dtype != np.float32:
-        raise BankError(f"{path} is damaged (shape {array.shape}, expected {shape}); remove it")
+        raise BankError(
+            f"{path} is damaged ({array.dtype} of shape {array.shape}, expected float32 of {shape}); remove it, its "
+            "features are computed again"
+        )
     return array
 
 
@@ -497,10 +526,13 @@ class _FileWriter:
             self.file.seek(self.offset + row * self.row_bytes)
             self.file.write(feature.tobytes())
         except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); what is there stays valid") from error
+            raise BankError(f"{self.path} cannot be written ({error.strerror}); {_STAYS}") from error
 
     def sync(self) -> None:
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise BankError(f"{self.path} cannot be written ({error.strerror}); {_STAYS}") from error
 
     def close(self) -> None:
         self.file.close()
@@ -519,7 +551,7 @@ class _MemoryWriter:
 
 
 class _Store:
-    """Where features go, from any thread; closed as a context manager."""
+    """Where features go, from any thread; closed as a context manager. Those without a writer are dropped."""
 
     def __init__(self, writers: dict[Wanted, _Writer]) -> None:
         self.writers, self.lock, self.last_sync = writers, threading.Lock(), time.monotonic()
@@ -527,7 +559,8 @@ class _Store:
     def write(self, places: "list[Place]", features: np.ndarray) -> None:
         with self.lock:
             for (split, view, row), feature in zip(places, features, strict=True):
-                self.writers[split, view].write(row, feature)
+                if (split, view) in self.writers:
+                    self.writers[split, view].write(row, feature)
             if time.monotonic() - self.last_sync > SYNC_SECONDS:
                 for writer in self.writers.values():
                     writer.sync()
@@ -573,15 +606,18 @@ class _Images(torch.utils.data.Dataset):
     def __getitem__(self, item: int) -> tuple[list[Place], Tensor] | DataError:
         name, row = self.work[item]
         split = self.data.split(name)
+        key = split.keys[row]
+        views = [view for (s, view), rows in self.missing.items() if s == name and rows[row]]
         try:
             image = split.load(row)
+            pixels = [
+                self.transforms.test(image) if view == TEST_VIEW else self.transforms.view(image, key, view)
+                for view in views
+            ]
         except DataError as error:
             return error  # raised in the main process, as it is: a worker would wrap it into a traceback
-        views = [view for (s, view), rows in self.missing.items() if s == name and rows[row]]
-        pixels = [
-            self.transforms.test(image) if view == TEST_VIEW else self.transforms.view(image, split.keys[row], view)
-            for view in views
-        ]
+        except Exception as error:
+            return DataError(f"{name} image {key!r} cannot be transformed ({type(error).__name__}: {error}); remove it")
         return [(name, view, row) for view in views], torch.stack(pixels)
 
 
@@ -614,29 +650,42 @@ def _batches(images: _Images, batch_size: int, num_workers: int, pin: bool) -> I
         return first, pixels[:count].pin_memory() if pin else pixels[:count]
 
     try:
-        for loaded in loader:
-            if isinstance(loaded, DataError):
-                raise loaded
-            places += loaded[0]
-            parts.append(loaded[1])
-            while len(places) >= batch_size:
-                yield batch(batch_size)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise BankError(
-                f"a process that loads images was killed ({str(error).splitlines()[0]}); often memory (in containers "
-                "/dev/shm) is short: lower num_workers, 0 needs none. Start again: the features that are done stay"
-            ) from error
-        raise
+        loaded_batches = iter(loader)
+    except OSError as error:
+        raise BankError(
+            f"{num_workers} processes that load images cannot be started ({error.strerror}); lower num_workers"
+        ) from error
+    for loaded in loaded_batches:
+        if isinstance(loaded, DataError):
+            raise loaded
+        places += loaded[0]
+        parts.append(loaded[1])
+        while len(places) >= batch_size:
+            yield batch(batch_size)
     if places:
         yield batch(len(places))
 
 
+@contextmanager
+def _killed_loaders_named() -> Iterator[None]:
+    """PyTorch tells of a killed loader process from a signal handler: the error may come up anywhere within."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise BankError(
+            f"a process that loads images was killed ({str(error).splitlines()[0]}); often memory (in containers "
+            f"/dev/shm) is short: lower num_workers, 0 needs none; {_STAYS}"
+        ) from error
+
+
 def _start_worker(_: int) -> None:
-    """One thread a worker, and Ctrl-C is the main process's to answer."""
+    """One thread a worker, and Ctrl-C is the main process's to answer. SIGTERM ends it, as PyTorch expects."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class RunPaths:
 def run_paths(config: Config, seed: int) -> RunPaths:
     """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps: 0."""
     first = 0 if config.init_cls == config.increment else config.init_cls
-    folder = Path(config.log_dir) / config.model_name / config.dataset / str(first) / str(config.increment)
+    folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / str(first) / str(config.increment)
     backbone = config.backbone_type.replace("/", "_")
     return RunPaths(folder, f"{config.prefix}_{seed}_{backbone}" if config.prefix else f"{seed}_{backbone}")
 
@@ -73,12 +73,23 @@ def logging_to(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); set log_dir to another folder") from error
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.handleError = _raise_log_error
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # every line is flushed when written: this error was raised then
+            handler.close()
+
+
+def _raise_log_error(record: logging.LogRecord) -> None:
+    """A log that cannot be written, such as on a full disk, ends the run; logging itself would go on in silence."""
+    error = sys.exc_info()[1]
+    if not isinstance(error, OSError):
+        raise  # logging calls this while it handles the error
+    reason = error.strerror or str(error)
+    raise UserError(f"the log cannot be written ({reason}); free space or set log_dir, then start again") from error
 
 
 def versions() -> dict[str, str]:
