@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
 
     set_up_logging()
     if args.dry_run:
-        trainer.dry_run(config)
+        dry_run.dry_run(config)
     else:
         trainer.run(config, fresh=args.fresh)
 

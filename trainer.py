@@ -42,6 +42,8 @@ def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
         UserError: bad data, weights, files or numbers, in one line.
     """
     with joined_ranks() as ranks:
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.WARNING)
         setup = prepare(config, ranks)
         runs = [run_seed(setup, seed, fresh=fresh) for seed in config.seed]
     if ranks.first and len(runs) > 1:

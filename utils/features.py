@@ -219,6 +219,7 @@ class FeatureBank:
         threads = forward_threads(self.extractor.device)
         running: deque[Future[int]] = deque()
         with (
+            _killed_loaders_named(),
             closing(_batches(images, self.batch_size, self.num_workers, self._pin)) as batches,
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
