@@ -1,5 +1,6 @@
 """Shared by all tests: tiny real images, a tiny config, a tiny frozen extractor. Nothing is ever downloaded."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import main
+from utils import report
 from utils.config import Config, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,9 +151,10 @@ class Outcome:
 
     def _beside(self, seed: int | None, suffix: str) -> Path:
         c = self.config
+        seed = c.get("seed", [1993])[0] if seed is None else seed
         first = 0 if c["init_cls"] == c["increment"] else c["init_cls"]
         folder = Path(c["log_dir"]) / c.get("model_name", "tosca") / c["dataset"] / str(first) / str(c["increment"])
-        return folder / f"{c.get('seed', [1993])[0] if seed is None else seed}_{c['backbone_type']}{suffix}"
+        return folder / f"{seed}_{c['backbone_type']}{suffix}"
 
 
 @pytest.fixture(scope="session")
@@ -169,3 +172,42 @@ def run_main() -> Callable[..., Outcome]:
         return Outcome(code, config, folder)
 
     return run
+
+
+# what the shared run below learns: six classes, not equally many test images of each
+TRAIN_IMAGES, TEST_IMAGES = 6 * 4, (3, 2, 3, 1, 2, 4)
+
+
+@dataclass(frozen=True)
+class FinishedRun(Outcome):
+    """The run that several tests look at, and what was on disk when each task had been saved."""
+
+    json_after_task: list[dict[str, Any]]
+    modules_after_task: list[dict[str, str]]  # file name -> SHA-256
+
+
+@pytest.fixture(scope="session")
+def digit_folder(make_folder: FolderMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("digits"), classes=6, train=4, test=TEST_IMAGES)
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    digit_folder: Path, run_main: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """Three tasks of two classes, learned once for all tests. Its feature bank lies in ``cache``: leave it as it is."""
+    folder = tmp_path_factory.mktemp("run")
+    jsons, modules = [], []
+    log_task = report.log_task
+
+    def look(*arguments: Any) -> None:
+        (path,) = (folder / "logs").rglob("*.json")
+        jsons.append(json.loads(path.read_text(encoding="utf-8")))
+        files = sorted((folder / "tosca").glob("task*.pth"))
+        modules.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
+        log_task(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "log_task", look)
+        outcome = run_main(folder, data_path=str(digit_folder), cache_dir=str(folder / "cache"))
+    return FinishedRun(outcome.code, outcome.config, outcome.folder, jsons, modules)
