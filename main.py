@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
-    import trainer  # after the config is known to be good: this loads PyTorch
+    import dry_run  # after the config is known to be good: this loads PyTorch
+    import trainer
     from utils.report import set_up_logging
 
     set_up_logging()
