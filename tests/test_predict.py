@@ -1,0 +1,184 @@
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import predict
+from utils.inputs import find_images, loaded_ahead
+
+
+@pytest.fixture(scope="session")
+def three_classes(run_main, make_folder, tmp_path_factory):
+    """Three classes in two tasks; returns what main.py left, with the images in ``data``."""
+    folder = tmp_path_factory.mktemp("three")
+    outcome = run_main(folder, data_path=str(make_folder(folder / "data", classes=3)), shuffle=False, epochs=1)
+    assert outcome.code == 0
+    return outcome
+
+
+@pytest.fixture
+def images(three_classes):
+    return three_classes.folder / "data" / "test"
+
+
+@pytest.fixture
+def run(three_classes, capsys):
+    """Runs predict.py in this process; returns its exit code, its lines and its standard error."""
+
+    def call(*arguments):
+        try:
+            code = predict.main(["--checkpoint", str(three_classes.checkpoints), *map(str, arguments)])
+        except SystemExit as stopped:  # argparse
+            code = stopped.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return call
+
+
+def test_a_table_has_one_line_for_each_image_below_a_folder(run, images):
+    code, lines, err = run(images)
+    assert code == 0
+    assert lines[0].split() == ["file", "class", "prob", "runners-up", "module", "entropy", "margin"]
+    assert [line.split()[0] for line in lines[1:]] == [str(path) for path in sorted(images.rglob("*.png"))]
+    assert "9/9" in err  # the progress bar
+
+
+def test_json_lines_hold_everything(run, images):
+    code, lines, _ = run(images / "0", "--json", "--top-k", 2, "--explain")
+    assert code == 0
+    for line in lines:
+        found = json.loads(line)
+        assert found["class"] == found["top"][0]["class"]
+        assert found["probability"] == found["top"][0]["probability"] >= found["top"][1]["probability"]
+        assert len(found["top"]) == len(found["entropies"]) == 2
+        assert found["entropy"] == min(found["entropies"]) == found["entropies"][found["module"]]
+        assert found["margin"] == pytest.approx(max(found["entropies"]) - min(found["entropies"]), abs=1e-6)
+
+
+def test_csv_is_read_back(run, images):
+    code, lines, _ = run(images, "--csv", "--explain", "--top-k", 99)
+    rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
+    assert code == 0
+    assert len(rows) == 9
+    assert {row["class"] for row in rows} <= {"0", "1", "2"}
+    assert sum(float(rows[0][k]) for k in ("probability", "probability_2", "probability_3")) == pytest.approx(1)
+    assert float(rows[0]["entropy"]) == min(float(rows[0]["entropy_0"]), float(rows[0]["entropy_1"]))
+
+
+def test_explain_shows_every_module(run, images):
+    _, lines, _ = run(images / "0" / "004.png", "--explain")
+    assert lines[2].split()[:4] == ["entropy", "by", "module", "0:"]
+
+
+def test_features_are_rows_in_the_order_of_the_answer(run, images, tmp_path):
+    file = tmp_path / "features.npy"
+    assert run(images, "--features", file)[0] == 0
+    features = np.load(file)
+    assert (features.shape, features.dtype) == ((9, 192), np.float32)
+    assert run(images / "1", "--features", tmp_path / "of_one.npy")[0] == 0
+    np.testing.assert_allclose(np.load(tmp_path / "of_one.npy"), features[3:6], atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.npy", "of_one.npy"]
+
+
+def test_features_that_cannot_be_written_are_said(run, images, tmp_path):
+    code, _, err = run(images, "--features", tmp_path / "nowhere" / "f.npy")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_paths_come_from_standard_input(run, images, monkeypatch):
+    named = [images / "2" / "004.png", images / "1"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(str, named)) + "\n\n"))
+    code, lines, _ = run("-", "--json")
+    assert code == 0
+    assert [json.loads(line)["file"] for line in lines] == [str(p) for p in (named[0], *sorted(named[1].iterdir()))]
+
+
+def test_an_unreadable_image_is_reported_and_the_rest_goes_on(run, images, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    missing = tmp_path / "missing.png"
+    good = images / "0" / "004.png"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{missing}\n{good}\n"))
+    code, lines, err = run("-", "--json", "--features", tmp_path / "f.npy")
+    found = [json.loads(line) for line in lines]
+    assert code == 1
+    assert {f["file"]: "error" in f for f in found} == {str(broken): True, str(missing): True, str(good): False}
+    assert f"{broken} is not a readable image" in err
+    assert f"{missing} does not exist" in err
+    assert "2 could not be read" in err
+    assert len(np.load(tmp_path / "f.npy")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.png"], "nowhere.png does not exist"),
+        ([".", "--checkpoint", "nowhere"], "no image there"),
+        ([str(ROOT / "assets"), "--top-k", "0"], "--top-k must be at least 1, got 0"),
+        ([], "required: PATH"),
+        ([".", "--json", "--csv"], "not allowed with"),
+    ],
+)
+def test_a_wrong_call_is_one_line(run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, lines, err = run(*arguments)
+    assert (code, lines) == (2, [])
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_checkpoint_is_one_line(images, capsys, tmp_path):
+    assert predict.main(["--checkpoint", str(tmp_path), str(images)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_baseline_has_no_columns_of_modules(run_main, three_classes, images, tmp_path, capsys):
+    data = str(three_classes.folder / "data")
+    outcome = run_main(tmp_path, data_path=data, model_name="simplecil")
+    capsys.readouterr()
+    for form in ("--json", "--csv"):
+        assert predict.main(["--checkpoint", str(outcome.checkpoints), form, "--explain", str(images)]) == 0
+        head = capsys.readouterr().out.splitlines()[0]
+        assert "entrop" not in head
+        assert "module" not in head
+
+
+def test_the_reader_of_the_output_may_stop_early(three_classes, images):
+    command = f"{sys.executable} {ROOT / 'predict.py'} --checkpoint {three_classes.checkpoints} {images} | head -1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert found.stdout.startswith("file")
+    assert "Traceback" not in found.stderr
+
+
+# -- finding and loading ----------------------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_in_order_without_hidden_files_and_loops(tmp_path):
+    for name in ("b/2.png", "b/10.jpg", "a/deep/1.PNG", "a/notes.txt", ".hidden/3.png", "c/.4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.symlink(tmp_path, tmp_path / "a" / "loop")
+    found = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path])]
+    assert found == ["a/deep/1.PNG", "b/10.jpg", "b/2.png"]
+
+
+def test_no_more_than_a_window_is_loaded_ahead(tmp_path):
+    taken = []
+
+    def paths():
+        for number in range(50):
+            taken.append(number)
+            yield tmp_path / str(number)
+
+    stream = loaded_ahead(paths(), lambda path: path.name, ahead=4)
+    assert [next(stream)[1] for _ in range(10)] == [str(number) for number in range(10)]
+    assert len(taken) <= 14
+    stream.close()
