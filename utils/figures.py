@@ -74,7 +74,7 @@ def accuracy_curves(section: Section, selection: str) -> Figure | None:
         kept = _best(shown)
         for index, (label, _, curves) in enumerate(kept):
             _line(axes, index, label, curves)
-        axes.set_title(f"selection: {selection_name(selection)}{_left_out(kept, shown)}")
+        axes.set_title(f"selection: {selection_name(selection)}, {_seeds(section)}{_left_out(kept, shown)}")
         _finish_curves(axes, "accuracy on all classes seen (%)")
     return figure
 
@@ -93,7 +93,7 @@ def sparsity_curves(section: Section) -> Figure | None:
         for index, (label, _, curves) in enumerate(kept):
             _line(axes, index, label, curves)
         left = f" ({len(kept)} of {len(shown)} shown)" if len(kept) < len(shown) else ""
-        axes.set_title(f"weight sparsity of each task's module{left}")
+        axes.set_title(f"weight sparsity of each task's module, {_seeds(section)}{left}")
         _finish_curves(axes, "parameters with |θ| < 0.001 (%)")
         axes.set_ylim(bottom=0)
     return figure
@@ -110,6 +110,11 @@ def _best(shown: list[tuple[str, bool, np.ndarray]]) -> list[tuple[str, bool, np
     return [shown[i] for i in sorted(ranked)]
 
 
+def _seeds(section: Section) -> str:
+    counts = sorted({len(group.runs) for group in section.groups})
+    return f"{'–'.join(map(str, counts[:1] + counts[1:][-1:]))} seed{'s' if counts != [1] else ''}"
+
+
 def _left_out(kept: Sequence[object], shown: Sequence[object]) -> str:
     return f" (the best {len(kept)} of {len(shown)})" if len(kept) < len(shown) else ""
 
@@ -118,10 +123,9 @@ def _line(axes: Axes, index: int, label: str, curves: np.ndarray) -> None:
     """Mean of ``(seeds, tasks)`` and, with several seeds, a band of one sample standard deviation."""
     tasks, mean = np.arange(1, curves.shape[1] + 1), curves.mean(axis=0)
     colour = _COLOURS[index]
-    count = f", {len(curves)} seeds" if len(curves) > 1 else ""
     axes.plot(
         *(tasks, mean), color=colour, linestyle=_STYLES[index], marker=_MARKERS[index], markersize=4.5,
-        markerfacecolor="white" if index % 2 else colour, linewidth=1.4, label=label + count,
+        markerfacecolor="white" if index % 2 else colour, linewidth=1.4, label=label,
     )  # fmt: skip
     if len(curves) > 1:
         std = curves.std(axis=0, ddof=1)
@@ -137,7 +141,8 @@ def _finish_curves(axes: Axes, what: str) -> None:
     axes.set_ylim(max(low, 0), min(high, 101))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.figure.legend(loc="outside lower center", ncols=1 if _longest_label(axes) > 28 else 2, frameon=False)
+    columns = 1 if _longest_label(axes) > 34 else 2
+    axes.figure.legend(loc="outside lower center", ncols=columns, handlelength=3, frameon=False)
 
 
 def _longest_label(axes: Axes) -> int:
@@ -168,7 +173,8 @@ def confusions(group: Group, selections: Sequence[str]) -> Figure:
 def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str) -> Figure:
     with rc_context(_RC):
         rows, columns = _grid(len(panels))
-        figure = Figure(figsize=(0.6 + 2.9 * columns, 2.9 * rows), layout="constrained")
+        figure = Figure(figsize=(0.6 + 2.9 * columns, 3 * rows), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09)
         panes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, values) in zip(panes, panels.items(), strict=False):
             image = _matrix(axes, values)
@@ -209,12 +215,12 @@ def _matrix(axes: Axes, values: np.ndarray) -> Any:
 
 
 def entropies(group: Group, selections: Sequence[str]) -> Figure:
-    """Mean entropy of each module where it was the right choice and where it was not, bars ± std over seeds."""
+    """Mean entropy of each module where it was the right choice and where it was not, ± std over seeds."""
     with rc_context(_RC):
         figure = Figure(figsize=(0.6 + 2.9 * len(selections), 2.9), layout="constrained")
         panes = figure.subplots(1, len(selections), squeeze=False, sharey=True).ravel()
         for axes, name in zip(panes, selections, strict=True):
-            _entropy_bars(axes, [run.values["entropy"][name] for run in group.runs])
+            _entropy_points(axes, [run.values["entropy"][name] for run in group.runs])
             axes.set_title(selection_name(name))
             axes.set_xlabel("module")
         panes[0].set_ylabel("mean entropy (nats)")
@@ -222,18 +228,23 @@ def entropies(group: Group, selections: Sequence[str]) -> Figure:
     return figure
 
 
-def _entropy_bars(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]) -> None:
-    looks = {"right": {"facecolor": "#444444"}, "wrong": {"facecolor": "white", "hatch": "////"}}
-    for side, (choice, look) in zip((-0.2, 0.2), looks.items(), strict=True):
+def _entropy_points(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]) -> None:
+    """Points, not bars: the entropies lie close together, far from zero."""
+    looks = {"right": {"marker": "o", "color": "black"}, "wrong": {"marker": "s", "color": "#666666", "mfc": "white"}}
+    for side, (choice, look) in zip((-0.12, 0.12), looks.items(), strict=True):
         values = np.array([run[choice] for run in of_runs], dtype=float)  # None: nan, never chosen so
         modules = np.arange(1, values.shape[1] + 1)
         chosen = ~np.isnan(values)
         counts = chosen.sum(axis=0)
-        mean = np.where(chosen, values, 0).sum(axis=0) / np.maximum(counts, 1)
+        mean = np.where(counts > 0, np.where(chosen, values, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)
         squares = np.where(chosen, (values - mean) ** 2, 0).sum(axis=0)
         std = np.where(counts > 1, np.sqrt(squares / np.maximum(counts - 1, 1)), np.nan)
-        axes.bar(modules + side, mean, 0.38, edgecolor="black", linewidth=0.7, label=f"{choice} choice", **look)
-        axes.errorbar(modules + side, mean, std, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        label = f"{choice} choice"
+        axes.errorbar(
+            modules + side, mean, std, linestyle="", markersize=6, elinewidth=1, capsize=3, label=label, **look
+        )
+    axes.margins(x=0.1)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
 
 
@@ -246,9 +257,7 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
     drawn: dict[str, list[tuple[str, Path]]] = {"": []}
     for name in every:
         if figure := accuracy_curves(section, name):
-            caption = (
-                f"Accuracy after each task, selection: {selection_name(name)}; mean, and band of one std over seeds"
-            )
+            caption = f"Accuracy after each task, selection: {selection_name(name)}; mean ± std over seeds"
             drawn[""].append((caption, _save(figure, folder / f"{section.key}-accuracy-{name}")))
     if figure := sparsity_curves(section):
         caption = "Share of the parameters of each task's module with |θ| < 0.001"

@@ -169,6 +169,7 @@ th { border-bottom: 1px solid #111; } .n { text-align: right; } tr.first td { bo
 .wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }
 figure { margin: 0; } figcaption { font-size: .85rem; } img { width: 100%; height: auto; }
 .wide img { min-width: 30rem; } summary { cursor: pointer; padding: .4rem 0; font-weight: 600; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { th, td { padding: .2rem .35rem; } td:first-child { white-space: normal; min-width: 5.5rem; } }
 """  # noqa: E501
 
 
