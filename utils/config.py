@@ -291,3 +291,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"{override!r}: {error}") from None
     return make_config(values, str(path))
+
+
+def key_table() -> list[str]:
+    """The README's table of keys: Markdown rows, the header's two first."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Config):
+        required = field.default is dataclasses.MISSING
+        default = "required" if required else f"`{json.dumps(field.default, ensure_ascii=False)}`"
+        choices = [c for option in _options(get_type_hints(Config)[field.name]) for c in get_args(option)]
+        allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+        rows.append(f"| `{field.name}` | {default} | {field.metadata['doc']}{allowed} |")
+    return rows
+
+
+def _options(kind: Any) -> list[Any]:
+    """The ``Literal`` types among the types that a key may have."""
+    parts = [kind] if get_origin(kind) is Literal else get_args(kind)
+    return [part for part in parts if get_origin(part) is Literal]

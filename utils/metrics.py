@@ -18,6 +18,9 @@ GLOSSARY = {
     "batch": "one module for 48 consecutive test images, by their mean entropy: the release's evaluation; in class "
     "order the order itself tells the task",
     "sample": "the module of lowest entropy for each image by itself: no task identity at inference",
+    "lda": "for each image by itself, the task of the best class under a linear discriminant analysis of the frozen "
+    "feature; its module answers among the task's own classes",
+    "ridge": "the same with ridge regression on 1,000 random features of the frozen feature",
 }
 # how every log line, table and picture names a selection; only "batch" depends on the order of the test set
 SELECTION_NAMES = {
