@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from utils.config import load_config
 from utils.errors import UserError
+from utils.sweep import make_grid
 
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
 
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
+    parser.add_argument(
+        *("--sweep",), nargs="+", default=[], metavar="key=v1,v2",
+        help="run every combination of these values, each in a folder of its own; the same command again goes on",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, stop")
     args = parser.parse_intermixed_args(argv)
@@ -54,14 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    grid = make_grid(args.config, args.overrides, args.sweep) if args.sweep else []
     config = load_config(args.config, args.overrides)
     import dry_run  # after the config is known to be good: this loads PyTorch
+    import sweep
     import trainer
     from utils.report import set_up_logging
 
     set_up_logging()
     if args.dry_run:
-        dry_run.dry_run(config)
+        for one in [cell.config for cell in grid] or [config]:
+            dry_run.dry_run(one)
+    elif grid:
+        sweep.run_sweep(grid, fresh=args.fresh)
     else:
         trainer.run(config, fresh=args.fresh)
 

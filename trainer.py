@@ -102,26 +102,30 @@ class Setup:
         return CheckpointFolder(folder / f"seed{seed}" if len(self.config.seed) > 1 else folder)
 
 
-def prepare(config: Config, ranks: Ranks) -> Setup:
-    """Load data and backbone, cheap checks first."""
+def prepare(config: Config, ranks: Ranks, loaded: Setup | None = None) -> Setup:
+    """Load data and backbone, cheap checks first; ``loaded`` has the same ones at hand."""
     check_tracker(config)
     device = resolve_device(config, ranks.local_rank, ranks.count)
-    data = load_dataset(config)
+    data = loaded.data if loaded else load_dataset(config)
     if config.continue_from is None:
         make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
     elif not LEARNERS[config.model_name].continual:
         raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
     if config.num_workers is not None and config.num_workers > available_cpus():
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
-    if config.check_images and ranks.first:
+    if config.check_images and ranks.first and not loaded:
         check_images(data, threads=available_cpus())
-    backbone = load_backbone(config, device)
+    backbone = loaded.backbone if loaded else load_backbone(config, device)
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
             raise ConfigError(
                 f"{name} {getattr(config, name)} is above the feature width {backbone.feature_dim} of {backbone.name}"
             )
-    fingerprints = ranks.share(fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None)
+    if loaded:
+        fingerprints = loaded.fingerprints
+    else:
+        own = fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None
+        fingerprints = ranks.share(own)
     setup = Setup(config, data, backbone, fingerprints, ranks)
     return setup if config.continue_from is None else _on_top(setup)
 

@@ -204,7 +204,7 @@ def data_folder(config: Config) -> Path:
 
 def _image_folder(name: str, root: Path, *, continues: bool = False) -> Dataset:
     """``continues``: the test split may hold classes that a saved run has learned; they are counted last."""
-    train_root, test_root = _split_roots(root)
+    train_root, test_root = split_folders(root)
     train, test = _list_classes(train_root), _list_classes(test_root)
     _check_same_classes(train, test, train_root, test_root, continues=continues)
     classes = (*sorted(train), *sorted(test.keys() - train.keys()))
@@ -216,14 +216,14 @@ def _domain_folder(root: Path, *, continues: bool = False) -> Dataset:
 
     ``continues``: the test split may hold domains that a saved run has learned; they are counted last.
     """
-    train_root, test_root = _split_roots(root)
-    domains = tuple(_subfolders(train_root))
+    train_root, test_root = split_folders(root)
+    domains = tuple(subfolders(train_root))
     if not domains:
         raise DataError(f"{train_root} holds no domain folders; {DOMAIN_LAYOUT}")
     for domain in domains:
         if not (test_root / domain).is_dir():
             raise DataError(f"{test_root} lacks the domain {domain!r} that {train_root} has; {DOMAIN_LAYOUT}")
-    extra = sorted(set(_subfolders(test_root)) - set(domains))
+    extra = sorted(set(subfolders(test_root)) - set(domains))
     if extra and not continues:
         raise DataError(f"{test_root} has the domain {extra[0]!r} that {train_root} lacks; {DOMAIN_LAYOUT}")
     listed: dict[str, list[dict[str, list[str]]]] = {"train": [], "test": []}
@@ -253,7 +253,12 @@ def _domain_folder(root: Path, *, continues: bool = False) -> Dataset:
     )
 
 
-def _split_roots(root: Path) -> tuple[Path, Path]:
+def split_folders(root: Path) -> tuple[Path, Path]:
+    """``<root>/train`` and ``<root>/test`` (or ``val``).
+
+    Raises:
+        DataError: one of them does not exist.
+    """
     if not root.is_dir():
         raise DataError(f"data folder {str(root)!r} does not exist; {LAYOUT}")
     train = root / "train"
@@ -264,7 +269,8 @@ def _split_roots(root: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def _subfolders(root: Path) -> list[str]:
+def subfolders(root: Path) -> list[str]:
+    """Names of the folders directly below, sorted, without hidden ones."""
     try:
         return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
@@ -273,7 +279,7 @@ def _subfolders(root: Path) -> list[str]:
 
 def _list_classes(root: Path) -> dict[str, list[str]]:
     """Class -> its image files, sorted, relative to ``root``; hidden files are skipped, subfolders are searched."""
-    classes = {name: _list_images(root, name) for name in _subfolders(root)}
+    classes = {name: list_images(root, name) for name in subfolders(root)}
     if not classes:
         raise DataError(f"{root} holds no class folders; {LAYOUT}")
     if empty := [name for name, files in classes.items() if not files]:
@@ -283,7 +289,8 @@ def _list_classes(root: Path) -> dict[str, list[str]]:
     return classes
 
 
-def _list_images(root: Path, name: str) -> list[str]:
+def list_images(root: Path, name: str) -> list[str]:
+    """Image files below ``<root>/<name>``, relative to ``root``, sorted; hidden files are skipped."""
     files, pending, visited = [], [name], set()
     while pending:
         folder = pending.pop()

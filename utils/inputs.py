@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from utils.data import SUFFIXES, read_image
+from utils.data import SUFFIXES, available_cpus, read_image
 from utils.errors import DataError
 
 Loaded = TypeVar("Loaded")
@@ -74,7 +74,7 @@ def loaded_ahead(
             return error
 
     waiting: deque = deque()
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=available_cpus()) as pool:
         for path in paths:
             waiting.append((path, pool.submit(attempt, path)))
             if len(waiting) >= ahead:
