@@ -142,7 +142,7 @@ BUNDLED: dict[str, dict[str, Any]] = {
         "weights": _ASSETS / "glyphs_vit.safetensors",
         "build": {
             "model_name": "vit_tiny_patch16_224",
-            "patch_size": 4,
+            "patch_size": 8,
             "embed_dim": 128,
             "depth": 4,
             "num_heads": 4,

@@ -41,8 +41,8 @@ class Config:
     prefix: str = _key("", doc="goes in front of the log's file name")
     dataset: Literal[DATASETS] = _key(doc="which data; see [The data](#the-data)")
     shuffle: bool = _key(True, doc="draw the class order from the seed; false: sorted folder order")
-    init_cls: int = _key(doc="classes of the first task", low=1)
-    increment: int = _key(doc="classes of each later task", low=1)
+    init_cls: int | None = _key(None, doc="classes of the first task; required but for `scenario: domain`", low=1)
+    increment: int | None = _key(None, doc="classes of each later task; required but for `scenario: domain`", low=1)
     model_name: Literal[LEARNERS] = _key("tosca", doc="the method")
     backbone_type: str = _key(doc="any timm ViT by name, or one of PILOT's names")
     pretrained: bool = _key(True, doc="false: a random ViT (only sensible in tests)")
@@ -121,6 +121,11 @@ class Config:
                 raise ConfigError(
                     f'device must be "-1", "cpu" or the number of an accelerator such as "0", got {device!r}'
                 )
+        for name in ("init_cls", "increment"):
+            if self.scenario == "domain":  # a task is a domain: equal runs are to have equal configs
+                object.__setattr__(self, name, None)
+            elif getattr(self, name) is None:
+                raise ConfigError(f"required key {name!r} is missing")
         if self.scenario == "domain" and self.dataset != "imagefolder":
             raise ConfigError(f'scenario "domain" needs dataset "imagefolder", got {self.dataset!r}')
         if not self.backbone_type:
