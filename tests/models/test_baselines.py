@@ -1,0 +1,206 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from torch import Tensor
+
+from models.base import Learner
+from models.lda import StreamingLDA
+from models.linear_joint import L2, LinearJoint, fit_softmax
+from models.ncm_lda import NcmLda
+from models.ranpac import RANDOM_FEATURES, RanPAC
+from models.ridge import RandomRidge
+from models.simplecil import SimpleCIL
+from utils.errors import NumericError
+
+DIM, CPU = 6, torch.device("cpu")
+LEARNERS = [SimpleCIL, NcmLda, RanPAC, LinearJoint]
+
+
+@dataclass
+class Task:
+    """Training data in memory. Augmented views are out of bounds: none of these learners may ask for one."""
+
+    index: int
+    first_row: int
+    new_rows: int
+    features: Tensor
+    labels: Tensor
+    all_seen: tuple[Tensor, Tensor] | None = None
+
+    def test_view(self) -> Tensor:
+        return self.features
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        if self.all_seen is None:
+            raise AssertionError("a continual learner asked for earlier tasks' data")
+        return self.all_seen
+
+
+def stream(features: Tensor, labels: Tensor, sizes: list[int], *, joint: bool) -> list[Task]:
+    tasks, first = [], 0
+    for index, size in enumerate(sizes):
+        own, seen = (labels >= first) & (labels < first + size), labels < first + size
+        all_seen = (features[seen], labels[seen]) if joint else None
+        tasks.append(Task(index, first, size, features[own], labels[own], all_seen))
+        first += size
+    return tasks
+
+
+def taught(kind: type[Learner], features: Tensor, labels: Tensor, sizes: list[int]) -> Learner:
+    learner = kind(tiny_config(), features.shape[1], CPU, seed=0)
+    for task in stream(features, labels, sizes, joint=not kind.continual):
+        learner.learn(task)
+    return learner
+
+
+def answers(learner: Learner, features: Tensor) -> Tensor:
+    predictions = learner.predict(features)
+    assert list(predictions) == ["sample"]
+    assert predictions["sample"].module is None and predictions["sample"].entropy is None
+    return predictions["sample"].scores
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    """Five well separated classes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 5
+    return torch.randn(60, DIM, generator=generator) + 8 * torch.eye(DIM)[labels], labels
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_separated_classes_are_learned_task_by_task(kind, data):
+    learner = taught(kind, *data, [2, 1, 2])
+    assert learner.tasks == 3 and learner.row_task.tolist() == [0, 0, 1, 2, 2]
+    assert (answers(learner, data[0]).argmax(dim=1) == data[1]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_state_round_trip_is_bit_exact(kind, data):
+    learner = taught(kind, *data, [2, 3])
+    copy = kind(tiny_config(), DIM, CPU, seed=0)
+    copy.load_state_dict(learner.state_dict(), [])
+    assert torch.equal(answers(copy, data[0]), answers(learner, data[0]))
+    assert copy.parameter_counts() == learner.parameter_counts()
+    assert all(isinstance(value, Tensor) for value in learner.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_restored_learner_learns_on_as_if_never_saved(kind, data):
+    *first, last = stream(*data, [2, 1, 2], joint=not kind.continual)
+    learner, copy = kind(tiny_config(), DIM, CPU, seed=0), kind(tiny_config(), DIM, CPU, seed=0)
+    for task in first:
+        learner.learn(task)
+    copy.load_state_dict(learner.state_dict(), [])
+    learner.learn(last)
+    copy.learn(last)
+    assert torch.equal(answers(copy, data[0]), answers(learner, data[0]))
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_new_learner_is_the_same_to_the_bit(kind, data):
+    assert torch.equal(*(answers(taught(kind, *data, [3, 2]), data[0]) for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+@pytest.mark.parametrize("sizes", [[3], [1, 1, 1], [1, 2]])
+@pytest.mark.parametrize("features", [torch.zeros(4, 3), torch.full((4, 3), 0.1), torch.eye(4)[:, :3]])
+def test_no_nan_in_hard_cases(kind, sizes, features):
+    """Zero or equal features, one image in a class, one class in a task, a single task."""
+    learner = taught(kind, features, torch.tensor([0, 1, 2, 2]), sizes)
+    scores = answers(learner, torch.cat([features, torch.zeros(1, 3), torch.ones(1, 3)]))
+    assert scores.shape == (6, 3) and scores.isfinite().all()
+    assert answers(learner, features[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_feature_that_is_not_finite_is_refused(kind, data):
+    data[0][3, 2] = float("nan")
+    with pytest.raises(NumericError, match="NaN or infinite"):
+        taught(kind, *data, [5])
+
+
+@pytest.mark.parametrize("kind", [SimpleCIL, NcmLda, RanPAC])
+def test_a_row_without_images_cannot_win(kind):
+    """As when a domain lacks a class."""
+    learner = kind(tiny_config(), 2, CPU, seed=0)
+    learner.learn(Task(0, 0, 3, torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([0, 2])))
+    scores = answers(learner, -torch.ones(1, 2))  # every cosine to an image is negative
+    assert scores[0, 1] == -torch.inf and scores[0, [0, 2]].isfinite().all()
+
+
+def test_only_the_joint_classifier_is_not_continual():
+    assert [kind.continual for kind in LEARNERS] == [True, True, True, False]
+
+
+def test_simplecil_worked_by_hand():
+    features = torch.tensor([[2.0, 0.0], [4.0, 8.0], [0.0, -5.0]])
+    learner = taught(SimpleCIL, features, torch.tensor([0, 0, 1]), [1, 1])
+    assert learner.prototypes.tolist() == [[3, 4], [0, -5]]  # of the features, not of normalised ones
+    torch.testing.assert_close(
+        answers(learner, torch.tensor([[0.0, 2.0], [10.0, 0.0]])), torch.tensor([[0.8, -1], [0.6, 0]])
+    )
+
+
+def test_simplecil_looks_at_the_angle_only():
+    learner = taught(SimpleCIL, torch.tensor([[1.0, 0.0], [9.0, 9.0]]), torch.tensor([0, 1]), [2])
+    assert answers(learner, torch.tensor([[0.1, 0.1], [100.0, 1.0]])).argmax(dim=1).tolist() == [1, 0]
+
+
+def test_a_later_task_leaves_simplecils_earlier_prototypes_alone(data):
+    one, two = taught(SimpleCIL, *data, [3]), taught(SimpleCIL, *data, [3, 2])
+    assert torch.equal(two.prototypes[:3], one.prototypes)
+
+
+def test_ncm_lda_is_the_streaming_lda(data):
+    lda = StreamingLDA(DIM)
+    lda.update(*data, 5)
+    torch.testing.assert_close(answers(taught(NcmLda, *data, [1, 4]), data[0]), lda.scores(data[0]))
+
+
+def test_ranpac_is_the_ridge_with_the_papers_width(data):
+    ridge = RandomRidge(DIM, RANDOM_FEATURES, seed=0)
+    ridge.update(*data, 5)
+    assert RANDOM_FEATURES == 10_000
+    torch.testing.assert_close(answers(taught(RanPAC, *data, [5]), data[0]), ridge.scores(data[0]))
+
+
+def test_joint_classifier_is_at_the_minimum(data):
+    """The gradient of cross-entropy + L2/2 · ‖W‖² vanishes, in the standardised features."""
+    features, labels = data[0].double() * torch.arange(1, DIM + 1) + 30, data[1]  # unequal scales, off the origin
+    weight, bias = fit_softmax(features, labels, 5)
+    mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
+    inner = (weight * spread[:, None]).requires_grad_()
+    offset = (bias + mean @ weight).requires_grad_()
+    loss = F.cross_entropy((features - mean) / spread @ inner + offset, labels) + L2 / 2 * inner.square().sum()
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, [inner, offset])) < 1e-4
+
+
+def test_joint_classifier_forgets_how_the_data_came(data):
+    """Only what has been seen counts, not the number of tasks."""
+    torch.testing.assert_close(
+        answers(taught(LinearJoint, *data, [1, 2, 2]), data[0]), answers(taught(LinearJoint, *data, [5]), data[0])
+    )
+
+
+def test_joint_classifier_works_without_gradients_enabled(data):
+    with torch.no_grad():
+        learner = taught(LinearJoint, *data, [5])
+    assert not learner.weight.requires_grad and torch.equal(learner.weight, taught(LinearJoint, *data, [5]).weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classifier", "trainable"),
+    [
+        (SimpleCIL, 5 * DIM, 0),
+        (NcmLda, 5 * (DIM + 1), 0),
+        (RanPAC, 50_000, 0),
+        (LinearJoint, 5 * (DIM + 1), 5 * (DIM + 1)),
+    ],
+)
+def test_parameter_counts(kind, classifier, trainable, data):
+    counts = taught(kind, *data, [2, 3]).parameter_counts()
+    assert counts == {"luca_per_task": 0, "classifier": classifier, "trainable": trainable}
