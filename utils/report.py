@@ -50,9 +50,14 @@ class RunPaths:
 
 
 def run_paths(config: Config, seed: int) -> RunPaths:
-    """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps: 0."""
-    first = 0 if config.init_cls == config.increment else config.init_cls
-    folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / str(first) / str(config.increment)
+    """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps: 0.
+
+    Domain-incremental runs have ``domain/1``: a task is one domain.
+    """
+    first, step = 0 if config.init_cls == config.increment else config.init_cls, config.increment
+    if config.scenario == "domain":
+        first, step = "domain", 1
+    folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / str(first) / str(step)
     backbone = config.backbone_type.replace("/", "_")
     return RunPaths(folder, f"{config.prefix}_{seed}_{backbone}" if config.prefix else f"{seed}_{backbone}")
 

@@ -107,7 +107,8 @@ def _fault(run: dict[str, Any]) -> str | None:
     keys = (identity["dataset"], identity["model_name"], identity["weights_sha256"], run["backbone"]["name"])
     if not all(isinstance(value, str) for value in keys):
         return "its identity is damaged"
-    if not all(isinstance(v, int) for v in (identity["init_cls"], identity["increment"], run["seed"], tasks)):
+    steps = () if identity["scenario"] == "domain" else (identity["init_cls"], identity["increment"])
+    if not all(isinstance(v, int) for v in (*steps, run["seed"], tasks)):
         return "its identity is damaged"
     data = run["data"]
     if not all(isinstance(data[k], int) for k in ("classes", "train_images", "test_images")):
