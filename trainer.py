@@ -105,7 +105,7 @@ class Setup:
 def prepare(config: Config, ranks: Ranks, loaded: Setup | None = None) -> Setup:
     """Load data and backbone, cheap checks first; ``loaded`` has the same ones at hand."""
     check_tracker(config)
-    device = resolve_device(config, ranks.local_rank, ranks.count)
+    device = loaded.backbone.device if loaded else resolve_device(config, ranks.local_rank, ranks.count)
     data = loaded.data if loaded else load_dataset(config)
     if config.continue_from is None:
         make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here

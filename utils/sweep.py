@@ -55,9 +55,7 @@ def _values(text: str) -> tuple[str, list[str]]:
     if not equals or not all(values.split(",")):
         raise ConfigError(f"--sweep {text!r} is not key=v1,v2, for example flow=tosca,tosca_r")
     if get_origin(get_type_hints(Config).get(key)) is tuple:
-        raise ConfigError(
-            f"--sweep {key!r}: {key} is a list, and its commas part its items; set it with {text}, unswept"
-        )
+        raise ConfigError(f"--sweep {key!r}: {key} is a list, whose commas part its items; give {text} as an override")
     if key in _NOT_SWEPT:
         raise ConfigError(f"--sweep {key!r}: {key} does not change what a run computes; set it with {key}=<value>")
     return key, values.split(",")

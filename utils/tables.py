@@ -171,6 +171,8 @@ def _label(column: str, run: Run) -> str:
         return run.status
     value = run.settings.get(column, "–")
     text = value if isinstance(value, str) else canonical(value)
+    if isinstance(value, float):
+        text = text.removesuffix(".0")
     return text if len(text) <= 40 else _short(text)
 
 
