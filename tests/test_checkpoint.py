@@ -50,8 +50,6 @@ def test_a_module_file_is_a_plain_state_dict_with_the_releases_keys_and_shapes(s
         assert list(state) == list(SHAPES)
         for name, tensor in module.state_dict().items():
             assert torch.equal(state[f"backbone.tosca.{name}"], tensor)
-        # nothing but the module: no storage of the stacked modules hides behind a view
-        assert (folder.folder / f"task{task}.pth").stat().st_size < 149_808 * 4 + 20_000
 
 
 def test_our_module_loads_into_a_model_laid_out_like_the_releases(saved):
@@ -158,4 +156,5 @@ def test_a_finished_run_predicts_from_its_files_alone(finished_run):
     assert learner.predict(features)["sample"].scores.shape == (4, 6)
     for task, module in enumerate(modules):
         assert {f"backbone.tosca.{name}" for name in module} == SHAPES.keys()
-        assert module_from_file(folder.folder / f"task{task}.pth").keys() == module.keys()
+        # no more than the module: torch.save of a view would write the tensor of all tasks behind it
+        assert (folder.folder / f"task{task}.pth").stat().st_size < sum(p.numel() for p in module.values()) * 4 + 8_000

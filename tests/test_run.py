@@ -3,16 +3,23 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
+from PIL import Image
+from torchvision import transforms as T
 
 import main
 from backbone.luca import LuCA
 from backbone.vit import load_backbone
-from utils.tasks import class_order
+from trainer import BankTask
+from utils.checkpoint import module_from_file
+from utils.data import load_dataset
+from utils.features import TEST_VIEW
+from utils.tasks import class_order, make_stream
 
 ORDER = class_order(6, shuffle=True, seed=1993).tolist()
 TASK_IMAGES = [TEST_IMAGES[a] + TEST_IMAGES[b] for a, b in zip(ORDER[::2], ORDER[1::2], strict=True)]
@@ -119,6 +126,58 @@ def test_earlier_modules_stay_bit_identical(finished_run):
     first, second, third = finished_run.modules_after_task
     assert list(third) == ["task0.pth", "task1.pth", "task2.pth"] and len(set(third.values())) == 3
     assert first.items() < second.items() < third.items()
+
+
+def test_the_accuracies_are_those_of_the_saved_files_on_the_images(finished_run, run):
+    """Everything anew from the files on disk, without the bank, the stream or the stacked evaluation."""
+    root = Path(finished_run.config["data_path"])
+    backbone = load_backbone(tiny_config(), torch.device("cpu"))
+    look = T.Compose([T.Resize(36, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
+
+    def features(split: str, label: int) -> torch.Tensor:
+        paths = sorted((root / split / run["class_order"][label]).iterdir())
+        return backbone(torch.stack([look(Image.open(path).convert("RGB")) for path in paths]))
+
+    lucas = []
+    for task in range(3):
+        lucas.append(LuCA(192))
+        lucas[-1].load_state_dict(module_from_file(finished_run.checkpoints / f"task{task}.pth"))
+    state = torch.load(finished_run.checkpoints / "classifier2.pth", weights_only=True)
+    with torch.no_grad():
+        for label in (4, 5):  # the rows of the last task are its class means, and nothing trained them since
+            torch.testing.assert_close(state["weight"][label], lucas[2](features("train", label)).mean(dim=0))
+        h = torch.cat([features("test", label) for label in range(6)])
+        z = torch.stack([luca(h) for luca in lucas])  # (modules, images, dim)
+        logits = state["sigma"] * torch.cosine_similarity(z[:, :, None], state["weight"], dim=3)
+    true = torch.tensor([label for label in range(6) for _ in range(TEST_IMAGES[ORDER[label]])])
+    p = logits.softmax(dim=2)
+    entropy = -(p * (p + 1e-9).log()).sum(dim=2)
+    images = torch.arange(len(true))
+    chosen = {"sample": entropy.argmin(dim=0), "oracle": true // 2}
+    chosen["batch"] = entropy.mean(dim=1).argmin().expand(len(true))  # fewer than 48 images: one batch
+    for selection, module in chosen.items():
+        hits = logits[module, images].argmax(dim=1) == true
+        per_task = [100 * hits[true // 2 == task].double().mean().item() for task in range(3)]
+        assert run["results"][selection]["matrix"][2] == pytest.approx(per_task), selection
+
+
+@pytest.mark.parametrize(("views", "read"), [(3, [0, 1, 2, 0, 1]), (1, [0] * 5), (0, [TEST_VIEW])])
+def test_fewer_views_than_epochs_are_reused_in_turn(views, read):
+    class Bank:
+        def __init__(self):
+            self.calls = []
+
+        def read(self, split, view, rows):
+            self.calls.append((split, view, rows.tolist()))
+            return np.full((len(rows), 2), view, dtype=np.float32)
+
+    stream = make_stream(load_dataset(tiny_config(dataset="digits")), tiny_config(dataset="digits"), seed=1993)
+    bank, task = Bank(), stream.tasks[1]
+    data = BankTask(bank, stream, task, views, torch.device("cpu"))
+    found = [data.epoch(epoch) for epoch in range(5)]
+    assert [int(f[0, 0]) for f in found] == (read if views else read * 5)
+    assert bank.calls == [("train", view, task.train.tolist()) for view in read]  # the test view is read once
+    assert data.labels.tolist() == task.train_rows.tolist() and (data.first_row, data.new_rows) == (2, 2)
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
