@@ -56,7 +56,8 @@ class TOSCA(Learner):
         luca = self._fresh_luca(first=task.index == 0, seed=derive_seed("luca", self.seed, task.index))
         classifier = self._grown_classifier(task)
         if self.config.new_rows == "prototypes":
-            _set_rows(classifier, task, task.test_view())
+            with torch.no_grad():
+                _set_rows(classifier, task, luca(task.test_view()))  # of the module as it starts
         with single_thread():
             train(luca, classifier, task, self)
         with torch.no_grad():

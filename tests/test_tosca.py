@@ -232,13 +232,17 @@ def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
     assert torch.equal(seen[1][:2], prototypes) and not seen[1][2:].any()
 
 
-def test_new_rows_can_start_at_class_means_of_the_features(monkeypatch):
-    seen = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, classifier, *_: seen.append(classifier.weight.clone()))
+def test_new_rows_can_start_at_class_means_of_the_untrained_module(monkeypatch):
+    seen, modules = [], []
+    monkeypatch.setattr(
+        "models.tosca.train",
+        lambda luca, classifier, *_: (seen.append(classifier.weight.clone()), modules.append(copy.deepcopy(luca))),
+    )
     learner = make_tosca(new_rows="prototypes")
     for task in (fake_task(0), fake_task(1)):
         learner.learn(task)
-        means = torch.stack([task.test_view()[task.labels == row].mean(dim=0) for row in task.labels.unique()])
+        z = modules[-1](task.test_view()).detach()
+        means = torch.stack([z[task.labels == row].mean(dim=0) for row in task.labels.unique()])
         torch.testing.assert_close(seen[-1][task.first_row :], means)
 
 

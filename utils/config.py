@@ -87,7 +87,7 @@ class Config:
     check_images: bool = _key(False, doc="decode every image once before anything else")
     checkpoint_dir: str = _key("tosca", doc="where modules are saved")
     log_dir: str = _key("logs", doc="where logs, JSON files and pictures go")
-    new_rows: Literal["zeros", "prototypes"] = _key("zeros", doc="how the classifier rows of new classes start")
+    new_rows: Literal["zeros", "prototypes"] = _key("zeros", doc="how new classes' classifier rows start")
     old_rows: Literal["train", "freeze"] = _key("train", doc="whether the rows of earlier classes go on training")
     sigma: Literal["learned"] | float = _key(
         "learned", doc="scale of the cosine logits: learned, or a fixed number", above=0
