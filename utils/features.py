@@ -125,7 +125,7 @@ class FeatureBank:
 
     def missing(self, wanted: Sequence[Wanted]) -> int:
         """How many forward passes ``fill(wanted)`` would make."""
-        return sum(len(rows) for rows in self._missing_rows(wanted).values())
+        return sum(int(rows.sum()) for rows in self._missing_rows(wanted).values())
 
     def bytes_needed(self, wanted: Sequence[Wanted]) -> int:
         """Bytes that ``fill(wanted)`` would add to the disk (or to memory)."""
@@ -637,6 +637,7 @@ def _batches(images: _Images, batch_size: int, num_workers: int, pin: bool) -> I
         num_workers=min(num_workers, len(images)),
         collate_fn=_together,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else the loader takes a number from the global one
         # a fork starts at once and shares the images in memory; loaders never touch the accelerator
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         prefetch_factor=max(2, 2 * batch_size // LOADED_TOGETHER // num_workers) if num_workers else None,
