@@ -192,6 +192,7 @@ def _find_earlier_start(
     if manifest is None:
         manifest = _new_manifest(setup, seed, identity, checkpoint)
         checkpoint.write_manifest(manifest)
+    checkpoint.remove_old_classifiers(manifest)  # an earlier start may have been killed before it could
     report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
     return manifest
 

@@ -151,10 +151,14 @@ class CheckpointFolder:
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
         manifest = {**manifest, "files": files}
         self.write_manifest(manifest)
-        for old in self.run_files():
-            if CLASSIFIER_FILE.fullmatch(old.name) and old.name not in files:
-                old.unlink(missing_ok=True)
+        self.remove_old_classifiers(manifest)
         return manifest
+
+    def remove_old_classifiers(self, manifest: dict[str, Any]) -> None:
+        """Remove every classifier but the one that ``manifest``, which is on disk, names."""
+        for path in self.run_files():
+            if CLASSIFIER_FILE.fullmatch(path.name) and path.name not in manifest["files"]:
+                path.unlink(missing_ok=True)
 
     def commit_all(
         self, manifest: dict[str, Any], state: dict[str, Tensor], modules: list[dict[str, Tensor] | None]

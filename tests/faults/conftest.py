@@ -1,0 +1,204 @@
+"""A tiny real run, its end when nothing goes wrong, and ways to stop it."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from utils.checkpoint import MANIFEST
+
+KEYS: dict[str, Any] = {
+    "dataset": "imagefolder",
+    "init_cls": 2,
+    "increment": 2,
+    "backbone_type": "glyphs_vit",
+    "device": ["-1"],
+    "image_size": 16,
+    "epochs": 2,
+    "batch_size": 4,
+    "train_views": 1,
+    "precision": "fp32",
+    "num_workers": 0,
+    "feature_batch_size": 8,
+}
+# times, a sum over times, and what depends on whether another run has filled the bank
+_NOT_THE_END = ("seconds", "sha256", "missing_at_start", "backbone_forwards")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one start of ``main.py`` ended: its exit code, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that answers a fault."""
+        lines = [line for line in self.err.splitlines() if ": error: " in line]
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err + self.out
+        return lines[0]
+
+
+class TinyRun:
+    """The run whose files are below ``folder``; each call starts it."""
+
+    def __init__(self, folder: Path, data: Path, bank: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.checkpoints, self.logs, self.capture = folder, folder / "tosca", folder / "logs", capture
+        self.keys = {
+            **KEYS,
+            "data_path": str(data),
+            "checkpoint_dir": str(self.checkpoints),
+            "log_dir": str(self.logs),
+            "cache_dir": str(bank),
+        }
+
+    def __call__(self, *arguments: str, **keys: Any) -> Ending:
+        config = self.write_config(**keys)
+        self.capture.readouterr()
+        with _handlers_restored():
+            code = main.main([f"--config={config}", *arguments])
+        said = self.capture.readouterr()
+        return Ending(code, said.out, said.err)
+
+    def write_config(self, **keys: Any) -> Path:
+        path = self.folder / "config.json"
+        path.write_text(json.dumps({**self.keys, **keys}))
+        return path
+
+    def in_a_process(self, prepare: Callable[[], object] = lambda: None, **keys: Any) -> int:
+        """Start it in a forked process, after ``prepare`` there; return the process id. Its group is its own."""
+        config = self.write_config(**keys)
+        if pid := os.fork():
+            return pid
+        code = 99
+        try:
+            os.setpgid(0, 0)
+            prepare()
+            code = main.main([f"--config={config}"])
+        finally:
+            os._exit(code)
+
+    def end(self) -> dict[str, Any]:
+        """Modules, classifier, manifest and results by name, but for times and for where they are."""
+        found: dict[str, Any] = {}
+        for path in [*self.checkpoints.rglob("*"), *self.logs.rglob("*")]:
+            if path.name == MANIFEST or path.suffix == ".json":
+                values = json.loads(path.read_bytes())
+                found[path.name] = {key: value for key, value in values.items() if key not in _NOT_THE_END}
+                found[path.name]["config"] = {k: v for k, v in values["config"].items() if not k.endswith("_dir")}
+            elif path.is_file() and path.suffix in (".pth", ".csv"):
+                found[str(path.relative_to(self.folder))] = path.read_bytes()
+        return found
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """The content of every file below a folder; locks are no content."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        found = [p for p in folder.rglob("*") if p.is_file() and "lock" not in p.name]
+        return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def wait_for_end() -> Callable[[int], int]:
+    """The exit code of a forked process, negative for the signal that ended it."""
+    return lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., Path]) -> Path:
+    """Six classes of real digits: three tasks. Read only."""
+    return make_folder(tmp_path_factory.mktemp("data"), classes=6, train=3, test=2)
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature bank that tests share, so that only the first one fills it."""
+    return tmp_path_factory.mktemp("bank")
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> TinyRun:
+    """A run that was not started yet."""
+    return TinyRun(tmp_path, data, bank, capsys)
+
+
+_TEMPLATES: dict[str, Path] = {}
+
+
+def _template(name: str, run: TinyRun, factory: pytest.TempPathFactory, stop_at: int | None) -> None:
+    """Make ``run`` one that was started before: computed once, then copied."""
+    if name not in _TEMPLATES:
+        folder = factory.mktemp(name)
+        template = TinyRun(folder, Path(run.keys["data_path"]), Path(run.keys["cache_dir"]), run.capture)
+        with pytest.MonkeyPatch.context() as patch:
+            if stop_at is not None:
+                stop_at_task(patch, stop_at)
+            assert template().code == (0 if stop_at is None else 130)
+        _TEMPLATES[name] = folder
+    for part in ("tosca", "logs"):
+        shutil.copytree(_TEMPLATES[name] / part, run.folder / part)
+
+
+def stop_at_task(patch: pytest.MonkeyPatch, task: int) -> None:
+    """Ctrl-C when task number ``task`` begins."""
+    from models.tosca import TOSCA
+
+    learn = TOSCA._fit
+
+    def fit(self: Any, data: Any) -> None:
+        if data.index == task:
+            raise KeyboardInterrupt
+        learn(self, data)
+
+    patch.setattr(TOSCA, "_fit", fit)
+
+
+@pytest.fixture
+def finished(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A run that was finished."""
+    _template("finished", run, tmp_path_factory, None)
+    return run
+
+
+@pytest.fixture
+def half(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A run that was stopped after two of its three tasks."""
+    _template("half", run, tmp_path_factory, 2)
+    return run
+
+
+@pytest.fixture
+def undisturbed(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The end of the run when nothing goes wrong."""
+    if "finished" not in _TEMPLATES:
+        folder = tmp_path_factory.mktemp("copy")
+        other = TinyRun(folder, Path(run.keys["data_path"]), Path(run.keys["cache_dir"]), run.capture)
+        _template("finished", other, tmp_path_factory, None)
+    folder = _TEMPLATES["finished"]
+    return TinyRun(folder, Path(run.keys["data_path"]), Path(run.keys["cache_dir"]), run.capture).end()
