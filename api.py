@@ -11,7 +11,9 @@ The commands use the same code: ``predict.py`` predicts through it, and its ``le
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from utils.config import Config, make_config
 from utils.continuing import read_run
 from utils.data import Dataset, Split, Transforms
 from utils.errors import BackboneError, ConfigError, DataError
-from utils.features import TEST_VIEW, FeatureBank, default_batch_size
+from utils.features import TEST_VIEW, FeatureBank, default_batch_size, forward_threads
 from utils.files import FolderLock
 from utils.inputs import loaded_ahead, open_image
 from utils.tasks import TaskStream, learned_by, next_task
@@ -169,22 +171,38 @@ class ContinualClassifier:
             DataError: an image that cannot be read, or a tensor of another form.
         """
         sources = _sources(images)
+        self.backbone_forwards += len(sources)
         starts = range(0, len(sources), self._batch_size)
-        parts = [self._classify(sources[start : start + self._batch_size], top_k) for start in starts]
+        batches = ([self._pixels(source) for source in sources[start : start + self._batch_size]] for start in starts)
+        parts = [self._answer(pixels, top_k) for pixels in batches]
         empty = torch.empty(0, self.backbone.feature_dim, device=self.backbone.device)
         return Predictions.joined(parts) if parts else self.classify_features(empty, top_k)
 
     def predict_files(
         self, paths: Iterable[Path], top_k: int = 5
     ) -> Iterator[tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]]:
-        """Classify any number of files in constant memory, reading ahead of the backbone with a few threads.
+        """Classify any number of files in constant memory; threads read ahead, and on a CPU others compute.
 
         Yields one batch after another: the files that could be read, their answers (None if there are none), and
         the files that could not be read, each with its error.
         """
-        good: list[Path] = []
-        pixels: list[Tensor] = []
-        errors: list[tuple[Path, DataError]] = []
+        threads = forward_threads(self.backbone.device)
+        running: deque[tuple[list[Path], Future, list[tuple[Path, DataError]]]] = deque()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for good, pixels, errors in self._batches(paths):
+                running.append((good, pool.submit(self._answer, pixels, top_k), errors))
+                self.backbone_forwards += len(good)
+                if len(running) > threads:
+                    good, future, errors = running.popleft()
+                    yield good, future.result(), errors
+            for good, future, errors in running:
+                yield good, future.result(), errors
+
+    def _batches(
+        self, paths: Iterable[Path]
+    ) -> Iterator[tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]]:
+        """The files of one batch that could be read, their pixels, and the errors of the others."""
+        good, pixels, errors = [], [], []
         for path, loaded in loaded_ahead(paths, self._pixels, ahead=2 * self._batch_size):
             if isinstance(loaded, DataError):
                 errors.append((path, loaded))
@@ -192,14 +210,13 @@ class ContinualClassifier:
                 good.append(path)
                 pixels.append(loaded)
             if len(good) + len(errors) == self._batch_size:
-                yield good, self._answer(pixels, top_k), errors
+                yield good, pixels, errors
                 good, pixels, errors = [], [], []
         if good or errors:
-            yield good, self._answer(pixels, top_k), errors
+            yield good, pixels, errors
 
     def extract_features(self, pixels: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8, S being ``config.image_size`` -> ``(images, dim)`` on the backbone's device."""
-        self.backbone_forwards += len(pixels)
         return self.backbone(pixels).clone()  # the backbone's own is an inference tensor, useless for autograd
 
     @torch.no_grad()
@@ -216,9 +233,6 @@ class ContinualClassifier:
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
         entropies = None if entropies is None else entropies.cpu()
         return Predictions(self.class_names, best.indices.cpu(), best.values.cpu(), features.cpu(), module, entropies)
-
-    def _classify(self, sources: Sequence[ImageSource], top_k: int) -> Predictions:
-        return self.classify_features(self.extract_features(torch.stack([self._pixels(s) for s in sources])), top_k)
 
     def _answer(self, pixels: list[Tensor], top_k: int) -> Predictions | None:
         return self.classify_features(self.extract_features(torch.stack(pixels)), top_k) if pixels else None

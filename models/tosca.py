@@ -107,15 +107,18 @@ class TOSCA(Learner):
 
     @torch.no_grad()
     def entropies(self, features: Tensor) -> Tensor:
-        """Entropy of every module's prediction, in nats: ``(samples, dim) -> (samples, modules)``.
+        """Entropy of every module's prediction, in nats: ``(samples, dim) -> (samples, modules)``."""
+        found = [entropy(logits).T for logits in self._all_logits(features)]
+        return torch.cat(found) if found else features.new_empty(0, self.tasks)
 
-        All modules are evaluated together, some samples at a time, so that memory is bounded.
-        """
+    def _all_logits(self, features: Tensor) -> Iterator[Tensor]:
+        """Logits of all modules together, ``(modules, some samples, rows)`` at a time, so that memory is bounded."""
         rows, tasks = len(self.row_task), self.tasks
         step = max(1, EVALUATION_BYTES // (4 * tasks * (4 * self.dim + 2 * rows)))
         stacked = torch.vmap(self._forward_one, in_dims=(0, None))
-        found = [entropy(self.classifier(stacked(self.modules, part))).T for part in features.split(step)]
-        return torch.cat(found) if found else features.new_empty(0, tasks)
+        for part in features.split(step):
+            if len(part):
+                yield self.classifier(stacked(self.modules, part))
 
     def _forward_one(self, parameters: dict[str, Tensor], h: Tensor) -> Tensor:
         return functional_call(self._luca, parameters, (h,))
@@ -126,8 +129,12 @@ class TOSCA(Learner):
 
         The entropies of all modules, and the logits of the one that is least uncertain about each sample.
         """
-        entropies = self.entropies(features)
-        return entropies, self.answer(features, entropies.argmin(dim=1))
+        entropies, answers = [features.new_empty(0, self.tasks)], [features.new_empty(0, len(self.row_task))]
+        for logits in self._all_logits(features):
+            entropies.append(entropy(logits).T)
+            chosen = entropies[-1].argmin(dim=1)  # (samples,)
+            answers.append(logits[chosen, torch.arange(len(chosen), device=chosen.device)])
+        return torch.cat(entropies), torch.cat(answers)
 
     @torch.no_grad()
     def answer(self, features: Tensor, module: Tensor) -> Tensor:
