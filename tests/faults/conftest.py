@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import main
+from models.tosca import TOSCA
 from utils.checkpoint import MANIFEST
 
 KEYS: dict[str, Any] = {
@@ -31,6 +32,7 @@ KEYS: dict[str, Any] = {
 }
 # times, a sum over times, and what depends on whether another run has filled the bank
 _NOT_THE_END = ("seconds", "sha256", "missing_at_start", "backbone_forwards")
+_WHERE = ("checkpoint_dir", "log_dir", "cache_dir", "data_path", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class TinyRun:
             if path.name == MANIFEST or path.suffix == ".json":
                 values = json.loads(path.read_bytes())
                 found[path.name] = {key: value for key, value in values.items() if key not in _NOT_THE_END}
-                found[path.name]["config"] = {k: v for k, v in values["config"].items() if not k.endswith("_dir")}
+                config = values["config"].items()
+                found[path.name]["config"] = {k: v for k, v in config if k not in _WHERE}
             elif path.is_file() and path.suffix in (".pth", ".csv"):
                 found[str(path.relative_to(self.folder))] = path.read_bytes()
         return found
@@ -148,30 +151,11 @@ def run(tmp_path: Path, data: Path, bank: Path, capsys: pytest.CaptureFixture[st
     return TinyRun(tmp_path, data, bank, capsys)
 
 
-_TEMPLATES: dict[str, Path] = {}
-
-
-def _template(name: str, run: TinyRun, factory: pytest.TempPathFactory, stop_at: int | None) -> None:
-    """Make ``run`` one that was started before: computed once, then copied."""
-    if name not in _TEMPLATES:
-        folder = factory.mktemp(name)
-        template = TinyRun(folder, Path(run.keys["data_path"]), Path(run.keys["cache_dir"]), run.capture)
-        with pytest.MonkeyPatch.context() as patch:
-            if stop_at is not None:
-                stop_at_task(patch, stop_at)
-            assert template().code == (0 if stop_at is None else 130)
-        _TEMPLATES[name] = folder
-    for part in ("tosca", "logs"):
-        shutil.copytree(_TEMPLATES[name] / part, run.folder / part)
-
-
 def stop_at_task(patch: pytest.MonkeyPatch, task: int) -> None:
     """Ctrl-C when task number ``task`` begins."""
-    from models.tosca import TOSCA
-
     learn = TOSCA._fit
 
-    def fit(self: Any, data: Any) -> None:
+    def fit(self: TOSCA, data: Any) -> None:
         if data.index == task:
             raise KeyboardInterrupt
         learn(self, data)
@@ -179,26 +163,43 @@ def stop_at_task(patch: pytest.MonkeyPatch, task: int) -> None:
     patch.setattr(TOSCA, "_fit", fit)
 
 
+@pytest.fixture(scope="session")
+def starts(tmp_path_factory: pytest.TempPathFactory, data: Path, bank: Path) -> Callable[..., TinyRun]:
+    """Makes a run that was started before and stopped at a task, or finished: computed once."""
+    made: dict[int | None, TinyRun] = {}
+
+    def started(stop_at: int | None, capture: pytest.CaptureFixture[str]) -> TinyRun:
+        if stop_at not in made:
+            run = TinyRun(tmp_path_factory.mktemp("start"), data, bank, capture)
+            with pytest.MonkeyPatch.context() as patch:
+                if stop_at is not None:
+                    stop_at_task(patch, stop_at)
+                assert run().code == (0 if stop_at is None else 130)
+            made[stop_at] = run
+        return made[stop_at]
+
+    return started
+
+
+def _copy(source: TinyRun, target: TinyRun) -> TinyRun:
+    for part in ("tosca", "logs"):
+        shutil.copytree(source.folder / part, target.folder / part)
+    return target
+
+
 @pytest.fixture
-def finished(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+def finished(run: TinyRun, starts: Callable[..., TinyRun], capsys: pytest.CaptureFixture[str]) -> TinyRun:
     """A run that was finished."""
-    _template("finished", run, tmp_path_factory, None)
-    return run
+    return _copy(starts(None, capsys), run)
 
 
 @pytest.fixture
-def half(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+def half(run: TinyRun, starts: Callable[..., TinyRun], capsys: pytest.CaptureFixture[str]) -> TinyRun:
     """A run that was stopped after two of its three tasks."""
-    _template("half", run, tmp_path_factory, 2)
-    return run
+    return _copy(starts(2, capsys), run)
 
 
 @pytest.fixture
-def undisturbed(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(starts: Callable[..., TinyRun], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """The end of the run when nothing goes wrong."""
-    if "finished" not in _TEMPLATES:
-        folder = tmp_path_factory.mktemp("copy")
-        other = TinyRun(folder, Path(run.keys["data_path"]), Path(run.keys["cache_dir"]), run.capture)
-        _template("finished", other, tmp_path_factory, None)
-    folder = _TEMPLATES["finished"]
-    return TinyRun(folder, Path(run.keys["data_path"]), Path(run.keys["cache_dir"]), run.capture).end()
+    return starts(None, capsys).end()

@@ -1,0 +1,342 @@
+"""Damaged, foreign and hostile files; disks and folders that refuse. One line names each, and nothing is lost."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils import features, files
+from utils.checkpoint import MANIFEST, load_tensors
+from utils.errors import CheckpointError, UserError
+from utils.files import FolderLock, atomic_write
+
+# -- atomic writes ----------------------------------------------------------------------------------------------------
+
+
+def half_then(error: BaseException):
+    def write(file) -> None:
+        file.write(b"new, but only ha")
+        raise error
+
+    return write
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(UserError, match=r"file cannot be written .*what was there is unchanged"):
+        atomic_write(path, half_then(error))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_ctrl_c_half_way_through_a_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, half_then(KeyboardInterrupt()))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_to_flush_or_rename_leaves_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(files.os, call, full)
+    with pytest.raises(UserError, match="No space left on device"):
+        atomic_write(path, lambda file: file.write(b"new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda *args: (order.append("fsync"), fsync(*args)))
+    monkeypatch.setattr(files.os, "replace", lambda *args: (order.append("replace"), replace(*args)))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
+
+
+# -- checkpoint files -------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "bit-flipped": flip_a_bit,
+    "text": lambda path: path.write_text("hello"),
+    "malicious": lambda path: path.write_bytes(pickle.dumps(Hostile(path.with_name("hacked")))),
+}
+
+
+@pytest.mark.parametrize("name", ["task0.pth", "task1.pth", "classifier1.pth", MANIFEST])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_file_is_named_and_nothing_is_changed(half, tree, name, damage):
+    DAMAGE[damage](half.checkpoints / name)
+    before = tree(half.checkpoints)
+    error = half().error
+    assert str(half.checkpoints / name) in error
+    assert "--fresh" in error
+    assert tree(half.checkpoints) == before
+    assert not (half.checkpoints / "hacked").exists()
+
+
+@pytest.mark.parametrize("name", ["task0.pth", "classifier1.pth"])
+def test_a_missing_checkpoint_file_is_named(half, name):
+    (half.checkpoints / name).unlink()
+    error = half().error
+    assert f"{half.checkpoints / name} is missing" in error
+
+
+def test_a_module_of_another_run_is_not_taken_for_ours(half, tmp_path):
+    """A LuCA of the same shapes, from a run that differs only in its seed."""
+    assert half(seed=5, checkpoint_dir=str(tmp_path / "foreign"), log_dir=str(tmp_path / "elsewhere")).code == 0
+    (half.checkpoints / "task0.pth").write_bytes((tmp_path / "foreign" / "task0.pth").read_bytes())
+    assert "task0.pth is damaged or from another run" in half().error
+
+
+def test_a_damaged_file_of_a_finished_run_is_told_too(finished):
+    flip_a_bit(finished.checkpoints / "task1.pth")
+    assert "task1.pth is damaged" in finished().error
+
+
+def test_a_manifest_edited_by_hand_is_told(half):
+    path = half.checkpoints / MANIFEST
+    manifest = json.loads(path.read_bytes())
+    manifest["tasks"][0]["results"]["sample"]["top1"] = 99.9
+    path.write_text(json.dumps(manifest))
+    assert f"{path} is damaged or was edited" in half().error
+
+
+def test_a_manifest_of_another_format_is_told(half):
+    path = half.checkpoints / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 99}))
+    assert "has format 99, this version reads" in half().error
+
+
+def test_a_damaged_result_file_is_moved_aside_and_written_again(half, undisturbed):
+    (path,) = half.logs.rglob("*.json")
+    path.write_text('{"half":')
+    assert half().code == 0
+    assert json.loads(path.read_bytes())["status"] == "finished"
+    assert '{"half":' in {p.read_text() for p in half.logs.rglob("*.json")}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_loading_a_damaged_or_hostile_file_never_runs_its_code(tmp_path, damage):
+    path = tmp_path / "task0.pth"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    DAMAGE[damage](path)
+    try:
+        load_tensors(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    else:
+        assert damage == "bit-flipped"  # in the middle of the numbers: only the recorded SHA-256 tells
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": torch.zeros(1), "b": {"c": torch.zeros(1)}}])
+def test_what_is_not_a_plain_state_dict_is_not_loaded(tmp_path, content):
+    torch.save(content, tmp_path / "task0.pth")
+    with pytest.raises(CheckpointError, match=r"task0\.pth is not a plain state dict"):
+        load_tensors(tmp_path / "task0.pth")
+
+
+# -- the feature bank -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_bank(run, tmp_path):
+    """The run has a bank of its own, filled; returns an array of it."""
+    run.keys["cache_dir"] = str(tmp_path / "bank")
+    assert run().code == 0
+    return next((tmp_path / "bank").rglob("augmented*.npy"))
+
+
+def test_a_truncated_array_of_features_is_named(run, own_bank):
+    own_bank.write_bytes(own_bank.read_bytes()[:-10])
+    assert f"{own_bank} is damaged" in run("--fresh").error
+
+
+def test_an_array_of_another_size_is_named(run, own_bank):
+    np.save(own_bank, np.zeros((3, 3), dtype=np.float32))
+    assert f"{own_bank} is damaged" in run("--fresh").error
+
+
+def test_an_array_with_code_inside_is_not_run(run, own_bank):
+    np.save(own_bank, np.array([Hostile(own_bank.with_name("hacked"))], dtype=object), allow_pickle=True)
+    assert f"{own_bank} is damaged" in run("--fresh").error
+    assert not own_bank.with_name("hacked").exists()
+
+
+def test_nan_in_a_complete_array_is_named(run, own_bank):
+    array = np.load(own_bank)
+    array[0, 0] = np.nan
+    np.save(own_bank, array)
+    assert f"{own_bank} holds rows that are not finite" in run("--fresh").error
+
+
+# -- disks and folders ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk on which no file can grow above ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("size", [2_000, 9_000, 14_000, 20_000])
+def test_a_disk_that_fills_up_ends_the_run_and_the_next_start_ends_alike(run, undisturbed, size):
+    with largest_file(size):
+        error = run().error
+    assert "cannot be written (File too large)" in error
+    assert str(run.folder) in error or "the log" in error
+    assert not list(run.folder.rglob("*.partial"))
+    assert run().code == 0
+    assert run.end() == undisturbed
+
+
+def test_a_disk_that_fills_up_under_the_bank_is_named_and_the_next_start_ends_alike(run, undisturbed, tmp_path):
+    run.keys["cache_dir"] = str(tmp_path / "bank")
+    with largest_file(8_000):
+        error = run().error
+    assert "cannot be written (File too large)" in error
+    assert "cache_dir" in error
+    assert run().code == 0
+    assert run.end() == undisturbed
+
+
+def test_a_bank_larger_than_the_free_space_is_told_before_any_work(run, tmp_path, monkeypatch):
+    run.keys["cache_dir"] = str(tmp_path / "bank")
+    usage = features.shutil.disk_usage("/")
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    error = run().error
+    assert "100 B are free" in error
+    assert not list((tmp_path / "bank").rglob("*.npy"))
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """The rights of an ordinary user, also where tests run as root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everyone may enter, also while ``nobody``."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+        os.chmod(name, 0o755)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir"])
+def test_a_read_only_folder_is_named(run, open_folder, key):
+    folder = open_folder / "read-only"
+    folder.mkdir()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
+    with nobody(), pytest.raises(UserError, match=r"read-only.*cannot be written \(Permission denied\)"):
+        FolderLock(folder / "deeper" / ".lock", key).__enter__()
+    with nobody(), pytest.raises(UserError, match="file cannot be written"):
+        atomic_write(folder / "file", lambda file: file.write(b"new"))
+
+
+@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir", "cache_dir"])
+def test_a_file_where_a_folder_should_be_is_named(run, tmp_path, key):
+    file = tmp_path / "in the way"
+    file.write_bytes(b"precious")
+    assert str(file) in run(**{key: str(file)}).error
+    assert file.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir", "cache_dir", "data_path"])
+def test_an_over_long_path_is_named(run, tmp_path, key):
+    error = run(**{key: str(tmp_path / ("long" * 80))}).error
+    assert "longlong" in error
+    assert "File name too long" in error
+
+
+def test_an_over_long_prefix_is_named(run):
+    assert "File name too long" in run(prefix="x" * 250).error
+
+
+def test_an_input_output_error_that_nothing_foresaw_is_one_line(run, monkeypatch):
+    import trainer
+
+    def broken(_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/dev/disk")
+
+    monkeypatch.setattr(trainer, "load_dataset", broken)
+    assert run().error.endswith("/dev/disk: Input/output error")
+
+
+def test_a_lock_ends_with_its_process_even_if_a_loader_outlives_it(tmp_path):
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with FolderLock(tmp_path / ".lock", "folder"):
+            child = os.fork()  # as a loader is: it has all files open that its parent has
+            if child:
+                os.write(writer, child.to_bytes(4, "little"))
+            time.sleep(60)
+        os._exit(0)
+    child = int.from_bytes(os.read(reader, 4), "little")
+    try:
+        with pytest.raises(UserError, match=f"in use by process {holder} on "):
+            FolderLock(tmp_path / ".lock", "folder").__enter__()
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.kill(child, 0)  # still there
+        with FolderLock(tmp_path / ".lock", "folder"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
