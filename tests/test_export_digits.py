@@ -29,7 +29,7 @@ def test_the_folders_hold_the_split_of_the_digits(export_digits, tmp_path):
         first = archive["images"][labels == 7][0]
     assert len(files) == (labels == 7).sum() + (labels == 8).sum()
     pixels = np.asarray(Image.open(min((tmp_path / "train" / "7").iterdir())).convert("L"))
-    np.testing.assert_array_equal(pixels, np.rint(first * 255 / 16))
+    np.testing.assert_array_equal(pixels, np.rint(first.astype(float) * 255 / 16))
 
 
 @pytest.mark.parametrize(("text", "digits"), [("0-7", range(8)), ("3", range(3, 4))])
