@@ -208,8 +208,13 @@ class FeatureBank:
             file=sys.stderr,
             dynamic_ncols=True,
         )
-        with bar, _Store({want: self._writer(want) for want in missing}) as store:
-            for count in self._computed(images, store):
+        with (
+            bar,
+            _killed_loaders_named(),
+            _Store({want: self._writer(want) for want in missing}) as store,
+            closing(self._computed(images, store)) as batches,  # first of all the threads and loaders end
+        ):
+            for count in batches:
                 bar.update(count)
         seconds = time.monotonic() - started
         log.info("Features: %d forward passes in %.1f s, %.1f a second", images.views, seconds, images.views / seconds)
@@ -219,7 +224,6 @@ class FeatureBank:
         threads = forward_threads(self.extractor.device)
         running: deque[Future[int]] = deque()
         with (
-            _killed_loaders_named(),
             closing(_batches(images, self.batch_size, self.num_workers, self._pin)) as batches,
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
@@ -238,7 +242,7 @@ class FeatureBank:
         images = _Images(self.data, self.transforms, self._missing_rows(wanted), self.ranks)
         warm_up = 2 * forward_threads(self.extractor.device)
         started, done = time.monotonic(), 0
-        with closing(self._computed(images, _Store({}))) as batches:
+        with _killed_loaders_named(), closing(self._computed(images, _Store({}))) as batches:
             for number, count in enumerate(batches, start=1):
                 done += count
                 if number == warm_up and images.views > 4 * warm_up * self.batch_size:
@@ -657,29 +661,35 @@ def _batches(images: _Images, batch_size: int, num_workers: int, pin: bool) -> I
         raise BankError(
             f"{num_workers} processes that load images cannot be started ({error.strerror}); lower num_workers"
         ) from error
-    for loaded in loaded_batches:
-        if isinstance(loaded, DataError):
-            raise loaded
-        places += loaded[0]
-        parts.append(loaded[1])
-        while len(places) >= batch_size:
-            yield batch(batch_size)
-    if places:
-        yield batch(len(places))
+    try:
+        for loaded in loaded_batches:
+            if isinstance(loaded, DataError):
+                raise loaded
+            places += loaded[0]
+            parts.append(loaded[1])
+            while len(places) >= batch_size:
+                yield batch(batch_size)
+        if places:
+            yield batch(len(places))
+    finally:
+        del loaded_batches  # ends the loader's processes, which an error's traceback would keep
 
 
 @contextmanager
 def _killed_loaders_named() -> Iterator[None]:
     """PyTorch tells of a killed loader process from a signal handler: the error may come up anywhere within."""
+    killed = None
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        killed = str(error).splitlines()[0]
+    if killed:  # out here, for the error's traceback would keep the other loaders
         raise BankError(
-            f"a process that loads images was killed ({str(error).splitlines()[0]}); often memory (in containers "
-            f"/dev/shm) is short: lower num_workers, 0 needs none; {_STAYS}"
-        ) from error
+            f"a process that loads images was killed ({killed}); often memory (in containers /dev/shm) is short: lower "
+            f"num_workers, 0 needs none; {_STAYS}"
+        )
 
 
 def _start_worker(_: int) -> None:
