@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from backbone.vit import Backbone, load_backbone, resolve_device
@@ -35,11 +34,9 @@ from utils.data import Dataset, Split, Transforms
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features import TEST_VIEW, FeatureBank, default_batch_size, forward_threads
 from utils.files import FolderLock
-from utils.inputs import loaded_ahead, open_image
+from utils.images import GivenImages, Images, ImageSource, as_image, sources_of
+from utils.inputs import loaded_ahead
 from utils.tasks import TaskStream, learned_by, next_task
-
-ImageSource = str | Path | Image.Image | Tensor  # a tensor is one image, (3, H, W)
-Images = Sequence[ImageSource] | Tensor  # a tensor is a batch, (images, 3, H, W): uint8, or float in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class ContinualClassifier:
         Raises:
             DataError: an image that cannot be read, or a tensor of another form.
         """
-        sources = _sources(images)
+        sources = sources_of(images)
         self.backbone_forwards += len(sources)
         starts = range(0, len(sources), self._batch_size)
         batches = ([self._pixels(source) for source in sources[start : start + self._batch_size]] for start in starts)
@@ -258,7 +255,7 @@ class ContinualClassifier:
             ConfigError: a method that needs the data of earlier tasks.
             NumericError: training diverged; what was learned before is unchanged.
         """
-        sources = _sources(images)
+        sources = sources_of(images)
         if len(sources) != len(labels):
             raise DataError(f"{len(sources)} images but {len(labels)} labels")
         if not sources:
@@ -272,7 +269,7 @@ class ContinualClassifier:
         names = sorted(set(labels))
         learned = self._learned.with_task(names, domain)
         task = next_task(self._learned, np.asarray([names.index(label) for label in labels]), len(names))
-        split = _GivenImages(sources, labels)
+        split = GivenImages(sources, labels)
         bank = self._bank(split)
         bank.fill([("train", TEST_VIEW), *(("train", view) for view in range(self.config.views))])
         self.backbone_forwards += bank.forwards
@@ -354,58 +351,3 @@ def _grown_manifest(model: ContinualClassifier, images: int, content: str) -> di
         "data": data,
         "tasks": [*old["tasks"][: len(learned.task_sizes) - 1], record],
     }
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
-def _sources(images: Images) -> Sequence[ImageSource]:
-    if isinstance(images, (str, Path, Image.Image)):
-        return [images]
-    if isinstance(images, Tensor):
-        if images.ndim != 4:
-            raise DataError(f"a batch of images is (images, 3, H, W), got a tensor of shape {tuple(images.shape)}")
-        return list(images)
-    return list(images)
-
-
-def as_image(source: ImageSource) -> Image.Image:
-    """A path, a PIL image or a ``(3, H, W)`` tensor as a PIL image in RGB: one path for all.
-
-    Raises:
-        DataError: it cannot be read, or has another shape, type or range.
-    """
-    if isinstance(source, (str, Path)):
-        return open_image(Path(source))
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if not isinstance(source, Tensor):
-        raise DataError(f"an image is a path, a PIL image or a tensor, got {type(source).__name__}")
-    if source.ndim != 3 or source.shape[0] != 3:
-        raise DataError(f"an image tensor is (3, H, W), got {tuple(source.shape)}")
-    pixels = source.detach().cpu()
-    if pixels.is_floating_point():
-        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
-            raise DataError(
-                f"a floating-point image lies in [0, 1], got {float(pixels.min()):.3g} to {float(pixels.max()):.3g}; "
-                "do not normalize it: the backbone's own normalisation follows the run's config"
-            )
-        pixels = (pixels * 255).round().to(torch.uint8)
-    if pixels.dtype != torch.uint8:
-        raise DataError(f"an image tensor is uint8 or floating point, got {source.dtype}")
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-class _GivenImages(Split):
-    """Images given by a caller as a split. A file's key is ``<class>/<name>``, as below ``train/`` of a folder."""
-
-    def __init__(self, sources: Sequence[ImageSource], labels: Sequence[str]) -> None:
-        self.sources, self.labels = sources, np.zeros(len(sources), dtype=np.int64)
-        named = zip(sources, labels, strict=True)
-        self.keys = [
-            f"{label}/{Path(source).name if isinstance(source, (str, Path)) else f'{index:06d}'}"
-            for index, (source, label) in enumerate(named)
-        ]
-
-    def load(self, index: int) -> Image.Image:
-        return as_image(self.sources[index])

@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
 
-from api import ContinualClassifier, as_image
+from api import ContinualClassifier
 from utils.errors import BackboneError, CheckpointError, ConfigError, DataError, UserError
+from utils.images import as_image
 
 
 @pytest.fixture(scope="session")
