@@ -4,10 +4,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
 from PIL import Image
 
 from api import ContinualClassifier
+from tests.conftest import ROOT, tiny_config
 from utils.errors import BackboneError, CheckpointError, ConfigError, DataError, UserError
 from utils.images import as_image
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tiny_config
 from safetensors.torch import save_file
 from torch import nn
 
 from backbone.vit import load_backbone, resolve_device, resolve_precision
+from tests.conftest import tiny_config
 from utils.errors import BackboneError
 
 NAME = "vit_tiny_patch16_224"

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
 from PIL import Image
 
 import check_data
+from tests.conftest import ROOT, TINY
 from utils.check import check_data as check
 from utils.check import summary
 from utils.config import make_config

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 from torch import nn
 
 from backbone.luca import LuCA, build
 from models.tosca import TOSCA
+from tests.conftest import tiny_config
 from utils.checkpoint import FORMAT, CheckpointFolder, load_tensors, module_from_file
 from utils.errors import CheckpointError
 

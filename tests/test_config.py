@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from tests.conftest import ROOT
 from utils.config import Config, load_config, make_config
 from utils.errors import ConfigError
 

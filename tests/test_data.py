@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR100
 
+from tests.conftest import tiny_config
 from utils.config import DATASETS
 from utils.data import EXPECTED_COUNTS, Transforms, derive_seed, load_dataset
 from utils.errors import DataError

@@ -4,12 +4,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 
 import main
 import predict
 from api import ContinualClassifier
+from tests.conftest import TINY
 from trainer import class_scores, top_classes
 from utils.config import make_config
 from utils.data import load_dataset

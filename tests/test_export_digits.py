@@ -2,8 +2,9 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
+
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="session")

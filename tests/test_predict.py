@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import predict
+from tests.conftest import ROOT
 from utils.inputs import find_images, loaded_ahead
 
 

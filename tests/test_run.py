@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from PIL import Image
 from torchvision import transforms as T
 
 import main
 from backbone.luca import LuCA
 from backbone.vit import load_backbone
+from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from trainer import BankTask
 from utils.checkpoint import module_from_file
 from utils.data import load_dataset

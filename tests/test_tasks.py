@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from conftest import tiny_config
 
+from tests.conftest import tiny_config
 from utils.data import Dataset, ImageArray
 from utils.errors import ConfigError
 from utils.tasks import class_order, make_stream, task_sizes

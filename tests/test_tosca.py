@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
 
 from backbone.luca import FLOWS, LuCA
 from models.tosca import TOSCA, build_optimizer, choose_by_batch, class_means, entropy, train
+from tests.conftest import tiny_config
 from utils.errors import NumericError
 
 DIM = 16

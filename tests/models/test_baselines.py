@@ -3,7 +3,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
 from torch import Tensor
 
 from models.base import Learner
@@ -13,6 +12,7 @@ from models.ncm_lda import NcmLda
 from models.ranpac import RANDOM_FEATURES, RanPAC
 from models.ridge import RandomRidge
 from models.simplecil import SimpleCIL
+from tests.conftest import tiny_config
 from utils.errors import NumericError
 
 DIM, CPU = 6, torch.device("cpu")
