@@ -1,0 +1,104 @@
+"""(d) Time and memory of a prediction as modules grow 1, 10, 100, 1000.
+
+    python -m benchmarks.modules
+
+Every module brings ten classes. A prediction is what ``predict.py`` does with a feature: the entropy of every module
+for every sample, then the answer of the least uncertain one. "with the backbone" sets the extra time against a
+ViT-B/16 forward pass of the same samples at 224 px. Each count runs in a process of its own; its memory is the peak
+during predictions beyond what the process held when learner and features were ready.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+
+from backbone.vit import load_backbone, resolve_device
+from benchmarks.images import ROOT, machine, peak_bytes, resident_bytes
+from models.tosca import TOSCA
+from utils.config import make_config
+
+SAMPLES, CLASSES_EACH, DIM = 256, 10, 768
+CONFIG = {
+    "dataset": "imagefolder",
+    "init_cls": CLASSES_EACH,
+    "increment": CLASSES_EACH,
+    "backbone_type": "vit_base_patch16_224",
+    "pretrained": False,
+}
+
+
+def learner_with(modules: int) -> TOSCA:
+    """A learner with that many random modules."""
+    learner = TOSCA(make_config(CONFIG), DIM, torch.device("cpu"), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    learner.modules = {
+        name: p.detach() + 0.02 * torch.randn(modules, *p.shape, generator=generator)
+        for name, p in learner._luca.named_parameters()
+    }
+    rows = modules * CLASSES_EACH
+    learner.row_task = torch.arange(rows) // CLASSES_EACH
+    learner.classifier = learner._grown_classifier(_Rows(rows)).requires_grad_(False)
+    return learner
+
+
+class _Rows:
+    index = first_row = 0
+
+    def __init__(self, new_rows: int) -> None:
+        self.new_rows = new_rows
+
+
+def best_seconds(work: object, repeats: int) -> float:
+    """The fastest of some calls: what else runs on the machine only ever adds time."""
+    taken = []
+    for _ in range(repeats):
+        started = time.monotonic()
+        work()
+        taken.append(time.monotonic() - started)
+    return min(taken)
+
+
+def measure(modules: int) -> dict[str, float]:
+    learner, features = learner_with(modules), torch.randn(SAMPLES, DIM)
+    before = resident_bytes()
+    seconds = best_seconds(lambda: learner.answer_by_sample(features), 5 if modules < 1000 else 3)
+    return {"seconds": seconds, "bytes": max(0, peak_bytes() - before)}
+
+
+def backbone_seconds() -> float:
+    """A forward pass of ``SAMPLES`` images."""
+    backbone = load_backbone(make_config(CONFIG), resolve_device(make_config(CONFIG)))
+    images = torch.zeros(8, 3, 224, 224, dtype=torch.uint8)
+    return best_seconds(lambda: backbone(images), 5) * SAMPLES / 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", type=int, help=argparse.SUPPRESS)  # this process measures one count
+    args = parser.parse_args()
+    if args.modules:
+        print(json.dumps(measure(args.modules)))
+        return
+    print(f"start: {machine()}")
+    forward = backbone_seconds()
+    print(f"ViT-B/16 forward pass of {SAMPLES} images: {forward:.2f} s")
+    one = None
+    for modules in (1, 10, 100, 1000):
+        command = [sys.executable, "-m", "benchmarks.modules", f"--modules={modules}"]
+        found = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
+        one = one or found["seconds"]
+        more = 100 * (found["seconds"] - one) / (forward + one)
+        print(
+            f"{modules:5d} modules: {1000 * found['seconds']:8.1f} ms, {found['bytes'] / 1e6:6.0f} MB; "
+            f"with the backbone {more:+.2f} % against one module",
+            flush=True,
+        )
+    print(f"end: {machine()}")
+
+
+if __name__ == "__main__":
+    main()
