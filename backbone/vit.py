@@ -121,6 +121,7 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
         model = _create(name, config.image_size)
         _load_file(model, Path(config.backbone_weights or BUNDLED[name]["weights"]))
     else:
+        name = with_tag(name)
         model = _create(name, config.image_size, pretrained=True)
     if not hasattr(model, "forward_head"):
         raise BackboneError(f"backbone_type {config.backbone_type!r} has no forward_head(); choose a timm ViT")
@@ -132,6 +133,12 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
         precision=resolve_precision(config.precision, device),
         normalize=config.normalize,
     )
+
+
+def with_tag(name: str) -> str:
+    """``name`` with the pre-training tag that timm takes where none is given: which weights those are, in words."""
+    cfg = None if "." in name else timm.models.get_pretrained_cfg(name)
+    return f"{name}.{cfg.tag}" if cfg is not None and cfg.tag else name
 
 
 # The small ViT that ships with the repository, for a first run without a model hub (assets/README.md).

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from backbone.vit import load_backbone, resolve_device, resolve_precision
+from backbone.vit import load_backbone, resolve_device, resolve_precision, with_tag
 from tests.conftest import tiny_config
 from utils.errors import BackboneError
 
@@ -277,3 +277,15 @@ def test_the_number_of_an_accelerator_is_checked(monkeypatch):
 def test_a_precision_that_is_asked_for_is_used_and_auto_is_one_of_the_two():
     assert resolve_precision("fp32", CPU) == "fp32" and resolve_precision("bf16", CPU) == "bf16"
     assert resolve_precision("auto", CPU) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    "given, resolved",
+    [
+        ("vit_small_patch14_dinov2", "vit_small_patch14_dinov2.lvd142m"),
+        ("vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k"),
+        ("glyphs_vit", "glyphs_vit"),
+    ],
+)
+def test_a_plain_timm_name_is_logged_with_the_tag_of_the_weights_that_the_hub_gives(given, resolved):
+    assert with_tag(given) == resolved

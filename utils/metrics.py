@@ -14,7 +14,7 @@ GLOSSARY = {
     "forgetting": "the mean over all tasks but the last of (best accuracy on the task before the end − its final "
     "accuracy), in percentage points",
     "selection accuracy": "the share of test images for which the module of their own task was chosen (%)",
-    "oracle": "the accuracy when each image's true task chooses the module: the ceiling of any selection (%)",
+    "oracle": "the accuracy when each image's true task chooses the module: what a perfect selection would give (%)",
     "batch": "one module for 48 consecutive test images, by their mean entropy: the release's evaluation; in class "
     "order the order itself tells the task",
     "sample": "the module of lowest entropy for each image by itself: no task identity at inference",
