@@ -29,6 +29,17 @@ ROUTER_WIDTH = 1_000  # random features of the ``ridge`` router: RanPAC's 10,000
 EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
 
 
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One CPU thread for a while: LuCA's products are so small that handing them out costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class TOSCA(Learner):
     """The learner of the paper, with the release's quirks (README, "How this differs from the release").
 
@@ -52,14 +63,14 @@ class TOSCA(Learner):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
+    @single_thread()
     def _fit(self, task: TaskData) -> None:
         luca = self._fresh_luca(first=task.index == 0, seed=derive_seed("luca", self.seed, task.index))
         classifier = self._grown_classifier(task)
         if self.config.new_rows == "prototypes":
             with torch.no_grad():
                 _set_rows(classifier, task, luca(task.test_view()))  # of the module as it starts
-        with single_thread():
-            train(luca, classifier, task, self)
+        train(luca, classifier, task, self)
         with torch.no_grad():
             _set_rows(classifier, task, luca(task.test_view()))
         _check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())}, task.index)
@@ -136,6 +147,7 @@ class TOSCA(Learner):
             answers.append(logits[chosen, torch.arange(len(chosen), device=chosen.device)])
         return torch.cat(entropies), torch.cat(answers)
 
+    @single_thread()
     @torch.no_grad()
     def answer(self, features: Tensor, module: Tensor) -> Tensor:
         """Logits over all rows by each sample's chosen module: ``(samples, dim), (samples,) -> (samples, rows)``."""
@@ -201,17 +213,6 @@ def choose_by_batch(entropies: Tensor) -> Tensor:
     """One module for every 48 consecutive samples, by their mean entropy: ``(samples, modules) -> (samples,)``."""
     parts = [part.mean(dim=0).argmin().expand(len(part)) for part in entropies.split(SELECTION_BATCH) if len(part)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=entropies.device)
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """One CPU thread for a while: LuCA's products are so small that handing them out costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
