@@ -184,7 +184,7 @@ def test_an_unknown_name_is_answered_with_names_that_exist(name):
     [
         ("pretrained_vit_b16_224_in21k", "vit_base_patch16_224.augreg_in21k"),
         ("vit_base_patch16_224", "vit_base_patch16_224.augreg2_in21k_ft_in1k"),
-        ("vit_tiny_patch16_224", "vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
     ],
 )
 @pytest.mark.parametrize("takes_img_size", [True, False])
