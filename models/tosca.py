@@ -63,14 +63,14 @@ class TOSCA(Learner):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    @single_thread()
     def _fit(self, task: TaskData) -> None:
         luca = self._fresh_luca(first=task.index == 0, seed=derive_seed("luca", self.seed, task.index))
         classifier = self._grown_classifier(task)
         if self.config.new_rows == "prototypes":
             with torch.no_grad():
                 _set_rows(classifier, task, luca(task.test_view()))  # of the module as it starts
-        train(luca, classifier, task, self)
+        with single_thread():
+            train(luca, classifier, task, self)
         with torch.no_grad():
             _set_rows(classifier, task, luca(task.test_view()))
         _check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())}, task.index)
