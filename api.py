@@ -32,10 +32,11 @@ from utils.config import Config, make_config
 from utils.continuing import read_run
 from utils.data import Dataset, Split, Transforms
 from utils.errors import BackboneError, ConfigError, DataError
-from utils.features import TEST_VIEW, FeatureBank, default_batch_size, forward_threads
+from utils.features import FeatureBank, default_batch_size, forward_threads
 from utils.files import FolderLock
 from utils.images import GivenImages, Images, ImageSource, as_image, sources_of
 from utils.inputs import loaded_ahead
+from utils.loading import TEST_VIEW
 from utils.tasks import TaskStream, learned_by, next_task
 
 

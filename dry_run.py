@@ -8,11 +8,13 @@ from typing import Any
 
 from models import make_learner
 from trainer import Setup, prepare, wanted_features
+from utils.arrays import Wanted
 from utils.checkpoint import MANIFEST
 from utils.config import Config
 from utils.distributed import ONE_RANK
 from utils.errors import ConfigError
-from utils.features import TEST_VIEW, FeatureBank, Wanted, human_size, resolve_cache_dir
+from utils.features import FeatureBank, human_size, resolve_cache_dir
+from utils.loading import TEST_VIEW
 from utils.report import run_paths
 
 log = logging.getLogger(__name__)

@@ -17,14 +17,17 @@ from backbone.vit import Backbone, load_backbone, resolve_device
 from models import LEARNERS, make_learner
 from models.base import Learner
 from utils import metrics, report
+from utils.arrays import Wanted
 from utils.checkpoint import FORMAT, CheckpointFolder, run_identity
 from utils.config import Config
 from utils.continuing import Base, adopt, find_base, tests_old
 from utils.data import Dataset, available_cpus, check_images, derive_seed, load_dataset
 from utils.distributed import Ranks, joined_ranks
 from utils.errors import ConfigError
-from utils.features import TEST_VIEW, FeatureBank, Wanted, fingerprint_splits, resolve_cache_dir
+from utils.features import FeatureBank, resolve_cache_dir
 from utils.files import FolderLock, remove_partials
+from utils.fingerprints import fingerprint_splits
+from utils.loading import TEST_VIEW
 from utils.tasks import Task, TaskStream, make_stream
 from utils.tracker import Tracker, check_tracker, tracking
 

@@ -26,7 +26,8 @@ from backbone.vit import Backbone, load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs
 from utils.config import make_config
 from utils.data import Dataset, load_dataset
-from utils.features import FeatureBank, default_batch_size, fingerprint_splits, forward_threads
+from utils.features import FeatureBank, default_batch_size, forward_threads
+from utils.fingerprints import fingerprint_splits
 
 BATCHES = (8, 16, 32, 64)
 

@@ -27,7 +27,7 @@ from utils.config import Config, load_config
 from utils.data import derive_seed
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.features import TEST_VIEW
+from utils.loading import TEST_VIEW
 from utils.metrics import mean_std
 from utils.tasks import Task, make_stream
 

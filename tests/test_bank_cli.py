@@ -10,7 +10,9 @@ import pytest
 from tests.conftest import ROOT, FolderMaker, TinyExtractor, tiny_config
 from utils import bank
 from utils.data import load_dataset
-from utils.features import TEST_VIEW, FeatureBank, fingerprint_splits
+from utils.features import FeatureBank
+from utils.fingerprints import fingerprint_splits
+from utils.loading import TEST_VIEW
 
 
 @pytest.fixture

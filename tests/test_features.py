@@ -16,11 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from tests.conftest import FolderMaker, tiny_config
-from utils import features as bank_module
+from utils import fingerprints, loading
+from utils.arrays import Wanted
 from utils.data import Dataset, Transforms, load_dataset
 from utils.distributed import Ranks
 from utils.errors import BankError, DataError, NumericError
-from utils.features import TEST_VIEW, FeatureBank, Wanted, default_batch_size, fingerprint_splits
+from utils.features import FeatureBank, default_batch_size
+from utils.fingerprints import fingerprint_splits
+from utils.loading import TEST_VIEW
 
 SIZE = 4
 ALL: list[Wanted] = [("train", TEST_VIEW), ("test", TEST_VIEW), ("train", 0), ("train", 1)]
@@ -163,7 +166,7 @@ def test_hashes_of_unchanged_files_are_remembered(
     for split in (data.train, data.test):
         for row in range(len(split)):
             os.utime(split.path(row), (1e9, 1e9))
-    monkeypatch.setattr(bank_module.time, "time_ns", lambda: os.stat(tmp_path).st_ctime_ns + 10**13)
+    monkeypatch.setattr(fingerprints.time, "time_ns", lambda: os.stat(tmp_path).st_ctime_ns + 10**13)
     first = fingerprint_splits(data, tmp_path / "cache")
     monkeypatch.setattr(bank_module, "sha256_of_file", lambda path: pytest.fail(f"{path} was hashed again"))
     assert fingerprint_splits(data, tmp_path / "cache") == first
@@ -258,7 +261,7 @@ def test_an_unreadable_image_is_named_and_what_is_done_stays(tmp_path: Path, mak
         bank = _bank(data, tmp_path, num_workers=workers)
         with pytest.raises(DataError, match=rf"{path.name} .*class"):
             bank.fill([("train", TEST_VIEW)])
-        assert 10 <= bank.missing([("train", TEST_VIEW)]) <= 10 + bank_module.LOADED_TOGETHER + bank.batch_size
+        assert 10 <= bank.missing([("train", TEST_VIEW)]) <= 10 + loading.LOADED_TOGETHER + bank.batch_size
 
 
 def test_a_feature_that_is_not_finite_stops_the_filling_and_names_the_image(data: Dataset) -> None:
@@ -298,7 +301,7 @@ def test_more_loader_processes_than_images_and_cpus(data: Dataset) -> None:
 
 def test_ranks_have_disjoint_images_that_are_all_images(data: Dataset) -> None:
     missing = {("train", 0): np.ones(12, bool), ("train", 1): np.arange(12) != 5, ("test", TEST_VIEW): np.ones(9, bool)}
-    shares = [bank_module._Images(data, Transforms(SIZE, 0), missing, Ranks(rank, 3)) for rank in range(3)]
+    shares = [loading.ViewsOfImages(data, Transforms(SIZE, 0), missing, Ranks(rank, 3)) for rank in range(3)]
     assert sum(share.views for share in shares) == 12 + 11 + 9
     work = [place for share in shares for place in share.work]
     assert len(work) == len(set(work)) == 21

@@ -18,7 +18,7 @@ from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from trainer import BankTask
 from utils.checkpoint import module_from_file
 from utils.data import load_dataset
-from utils.features import TEST_VIEW
+from utils.loading import TEST_VIEW
 from utils.tasks import class_order, make_stream
 
 ORDER = class_order(6, shuffle=True, seed=1993).tolist()

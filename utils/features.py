@@ -3,7 +3,7 @@
 A bank is a folder below ``cache_dir`` for one split of one data set under one backbone, image size, normalisation
 and precision. It holds a ``manifest.json`` that says so in words, and one ``.npy`` array ``(images, dim)`` float32
 for each view. A row that is not computed yet is NaN. An array still being filled ends in ``.filling.npy`` and is
-renamed once every row is there. Only this file calls the backbone.
+renamed once every row is there (``utils.arrays``). Only this file calls the backbone.
 """
 
 import hashlib
@@ -12,12 +12,11 @@ import logging
 import os
 import shutil
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,19 +25,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data import Dataset, ImageFiles, Split, Transforms, available_cpus
+from utils.arrays import (
+    STAYS,
+    FileWriter,
+    MemoryWriter,
+    Place,
+    Store,
+    Wanted,
+    Writer,
+    create_array,
+    filling,
+    open_array,
+    sync_file,
+)
+from utils.data import Dataset, Transforms, available_cpus
 from utils.distributed import ONE_RANK, Ranks
-from utils.errors import BankError, DataError, NumericError
-from utils.files import FolderLock, sha256_of_file, write_json
+from utils.errors import BankError, NumericError
+from utils.files import FolderLock, write_json
+from utils.loading import TEST_VIEW, ViewsOfImages, batches_of, killed_loaders_named
 
 log = logging.getLogger(__name__)
 
 MANIFEST, LOCK = "manifest.json", "lock"  # the files of a bank beside its arrays
-TEST_VIEW = -1  # the view that the test transform gives
 FORMAT = 1  # to be raised when the transforms or the meaning of a row change: older banks are then left alone
-SYNC_SECONDS = 30  # at most this much work is lost when the power fails (a batch when only the process dies)
-_STAYS = "start again afterwards: the features that are done stay"
-LOADED_TOGETHER = 16  # views in what a loader process hands over at a time
 
 
 class FeatureExtractor(Protocol):
@@ -53,10 +62,6 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 -> ``(images, feature_dim)`` float32."""
-
-
-Wanted = tuple[str, int]  # (split, view)
-Place = tuple[str, int, int]  # (split, view, row)
 
 
 class FeatureBank:
@@ -112,7 +117,7 @@ class FeatureBank:
         if self.cache_dir is None:
             array = self._memory.get((split, view))
         else:
-            array = _open_array(self._path(split, view), (len(self.data.split(split)), self.extractor.feature_dim))
+            array = open_array(self._path(split, view), (len(self.data.split(split)), self.extractor.feature_dim))
         if array is None:
             raise BankError(f"the features of {split}, view {view} are not filled yet")
         values = np.array(array[rows])  # a copy: the map is closed on return and its pages do not stay resident
@@ -182,21 +187,21 @@ class FeatureBank:
                 left.unlink(missing_ok=True)
         for want in wanted:
             if not self._exists(*want):
-                _create_array(_filling(self._path(*want)), (len(self.data.split(want[0])), self.extractor.feature_dim))
+                create_array(filling(self._path(*want)), (len(self.data.split(want[0])), self.extractor.feature_dim))
 
     def _finish(self, wanted: Sequence[Wanted]) -> None:
         for want in wanted if self.cache_dir is not None else ():
             path = self._path(*want)
             if not path.exists():
                 try:
-                    _sync(_filling(path))
-                    os.replace(_filling(path), path)
+                    sync_file(filling(path))
+                    os.replace(filling(path), path)
                 except OSError as error:
-                    raise BankError(f"{path} cannot be written ({error.strerror}); {_STAYS}") from error
+                    raise BankError(f"{path} cannot be written ({error.strerror}); {STAYS}") from error
 
     def _fill_missing(self, missing: dict[Wanted, np.ndarray]) -> None:
         """Compute this rank's share of the rows that ``missing`` marks."""
-        images = _Images(self.data, self.transforms, missing, self.ranks)
+        images = ViewsOfImages(self.data, self.transforms, missing, self.ranks)
         if not len(images):
             return
         started = time.monotonic()
@@ -210,8 +215,8 @@ class FeatureBank:
         )
         with (
             bar,
-            _killed_loaders_named(),
-            _Store({want: self._writer(want) for want in missing}) as store,
+            killed_loaders_named(),
+            Store({want: self._writer(want) for want in missing}) as store,
             closing(self._computed(images, store)) as batches,  # first of all the threads and loaders end
         ):
             for count in batches:
@@ -219,12 +224,12 @@ class FeatureBank:
         seconds = time.monotonic() - started
         log.info("Features: %d forward passes in %.1f s, %.1f a second", images.views, seconds, images.views / seconds)
 
-    def _computed(self, images: "_Images", store: "_Store") -> Iterator[int]:
+    def _computed(self, images: ViewsOfImages, store: Store) -> Iterator[int]:
         """Pass ``images`` through the backbone into ``store``; yields how many are done whenever a batch is."""
         threads = forward_threads(self.extractor.device)
         running: deque[Future[int]] = deque()
         with (
-            closing(_batches(images, self.batch_size, self.num_workers, self._pin)) as batches,
+            closing(batches_of(images, self.batch_size, self.num_workers, self._pin)) as batches,
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
             for places, pixels in batches:
@@ -239,10 +244,10 @@ class FeatureBank:
 
         All of them count where there are too few to see the loaders' start apart from the rest.
         """
-        images = _Images(self.data, self.transforms, self._missing_rows(wanted), self.ranks)
+        images = ViewsOfImages(self.data, self.transforms, self._missing_rows(wanted), self.ranks)
         warm_up = 2 * forward_threads(self.extractor.device)
         started, done = time.monotonic(), 0
-        with _killed_loaders_named(), closing(self._computed(images, _Store({}))) as batches:
+        with killed_loaders_named(), closing(self._computed(images, Store({}))) as batches:
             for number, count in enumerate(batches, start=1):
                 done += count
                 if number == warm_up and images.views > 4 * warm_up * self.batch_size:
@@ -255,7 +260,7 @@ class FeatureBank:
     def _pin(self) -> bool:
         return self.extractor.device.type not in ("cpu", "mps")  # where the copy can run beside the backbone
 
-    def _forward(self, places: list[Place], pixels: Tensor, store: "_Store") -> int:
+    def _forward(self, places: list[Place], pixels: Tensor, store: Store) -> int:
         """Compute one batch and store it. The shape is always the same, and so is every row, whatever is beside it.
 
         A matrix product may pick another algorithm for another number of rows; then an image's last bits would
@@ -309,7 +314,7 @@ class FeatureBank:
         if self.cache_dir is None:
             return (split, view) in self._memory
         path = self._path(split, view)
-        return path.exists() or _filling(path).exists()
+        return path.exists() or filling(path).exists()
 
     def _nbytes(self, split: str, view: int) -> int:
         return len(self.data.split(split)) * self.extractor.feature_dim * 4
@@ -329,20 +334,20 @@ class FeatureBank:
         path = self._path(split, view)
         if path.exists():
             return np.zeros(images, dtype=bool)
-        if not _filling(path).exists():
+        if not filling(path).exists():
             return np.ones(images, dtype=bool)
-        array = _open_array(_filling(path), (images, self.extractor.feature_dim))
+        array = open_array(filling(path), (images, self.extractor.feature_dim))
         if array is None:  # completed by another process in this moment
             return np.zeros(images, dtype=bool)
         blocks = np.array_split(array, max(1, images // 4096))
         return np.concatenate([np.isnan(block).any(axis=1) for block in blocks])
 
-    def _writer(self, want: Wanted) -> "_Writer":
+    def _writer(self, want: Wanted) -> Writer:
         shape = (len(self.data.split(want[0])), self.extractor.feature_dim)
         if self.cache_dir is None:
             self._memory[want] = np.full(shape, np.nan, dtype=np.float32)
-            return _MemoryWriter(self._memory[want])
-        return _FileWriter(_filling(self._path(*want)), shape)
+            return MemoryWriter(self._memory[want])
+        return FileWriter(filling(self._path(*want)), shape)
 
 
 def default_cache_dir() -> Path:
@@ -380,325 +385,6 @@ def forward_threads(device: torch.device) -> int:
 def default_workers(local_ranks: int = 1) -> int:
     """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
     return max(0, min(available_cpus() // local_ranks - 1, 16))
-
-
-# -- fingerprints -----------------------------------------------------------------------------------------------------
-
-
-def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> dict[str, str]:
-    """A SHA-256 for each split over the names and *contents* of its images, in order.
-
-    Hashes of files are remembered in ``cache_dir`` under (path, size, mtime, ctime, inode), as git does.
-    """
-    index = _HashIndex(cache_dir / "hashes" if cache_dir else None, data)
-    found = {}
-    try:
-        for name in ("train", "test"):
-            split = data.split(name)
-            digest = hashlib.sha256()
-            for key, content in zip(split.keys, index.hashes(split), strict=True):
-                digest.update(f"{key}\x00{content}\n".encode("utf-8", "surrogateescape"))
-            found[name] = digest.hexdigest()
-    finally:
-        index.save()  # also when it is stopped: what is hashed need not be hashed again
-    return found
-
-
-class _HashIndex:
-    """Content hashes of files, remembered as long as the file system says that a file is the same."""
-
-    def __init__(self, folder: Path | None, data: Dataset) -> None:
-        roots = "|".join(str(s.root.resolve()) for s in (data.train, data.test) if isinstance(s, ImageFiles))
-        name = hashlib.sha256(roots.encode("utf-8", "surrogateescape")).hexdigest()[:16] + ".json"
-        self.path = folder / name if folder else None
-        self.started_ns = time.time_ns()
-        self.changed = False
-        try:
-            self.known: dict[str, list[Any]] = json.loads(self.path.read_text()) if self.path else {}
-        except (OSError, ValueError):
-            self.known = {}  # only a memory: lost, it is made again
-
-    def hashes(self, split: Split) -> list[str]:
-        if not isinstance(split, ImageFiles):
-            return split.content_hashes(sha256_of_file)
-        todo = [str(split.path(i)) for i in range(len(split)) if self._known(str(split.path(i))) is None]
-        if todo:
-            self.changed = True
-            quiet = len(todo) < 5000
-            bar = tqdm(total=len(todo), desc="Hashing images", unit="file", file=sys.stderr, disable=quiet)
-            with bar, ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter's lock
-                for start in range(0, len(todo), 256):  # in blocks, so that Ctrl-C has little to wait for
-                    block = todo[start : start + 256]
-                    self.known.update(zip(block, pool.map(_stat_and_hash, block), strict=True))
-                    bar.update(len(block))
-        return [self.known[str(split.path(i))][-1] for i in range(len(split))]
-
-    def _known(self, path: str) -> str | None:
-        entry = self.known.get(path)
-        try:
-            return entry[-1] if entry is not None and entry[:-1] == _stat(path) else None
-        except OSError:
-            return None
-
-    def save(self) -> None:
-        # a file changed within the clock's tick after it was hashed would look unchanged: forget the newest
-        recent = self.started_ns - 2_000_000_000
-        stable = {path: entry for path, entry in self.known.items() if max(entry[1], entry[2]) < recent}
-        if self.changed and self.path:
-            write_json(self.path, stable)
-
-
-def _stat(path: str) -> list[int]:
-    found = os.stat(path)
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _stat_and_hash(path: str) -> list[Any]:
-    try:
-        return [*_stat(path), sha256_of_file(Path(path))]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or remove it") from None
-
-
-# -- arrays on disk ---------------------------------------------------------------------------------------------------
-
-
-def _filling(path: Path) -> Path:
-    return path.with_suffix(".filling.npy")
-
-
-def _create_array(path: Path, shape: tuple[int, int]) -> None:
-    """An ``.npy`` of NaN rows, complete on disk before it has its name."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    header = np.lib.format.header_data_from_array_1_0(np.empty((0, shape[1]), dtype=np.float32)) | {"shape": shape}
-    try:
-        with open(partial, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            block = np.full((min(shape[0], 4096), shape[1]), np.nan, dtype=np.float32)
-            for start in range(0, shape[0], len(block)):
-                file.write(block[: shape[0] - start].tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise BankError(
-            f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; {_STAYS}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _open_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The array as a read-only memory map, or None if it is not there."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError) as error:
-        raise BankError(f"{path} is damaged ({error}); remove it, its features are computed again") from error
-    if array.shape != shape or array.dtype != np.float32:
-        raise BankError(
-            f"{path} is damaged ({array.dtype} of shape {array.shape}, expected float32 of {shape}); remove it, its "
-            "features are computed again"
-        )
-    return array
-
-
-class _Writer(Protocol):
-    def write(self, row: int, feature: np.ndarray) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _FileWriter:
-    """Rows straight into the file: nothing of it becomes resident in memory."""
-
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        self.path, self.row_bytes = path, shape[1] * 4
-        try:
-            self.offset = path.stat().st_size - shape[0] * self.row_bytes  # the header's length
-            self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise BankError(
-                f"{path} cannot be opened ({error.strerror}); under torchrun on several machines cache_dir must be on "
-                "a disk that all of them share"
-            ) from error
-
-    def write(self, row: int, feature: np.ndarray) -> None:
-        try:
-            self.file.seek(self.offset + row * self.row_bytes)
-            self.file.write(feature.tobytes())
-        except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); {_STAYS}") from error
-
-    def sync(self) -> None:
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); {_STAYS}") from error
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class _MemoryWriter:
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def write(self, row: int, feature: np.ndarray) -> None:
-        self.array[row] = feature
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Store:
-    """Where features go, from any thread; closed as a context manager. Those without a writer are dropped."""
-
-    def __init__(self, writers: dict[Wanted, _Writer]) -> None:
-        self.writers, self.lock, self.last_sync = writers, threading.Lock(), time.monotonic()
-
-    def write(self, places: "list[Place]", features: np.ndarray) -> None:
-        with self.lock:
-            for (split, view, row), feature in zip(places, features, strict=True):
-                if (split, view) in self.writers:
-                    self.writers[split, view].write(row, feature)
-            if time.monotonic() - self.last_sync > SYNC_SECONDS:
-                for writer in self.writers.values():
-                    writer.sync()
-                self.last_sync = time.monotonic()
-
-    def __enter__(self) -> "_Store":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for writer in self.writers.values():
-            writer.close()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
-
-
-# -- images to batches ------------------------------------------------------------------------------------------------
-
-
-class _Images(torch.utils.data.Dataset):
-    """Item -> the places and the uint8 pixels ``(views, 3, S, S)`` of one image under its missing views.
-
-    So an image is decoded once for all its views. Each rank has images of its own.
-    """
-
-    def __init__(
-        self, data: Dataset, transforms: Transforms, missing: dict[Wanted, np.ndarray], ranks: Ranks = ONE_RANK
-    ) -> None:
-        self.data, self.transforms, self.missing, self.views = data, transforms, missing, 0
-        self.work: list[tuple[str, int]] = []
-        for split in sorted({split for split, _ in missing}):
-            count = np.sum([rows for (s, _), rows in missing.items() if s == split], axis=0)  # missing views of each
-            mine = np.flatnonzero(count)
-            mine = mine[mine % ranks.count == ranks.rank]  # not by place: other ranks may have begun to write
-            self.work += [(split, row) for row in mine.tolist()]
-            self.views += int(count[mine].sum())
-
-    def __len__(self) -> int:
-        return len(self.work)
-
-    def __getitem__(self, item: int) -> tuple[list[Place], Tensor] | DataError:
-        name, row = self.work[item]
-        split = self.data.split(name)
-        key = split.keys[row]
-        views = [view for (s, view), rows in self.missing.items() if s == name and rows[row]]
-        try:
-            image = split.load(row)
-            pixels = [
-                self.transforms.test(image) if view == TEST_VIEW else self.transforms.view(image, key, view)
-                for view in views
-            ]
-        except DataError as error:
-            return error  # raised in the main process, as it is: a worker would wrap it into a traceback
-        except Exception as error:
-            return DataError(f"{name} image {key!r} cannot be transformed ({type(error).__name__}: {error}); remove it")
-        return [(name, view, row) for view in views], torch.stack(pixels)
-
-
-def _together(items: list[tuple[list[Place], Tensor] | DataError]) -> tuple[list[Place], Tensor] | DataError:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    return [place for places, _ in items for place in places], torch.cat([pixels for _, pixels in items])
-
-
-def _batches(images: _Images, batch_size: int, num_workers: int, pin: bool) -> Iterator[tuple[list[Place], Tensor]]:
-    """Batches of exactly ``batch_size`` (image, view) pairs, but for the last."""
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=max(1, LOADED_TOGETHER * len(images) // images.views),
-        num_workers=min(num_workers, len(images)),
-        collate_fn=_together,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else the loader takes a number from the global one
-        # a fork starts at once and shares the images in memory; loaders never touch the accelerator
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        prefetch_factor=max(2, 2 * batch_size // LOADED_TOGETHER // num_workers) if num_workers else None,
-    )
-    places: list[Place] = []
-    parts: list[Tensor] = []
-
-    def batch(count: int) -> tuple[list[Place], Tensor]:
-        nonlocal places, parts
-        pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
-        first, places, parts = places[:count], places[count:], [pixels[count:]]
-        return first, pixels[:count].pin_memory() if pin else pixels[:count]
-
-    try:
-        loaded_batches = iter(loader)
-    except OSError as error:
-        raise BankError(
-            f"{num_workers} processes that load images cannot be started ({error.strerror}); lower num_workers"
-        ) from error
-    try:
-        for loaded in loaded_batches:
-            if isinstance(loaded, DataError):
-                raise loaded
-            places += loaded[0]
-            parts.append(loaded[1])
-            while len(places) >= batch_size:
-                yield batch(batch_size)
-        if places:
-            yield batch(len(places))
-    finally:
-        del loaded_batches  # ends the loader's processes, which an error's traceback would keep
-
-
-@contextmanager
-def _killed_loaders_named() -> Iterator[None]:
-    """PyTorch tells of a killed loader process from a signal handler: the error may come up anywhere within."""
-    killed = None
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        killed = str(error).splitlines()[0]
-    if killed:  # out here, for the error's traceback would keep the other loaders
-        raise BankError(
-            f"a process that loads images was killed ({killed}); often memory (in containers /dev/shm) is short: lower "
-            f"num_workers, 0 needs none; {_STAYS}"
-        )
-
-
-def _start_worker(_: int) -> None:
-    """One thread a worker, and Ctrl-C is the main process's to answer. SIGTERM ends it, as PyTorch expects."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
 
 
 def _check_finite(features: np.ndarray, places: list[Place], data: Dataset) -> None:

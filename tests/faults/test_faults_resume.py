@@ -11,12 +11,12 @@ import pytest
 
 import trainer
 from models.tosca import TOSCA
-from utils import checkpoint, features, files, report
+from utils import arrays, checkpoint, files, report
 from utils.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "in extraction": (features._Store, "write", 2),
+    "in extraction": (arrays.Store, "write", 2),
     "in the first task": (TOSCA, "parameter_counts", 1),
     "in the last task": (trainer.BankTask, "epoch", 6),
     "in evaluation": (trainer, "evaluate", 2),
