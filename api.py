@@ -24,9 +24,10 @@ from torch import Tensor
 
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models import make_learner
+from models.bank_task import BankTask
 from models.base import Learner
+from models.evaluation import class_scores
 from models.tosca import TOSCA
-from trainer import BankTask, class_scores
 from utils.checkpoint import CheckpointFolder
 from utils.config import Config, make_config
 from utils.continuing import read_run

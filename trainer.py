@@ -9,26 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models import LEARNERS, make_learner
-from models.base import Learner
-from utils import metrics, report
+from models.bank_task import BankTask
+from models.evaluation import evaluate
+from utils import report
 from utils.arrays import Wanted
 from utils.checkpoint import FORMAT, CheckpointFolder, run_identity
 from utils.config import Config
 from utils.continuing import Base, adopt, find_base, tests_old
-from utils.data import Dataset, available_cpus, check_images, derive_seed, load_dataset
+from utils.data import Dataset, available_cpus, check_images, load_dataset
 from utils.distributed import Ranks, joined_ranks
 from utils.errors import ConfigError
 from utils.features import FeatureBank, resolve_cache_dir
 from utils.files import FolderLock, remove_partials
 from utils.fingerprints import fingerprint_splits
 from utils.loading import TEST_VIEW
-from utils.tasks import Task, TaskStream, make_stream
+from utils.tasks import TaskStream, make_stream
 from utils.tracker import Tracker, check_tracker, tracking
 
 log = logging.getLogger(__name__)
@@ -147,8 +144,9 @@ def _on_top(setup: Setup) -> Setup:
 
 
 def wanted_features(config: Config) -> list[Wanted]:
-    """Every (split, view) that a run reads."""
-    return [("train", TEST_VIEW), ("test", TEST_VIEW), *(("train", view) for view in range(config.views))]
+    """Every (split, view) that a run reads: only a learner that trains on augmented views pays for them."""
+    views = config.views if LEARNERS[config.model_name].augmented else 0
+    return [("train", TEST_VIEW), ("test", TEST_VIEW), *(("train", view) for view in range(views))]
 
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
@@ -335,93 +333,3 @@ def _log_base(base: Base, facts: dict[str, Any]) -> None:
         "Continuing the run in %s: %d tasks, %d classes; evaluation covers %s",
         *(base.folder, facts["tasks"], facts["classes"], facts["evaluation"]),
     )
-
-
-# -- one task ---------------------------------------------------------------------------------------------------------
-
-
-class BankTask:
-    """A task's training images as features of the bank, on the learner's device (``models.base.TaskData``)."""
-
-    def __init__(self, bank: FeatureBank, stream: TaskStream, task: Task, views: int, device: torch.device) -> None:
-        self._bank, self._stream, self._task, self._views, self._device = bank, stream, task, views, device
-        self.index, self.first_row, self.new_rows = task.index, task.rows.start, len(task.rows)
-        self.labels = torch.from_numpy(task.train_rows).to(device)
-        self._test_view: Tensor | None = None
-
-    def epoch(self, epoch: int) -> Tensor:
-        return self._read("train", epoch % self._views, self._task.train) if self._views else self.test_view()
-
-    def test_view(self) -> Tensor:
-        if self._test_view is None:
-            self._test_view = self._read("train", TEST_VIEW, self._task.train)
-        return self._test_view
-
-    def seen(self) -> tuple[Tensor, Tensor]:
-        tasks = self._stream.tasks[: self.index + 1]
-        features = self._read("train", TEST_VIEW, np.concatenate([t.train for t in tasks]))
-        return features, torch.from_numpy(np.concatenate([t.train_rows for t in tasks])).to(self._device)
-
-    def _read(self, split: str, view: int, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._bank.read(split, view, rows)).to(self._device)
-
-
-def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> dict[str, Any]:
-    """Test on all tasks so far, in class order, under every selection: the record of task ``task``."""
-    seen = stream.tasks[: task + 1]
-    images = np.concatenate([t.test for t in seen])
-    true_class = np.concatenate([t.test_classes for t in seen])
-    true_task = np.repeat(np.arange(len(seen)), [len(t.test) for t in seen])
-    generator = torch.Generator().manual_seed(derive_seed("shuffled test set", seed, task))
-    predictions = learner.predict(
-        torch.from_numpy(bank.read("test", TEST_VIEW, images)).to(learner.device),
-        torch.from_numpy(true_task).to(learner.device),
-        torch.randperm(len(images), generator=generator).to(learner.device),
-    )
-    row_class = torch.from_numpy(stream.row_class[: seen[-1].rows.stop]).to(learner.device)
-    results, confusion, entropy = {}, {}, {}
-    for name, prediction in predictions.items():
-        top = top_classes(prediction.scores, row_class).cpu().numpy()
-        hits = top[:, 0] == true_class
-        results[name] = {
-            "top1": metrics.percent(hits),
-            "top5": metrics.percent(metrics.top_k_hits(top, true_class, 5)),
-            "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
-            "groups": _groups(stream, task, top[:, 0], true_class, true_task),
-        }
-        if prediction.module is not None:
-            module = prediction.module.cpu().numpy()
-            results[name]["selection_accuracy"] = metrics.percent(module == true_task)
-            confusion[name] = metrics.confusion(true_task, module, len(seen))
-        if prediction.entropy is not None:
-            entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
-    sparsity = learner.sparsity()[task] if hasattr(learner, "sparsity") else None
-    return {"results": results, "confusion": confusion, "entropy": entropy, "sparsity": sparsity}
-
-
-def _groups(
-    stream: TaskStream, task: int, predicted: np.ndarray, true_class: np.ndarray, true_task: np.ndarray
-) -> dict[str, float]:
-    """PILOT's groups; in domain runs, where classes recur, a group is a task."""
-    ranges = [t.rows for t in stream.tasks[: task + 1]]
-    if len(set(stream.row_class.tolist())) == len(stream.row_class):
-        return metrics.accuracy_groups(predicted, true_class, ranges, ranges[-1].start)
-    hits = predicted == true_class
-    per_task = {f"task {t}": metrics.percent(hits[true_task == t]) for t in range(task + 1)}
-    old_new = {"old": metrics.percent(hits[true_task < task]), "new": metrics.percent(hits[true_task == task])}
-    return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}
-
-
-def top_classes(scores: Tensor, row_class: Tensor, k: int = 5) -> Tensor:
-    """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``."""
-    of_class = class_scores(scores, row_class)
-    return of_class.topk(min(k, of_class.shape[1]), dim=1).indices
-
-
-def class_scores(scores: Tensor, row_class: Tensor) -> Tensor:
-    """A class scores its best row: ``(samples, rows), (rows,) -> (samples, classes)``.
-
-    In domain-incremental runs a class has one row for each of its domains; one without a row scores ``-inf``.
-    """
-    of_class = scores.new_full((len(scores), int(row_class.max()) + 1), float("-inf"))
-    return of_class.scatter_reduce_(1, row_class.expand_as(scores), scores, "amax")

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import make_learner
+from models.bank_task import BankTask
 from models.lda import StreamingLDA
 from models.tosca import TOSCA
-from trainer import BankTask, Setup, prepare, wanted_features
+from trainer import Setup, prepare, wanted_features
 from utils.config import Config, load_config
 from utils.data import derive_seed
 from utils.distributed import Ranks

@@ -54,6 +54,7 @@ class Learner(ABC):
     """
 
     continual: ClassVar[bool] = True  # False: sees earlier tasks' data again, an upper bound
+    augmented: ClassVar[bool] = False  # True: trains on the augmented views (``TaskData.epoch``)
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         self.config, self.dim, self.device, self.seed = config, dim, device, seed
@@ -98,6 +99,10 @@ class Learner(ABC):
 
     def module_state(self, task: int) -> dict[str, Tensor] | None:
         """The tensors that belong to one task alone and never change again, or None."""
+        return None
+
+    def sparsity(self) -> list[float] | None:
+        """For each task the share of its module's parameters with |θ| < 1e-3; None for a learner without modules."""
         return None
 
     def parameter_counts(self) -> dict[str, int]:

@@ -49,6 +49,7 @@ class TOSCA(Learner):
         routers: ``lda`` and ``ridge``, which read the frozen feature.
     """
 
+    augmented = True
     modules: dict[str, Tensor]
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:

@@ -9,8 +9,8 @@ from PIL import Image
 import main
 import predict
 from api import ContinualClassifier
+from models.evaluation import class_scores, top_classes
 from tests.conftest import TINY
-from trainer import class_scores, top_classes
 from utils.config import make_config
 from utils.data import load_dataset
 from utils.errors import ConfigError, DataError

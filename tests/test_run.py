@@ -14,8 +14,8 @@ from torchvision import transforms as T
 import main
 from backbone.luca import LuCA
 from backbone.vit import load_backbone
+from models.bank_task import BankTask
 from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
-from trainer import BankTask
 from utils.checkpoint import module_from_file
 from utils.data import load_dataset
 from utils.loading import TEST_VIEW
@@ -404,3 +404,9 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(digit_folder, run_main, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and all(word in lines[0] for word in words)
     assert not (tmp_path / "tosca").exists() and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("method", ["simplecil", "ncm_lda", "ranpac", "linear_joint"])
+def test_a_baseline_pays_for_no_augmented_view(method, digit_folder, run_main, tmp_path):
+    outcome = run_main(tmp_path, data_path=str(digit_folder), model_name=method, train_views=2)
+    assert outcome.code == 0 and outcome.json()["backbone_forwards"] == TRAIN_IMAGES + sum(TEST_IMAGES)

@@ -1,0 +1,76 @@
+"""A learner on the test images of all tasks so far, under every selection that it has."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.base import Learner
+from utils import metrics
+from utils.data import derive_seed
+from utils.features import FeatureBank
+from utils.loading import TEST_VIEW
+from utils.tasks import TaskStream
+
+
+def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> dict[str, Any]:
+    """Test on all tasks so far, in class order, under every selection: the record of task ``task``."""
+    seen = stream.tasks[: task + 1]
+    images = np.concatenate([t.test for t in seen])
+    true_class = np.concatenate([t.test_classes for t in seen])
+    true_task = np.repeat(np.arange(len(seen)), [len(t.test) for t in seen])
+    generator = torch.Generator().manual_seed(derive_seed("shuffled test set", seed, task))
+    predictions = learner.predict(
+        torch.from_numpy(bank.read("test", TEST_VIEW, images)).to(learner.device),
+        torch.from_numpy(true_task).to(learner.device),
+        torch.randperm(len(images), generator=generator).to(learner.device),
+    )
+    row_class = torch.from_numpy(stream.row_class[: seen[-1].rows.stop]).to(learner.device)
+    results, confusion, entropy = {}, {}, {}
+    for name, prediction in predictions.items():
+        top = top_classes(prediction.scores, row_class).cpu().numpy()
+        hits = top[:, 0] == true_class
+        results[name] = {
+            "top1": metrics.percent(hits),
+            "top5": metrics.percent(metrics.top_k_hits(top, true_class, 5)),
+            "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
+            "groups": _groups(stream, task, top[:, 0], true_class, true_task),
+        }
+        if prediction.module is not None:
+            module = prediction.module.cpu().numpy()
+            results[name]["selection_accuracy"] = metrics.percent(module == true_task)
+            confusion[name] = metrics.confusion(true_task, module, len(seen))
+        if prediction.entropy is not None:
+            entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
+    of_tasks = learner.sparsity()
+    sparsity = of_tasks[task] if of_tasks else None
+    return {"results": results, "confusion": confusion, "entropy": entropy, "sparsity": sparsity}
+
+
+def _groups(
+    stream: TaskStream, task: int, predicted: np.ndarray, true_class: np.ndarray, true_task: np.ndarray
+) -> dict[str, float]:
+    """PILOT's groups; in domain runs, where classes recur, a group is a task."""
+    ranges = [t.rows for t in stream.tasks[: task + 1]]
+    if len(set(stream.row_class.tolist())) == len(stream.row_class):
+        return metrics.accuracy_groups(predicted, true_class, ranges, ranges[-1].start)
+    hits = predicted == true_class
+    per_task = {f"task {t}": metrics.percent(hits[true_task == t]) for t in range(task + 1)}
+    old_new = {"old": metrics.percent(hits[true_task < task]), "new": metrics.percent(hits[true_task == task])}
+    return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}
+
+
+def top_classes(scores: Tensor, row_class: Tensor, k: int = 5) -> Tensor:
+    """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``."""
+    of_class = class_scores(scores, row_class)
+    return of_class.topk(min(k, of_class.shape[1]), dim=1).indices
+
+
+def class_scores(scores: Tensor, row_class: Tensor) -> Tensor:
+    """A class scores its best row: ``(samples, rows), (rows,) -> (samples, classes)``.
+
+    In domain-incremental runs a class has one row for each of its domains; one without a row scores ``-inf``.
+    """
+    of_class = scores.new_full((len(scores), int(row_class.max()) + 1), float("-inf"))
+    return of_class.scatter_reduce_(1, row_class.expand_as(scores), scores, "amax")
