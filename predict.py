@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from api import ContinualClassifier
     from utils.answers import FORMATS, FeatureFile
     from utils.inputs import find_images
+    from utils.progress import progress
 
     total = None if "-" in args.paths else sum(1 for _ in find_images(named_paths(args.paths)))
     if total == 0:
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     features = FeatureFile(args.features, model.backbone.feature_dim) if args.features else nullcontext()
     unreadable = 0
     files = find_images(named_paths(args.paths))
-    with features, tqdm(total=total, unit="img", file=sys.stderr, dynamic_ncols=True) as bar:
+    with features, progress(total=total, unit="img") as bar:
         _print(form.head())
         for paths, predictions, errors in model.predict_files(files, top_k):
             for path, error in errors:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA
@@ -22,6 +21,7 @@ from models.ridge import RandomRidge
 from utils.config import Config
 from utils.data import derive_seed
 from utils.errors import NumericError
+from utils.progress import progress
 
 _LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
@@ -232,7 +232,7 @@ def train(luca: LuCA, classifier: CosineClassifier, task: TaskData, learner: TOS
     optimizer, schedule = build_optimizer(parameters, config)
     old_rows = classifier.weight.detach()[: task.first_row].clone()
     images = len(task.labels)
-    bar = tqdm(range(config.epochs), desc=f"Task {task.index}", unit="epoch", leave=False, dynamic_ncols=True)
+    bar = progress(range(config.epochs), desc=f"Task {task.index}", unit="epoch", leave=False)
     for epoch in bar:
         generator = torch.Generator().manual_seed(derive_seed("batches", learner.seed, task.index, epoch))
         order = torch.randperm(images, generator=generator).to(learner.device)
@@ -249,7 +249,7 @@ def train(luca: LuCA, classifier: CosineClassifier, task: TaskData, learner: TOS
         if schedule is not None:
             schedule.step()
         mean = _checked_mean(torch.stack(losses), task.index, epoch)
-        bar.set_postfix(loss=f"{mean:.3f}")
+        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
 
 
 def l1_norm(module: nn.Module) -> Tensor:

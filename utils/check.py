@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from utils.config import Config
 from utils.data import (
@@ -25,6 +23,7 @@ from utils.data import (
     split_folders,
     subfolders,
 )
+from utils.progress import progress
 
 POOL_FROM = 1000  # images; below, starting processes takes longer than the scan
 SHOWN = 10  # findings of one kind in the summary; the JSON has all
@@ -157,8 +156,7 @@ def _scan_folders(config: Config, findings: Findings, workers: int | None) -> li
     if config.continue_from is None:  # else these are what the saved run has learned
         findings.problems["folders"] += [f"{label} is in test but not in train" for label in sorted(test - train)]
     workers = workers or (available_cpus() if len(work) >= POOL_FROM else 1)
-    progress = tqdm(_scanned(work, workers), total=len(work), desc="Images", unit="img", file=sys.stderr)
-    return list(progress)
+    return list(progress(_scanned(work, workers), total=len(work), desc="Images", unit="img"))
 
 
 def _domain_labels(root: Path) -> list[str]:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from utils.config import Config
 from utils.errors import DataError
+from utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ def check_images(data: Dataset, *, threads: int) -> None:
     """
     places = [(split, index) for split in (data.train, data.test) for index in range(len(split))]
     faults: list[str] = []
-    bar = tqdm(total=len(places), desc="Checking images", unit="img", file=sys.stderr, dynamic_ncols=True)
+    bar = progress(total=len(places), desc="Checking images", unit="img")
     with bar, ThreadPoolExecutor(max_workers=threads) as pool:
         for start in range(0, len(places), 256):  # in blocks, so that Ctrl-C has little to wait for
             block = places[start : start + 256]

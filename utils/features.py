@@ -23,7 +23,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.arrays import (
     STAYS,
@@ -43,6 +42,7 @@ from utils.distributed import ONE_RANK, Ranks
 from utils.errors import BankError, NumericError
 from utils.files import FolderLock, write_json
 from utils.loading import TEST_VIEW, ViewsOfImages, batches_of, killed_loaders_named
+from utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -205,13 +205,11 @@ class FeatureBank:
         if not len(images):
             return
         started = time.monotonic()
-        bar = tqdm(
+        bar = progress(
             total=images.views,
             unit="img",
             desc="Features" if self.ranks.count == 1 else f"Features (1 of {self.ranks.count} ranks)",
             disable=not self.ranks.first,
-            file=sys.stderr,
-            dynamic_ncols=True,
         )
         with (
             bar,

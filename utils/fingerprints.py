@@ -3,17 +3,15 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from utils.data import Dataset, ImageFiles, Split
 from utils.errors import DataError
 from utils.files import sha256_of_file, write_json
+from utils.progress import progress
 
 
 def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> dict[str, str]:
@@ -56,7 +54,7 @@ class _HashIndex:
         if todo:
             self.changed = True
             quiet = len(todo) < 5000
-            bar = tqdm(total=len(todo), desc="Hashing images", unit="file", file=sys.stderr, disable=quiet)
+            bar = progress(total=len(todo), desc="Hashing images", unit="file", disable=quiet)
             with bar, ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter's lock
                 for start in range(0, len(todo), 256):  # in blocks, so that Ctrl-C has little to wait for
                     block = todo[start : start + 256]
