@@ -160,12 +160,14 @@ def test_the_bundled_digits_have_1201_train_and_596_test_images_of_all_ten_class
 
 
 def test_cifar_without_network_says_what_to_do(tmp_path, monkeypatch):
-    def refuse(*_, **__):
+    def refuse(_, root, **__):
+        Path(root).mkdir(exist_ok=True)  # as torchvision does first
         raise OSError("network is unreachable")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
     with pytest.raises(DataError, match=r"CIFAR-100 is not in .*network is unreachable.*cifar-100-python\.tar\.gz"):
-        load(tmp_path, "cifar224")
+        load(tmp_path / "new", "cifar224")
+    assert not (tmp_path / "new").exists()  # nothing is left of a download that failed
 
 
 def test_a_cifar_folder_is_read_with_its_class_names(tmp_path, monkeypatch, caplog):

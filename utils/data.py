@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,9 +334,13 @@ def _files(root: Path, found: dict[str, list[str]], classes: Sequence[str]) -> I
 def _cifar100(root: Path) -> Dataset:
     from torchvision.datasets import CIFAR100
 
+    was_there = root.exists()
     try:
         splits = [CIFAR100(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:
+        if not was_there:
+            with suppress(OSError):  # torchvision makes the folder first; one that holds something stays
+                root.rmdir()
         raise DataError(
             f"CIFAR-100 is not in {str(root)!r} and cannot be downloaded ({type(error).__name__}: {error}); put "
             "cifar-100-python.tar.gz (or the folder cifar-100-python/) there, or set data_path to where it is"
