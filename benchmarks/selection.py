@@ -4,7 +4,7 @@
     python -m benchmarks.selection --config=exps/tosca_demo.json --repairs seed=1993,1994,1995,1996,1997
 
 Prints a Markdown table: Ā, A_T and selection accuracy, mean ± sample standard deviation over the seeds. Every answer
-but ``batch`` treats each test image by itself. Nothing is chosen on test data: the combinations have no free number.
+but ``batch`` treats each test image by itself. Nothing is chosen on test data.
 """
 
 import argparse
