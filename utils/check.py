@@ -15,11 +15,12 @@ from PIL import Image
 from utils.config import Config
 from utils.data import (
     EXPECTED_COUNTS,
+    UnreadableImage,
     available_cpus,
     data_folder,
+    decode,
     list_images,
     load_dataset,
-    read_image,
     split_folders,
     subfolders,
 )
@@ -176,9 +177,9 @@ def scan(item: tuple[str, str, Path]) -> Scanned:
     """Decode one file."""
     split, label, path = item
     try:
-        image = read_image(path)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return Scanned(split, label, str(path), None, (0, 0), str(error) or type(error).__name__)
+        image = decode(path)
+    except UnreadableImage as error:
+        return Scanned(split, label, str(path), None, (0, 0), str(error))
     return Scanned(split, label, str(path), _content(image), image.size)
 
 

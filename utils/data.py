@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,10 +58,6 @@ class Split:
         """
         raise NotImplementedError
 
-    def content_hashes(self, of_file: Callable[[Path], str]) -> list[str]:
-        """The SHA-256 of every image's content, in order; ``of_file`` hashes a file (and may remember)."""
-        raise NotImplementedError
-
 
 class ImageFiles(Split):
     """Image files below ``<root>/<class>/``, classes and files in sorted order.
@@ -81,16 +77,10 @@ class ImageFiles(Split):
     def load(self, index: int) -> Image.Image:
         path = self.path(index)
         try:
-            return read_image(path)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+            return decode(path)
+        except UnreadableImage as error:
             folder = Path(self.keys[index]).parent.as_posix()
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise DataError(f"{path} (class {folder!r}) is not a readable image ({reason}); {_MEND}") from None
-
-    def content_hashes(self, of_file: Callable[[Path], str]) -> list[str]:
-        return [of_file(self.root / key) for key in self.keys]
+            raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {_MEND}") from None
 
 
 class ImageArray(Split):
@@ -103,7 +93,8 @@ class ImageArray(Split):
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
-    def content_hashes(self, of_file: Callable[[Path], str]) -> list[str]:
+    def content_hashes(self) -> list[str]:
+        """The SHA-256 of every image's pixels, in order."""
         return [hashlib.sha256(np.ascontiguousarray(image)).hexdigest() for image in self.pixels]
 
 
@@ -133,6 +124,24 @@ def read_image(path: Path) -> Image.Image:
     """A file as PIL's ``convert("RGB")`` makes it: EXIF rotation is not applied, 16-bit grey is clipped."""
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+class UnreadableImage(DataError):
+    """Why a file is no image, in a few words; the caller names the file."""
+
+
+def decode(path: Path) -> Image.Image:
+    """``read_image``; whatever a damaged file makes a decoder trip over is one kind of error.
+
+    Raises:
+        UnreadableImage: the file is missing or no image.
+    """
+    try:
+        return read_image(path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 def check_images(data: Dataset, *, threads: int) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from utils.data import Dataset, ImageFiles, Split
+from utils.data import Dataset, ImageArray, ImageFiles
 from utils.errors import DataError
 from utils.files import sha256_of_file, write_json
 from utils.progress import progress
@@ -47,9 +47,9 @@ class _HashIndex:
         except (OSError, ValueError):
             self.known = {}  # only a memory: lost, it is made again
 
-    def hashes(self, split: Split) -> list[str]:
-        if not isinstance(split, ImageFiles):
-            return split.content_hashes(sha256_of_file)
+    def hashes(self, split: ImageArray | ImageFiles) -> list[str]:
+        if isinstance(split, ImageArray):
+            return split.content_hashes()
         todo = [str(split.path(i)) for i in range(len(split)) if self._known(str(split.path(i))) is None]
         if todo:
             self.changed = True

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from utils.data import SUFFIXES, available_cpus, read_image
+from utils.data import SUFFIXES, UnreadableImage, available_cpus, decode
 from utils.errors import DataError
 
 Loaded = TypeVar("Loaded")
@@ -52,11 +52,11 @@ def open_image(path: Path) -> Image.Image:
         DataError: it is missing, or not an image that can be read.
     """
     try:
-        return read_image(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image ({str(error) or type(error).__name__})") from None
+        return decode(path)
+    except UnreadableImage as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DataError(f"{path} does not exist") from None
+        raise DataError(f"{path} is not a readable image ({error})") from None
 
 
 def loaded_ahead(

@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from utils import data as data_module
+from utils.check import scan
 from utils.checkpoint import MANIFEST
 from utils.data import read_image
+from utils.errors import DataError
+from utils.inputs import open_image
 
 RNG = np.random.default_rng(0)
 
@@ -187,6 +190,19 @@ def test_a_decoder_that_trips_over_a_file_is_no_traceback(run, own_data, monkeyp
 
     monkeypatch.setattr(data_module, "read_image", trip)
     assert "is not a readable image (division by zero)" in run(cache_dir="none").error
+
+
+@pytest.mark.parametrize("reader", [open_image, lambda path: scan(("train", "0", path)).error])
+def test_every_reader_of_files_survives_a_decoder_that_trips(reader, tmp_path, monkeypatch):
+    def trip(path: Path) -> Image.Image:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(data_module, "read_image", trip)
+    try:
+        told = reader(tmp_path / "a.png")
+    except DataError as error:
+        told = str(error)
+    assert "division by zero" in told
 
 
 def test_more_pixels_than_pil_allows_are_named(run, own_data, monkeypatch):
