@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models import make_learner
+from models import make_learner, training_features
 from models.bank_task import BankTask
 from models.base import Learner
 from models.evaluation import class_scores
@@ -273,7 +273,7 @@ class ContinualClassifier:
         task = next_task(self._learned, np.asarray([names.index(label) for label in labels]), len(names))
         split = GivenImages(sources, labels)
         bank = self._bank(split)
-        bank.fill([("train", TEST_VIEW), *(("train", view) for view in range(self.config.views))])
+        bank.fill(training_features(self.config))
         self.backbone_forwards += bank.forwards
         stream = TaskStream((task,), learned.class_names, learned.row_class)
         self.learner.learn(BankTask(bank, stream, task, self.config.views, self.backbone.device))
@@ -282,12 +282,11 @@ class ContinualClassifier:
         self._manifest = _grown_manifest(self, len(split), content)
 
     def _bank(self, split: Split) -> FeatureBank:
-        seed = self._manifest["seed"]
         return FeatureBank(
             Dataset("images", split, split, ()),
             self.backbone,
             image_size=self.config.image_size,
-            augment_seed=seed if self.config.augment_seed is None else self.config.augment_seed,
+            augment_seed=self.config.view_seed(self._manifest["seed"]),
             fingerprints={},
             cache_dir=None,
             batch_size=self._batch_size,

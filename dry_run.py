@@ -35,11 +35,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     setup = prepare(config, ONE_RANK)
-    log.info(
-        "Backbone: %s, %d features, %.1f M parameters, %s on %s",
-        *(setup.backbone.name, setup.backbone.feature_dim, setup.backbone.parameters / 1e6),
-        *(setup.backbone.precision, setup.backbone.device),
-    )
+    log.info("Backbone: %s", setup.backbone)
     _log_tasks(setup)
     lacking = _lacking(setup)
     forwards = sum(bank.missing(wanted) for bank, wanted in lacking)

@@ -36,8 +36,6 @@ def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, A
     """
     runs, failed, setup, done = [], [], None, 0
     with joined_ranks() as ranks:
-        if not ranks.first:
-            logging.getLogger().setLevel(logging.WARNING)
         if cells[0].config.cache_dir == "none":
             log.warning("cache_dir=none: every run of the sweep computes its features anew")
         for number, cell in enumerate(cells, start=1):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models import LEARNERS, make_learner
+from models import LEARNERS, make_learner, training_features
 from models.bank_task import BankTask
 from models.evaluation import evaluate
 from utils import report
@@ -42,8 +42,6 @@ def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
         UserError: bad data, weights, files or numbers, in one line.
     """
     with joined_ranks() as ranks:
-        if not ranks.first:
-            logging.getLogger().setLevel(logging.WARNING)
         setup = prepare(config, ranks)
         runs = [run_seed(setup, seed, fresh=fresh) for seed in config.seed]
     if ranks.first and len(runs) > 1:
@@ -74,7 +72,7 @@ class Setup:
             self.data,
             self.backbone,
             image_size=c.image_size,
-            augment_seed=seed if c.augment_seed is None else c.augment_seed,
+            augment_seed=c.view_seed(seed),
             fingerprints=self.fingerprints,
             cache_dir=resolve_cache_dir(c.cache_dir),
             batch_size=c.feature_batch_size,
@@ -144,9 +142,8 @@ def _on_top(setup: Setup) -> Setup:
 
 
 def wanted_features(config: Config) -> list[Wanted]:
-    """Every (split, view) that a run reads: only a learner that trains on augmented views pays for them."""
-    views = config.views if LEARNERS[config.model_name].augmented else 0
-    return [("train", TEST_VIEW), ("test", TEST_VIEW), *(("train", view) for view in range(views))]
+    """Every (split, view) that a run reads."""
+    return [("test", TEST_VIEW), *training_features(config)]
 
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
@@ -318,13 +315,8 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _log_header(setup: Setup, seed: int, stream: TaskStream) -> None:
-    backbone = setup.backbone
     log.info("Config: %s", setup.config.as_dict())
-    log.info(
-        "Backbone: %s, %d features, %.1f M parameters, %s on %s, weights SHA-256 %s",
-        *(backbone.name, backbone.feature_dim, backbone.parameters / 1e6, backbone.precision, backbone.device),
-        backbone.weights_sha256,
-    )
+    log.info("Backbone: %s", setup.backbone)
     log.info("Seed %d, class order: %s", seed, list(stream.class_names))
 
 

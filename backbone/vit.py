@@ -47,6 +47,12 @@ class Backbone:
         self._mean = torch.tensor(cfg.get("mean", (0.0,) * 3), device=device).view(shape)
         self._std = torch.tensor(cfg.get("std", (1.0,) * 3), device=device).view(shape)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, {self.feature_dim} features, {self.parameters / 1e6:.1f} M parameters, {self.precision} on "
+            f"{self.device}, weights SHA-256 {self.weights_sha256}"
+        )
+
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 on any device -> ``(images, feature_dim)`` float32 on the backbone's device."""

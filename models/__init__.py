@@ -8,7 +8,9 @@ from models.ncm_lda import NcmLda
 from models.ranpac import RanPAC
 from models.simplecil import SimpleCIL
 from models.tosca import TOSCA
+from utils.arrays import Wanted
 from utils.config import Config
+from utils.loading import TEST_VIEW
 
 LEARNERS: dict[str, type[Learner]] = {
     "tosca": TOSCA,
@@ -17,6 +19,12 @@ LEARNERS: dict[str, type[Learner]] = {
     "ranpac": RanPAC,
     "linear_joint": LinearJoint,
 }
+
+
+def training_features(config: Config) -> list[Wanted]:
+    """The (split, view) that training reads: only a learner that trains on augmented views pays for them."""
+    views = config.views if LEARNERS[config.model_name].augmented else 0
+    return [("train", TEST_VIEW), *(("train", view) for view in range(views))]
 
 
 def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:

@@ -174,7 +174,9 @@ class TOSCA(Learner):
         self.classifier = CosineClassifier(state["weight"].clone(), state["sigma"].clone()).to(self.device)
         self.classifier.requires_grad_(False)
         for name, router in self.routers.items():
-            router.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)})
+            router.load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            )
         names = self._luca.state_dict().keys()
         self.modules = {name: torch.stack([m[name] for m in modules]).to(self.device) for name in names}
 

@@ -46,7 +46,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with _handlers_restored():
+    with handlers_restored():
         yield
 
 
@@ -56,7 +56,7 @@ def one_thread() -> None:
 
 
 @contextmanager
-def _handlers_restored() -> Iterator[None]:
+def handlers_restored() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -167,7 +167,7 @@ def run_main() -> Callable[..., Outcome]:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
         path.write_text(json.dumps(config))
-        with _handlers_restored():
+        with handlers_restored():
             code = main.main([f"--config={path}", *arguments])
         return Outcome(code, config, folder)
 

@@ -167,6 +167,7 @@ def test_baselines_predict_and_learn_without_modules(run_main, run_of_four, new_
     outcome = run_main(tmp_path, data_path=str(run_of_four.folder / "data"), shuffle=False, model_name="simplecil")
     model = ContinualClassifier.load(outcome.checkpoints)
     learn(model, new_images)
+    assert model.backbone_forwards == sum(map(len, new_images.values()))  # it reads no augmented view: none is made
     answers = model.predict(new_images["4"])
     assert answers.module is answers.entropies is answers.entropy is answers.margin is None
     assert answers.classes == ["4"] * 4  # training images, nearest class mean of one's own

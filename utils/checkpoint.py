@@ -43,7 +43,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What makes two runs the same run: the config that matters, the data, the weights, the seed."""
     settings = {k: v for k, v in config.as_dict().items() if k not in _NOT_IDENTITY}
-    augment_seed = None if not config.views else seed if config.augment_seed is None else config.augment_seed
+    augment_seed = config.view_seed(seed) if config.views else None
     return {
         **settings,
         "views": config.views,
@@ -118,7 +118,7 @@ class CheckpointFolder:
         """
         folder = self.folder.resolve()
         gathered = folder.parent / f".{folder.name}.moving"
-        aside = free_name(folder.parent / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = _name_aside(folder)
         try:
             files = self.run_files()
             if not files and not gathered.is_dir():
@@ -145,9 +145,7 @@ class CheckpointFolder:
     ) -> dict[str, Any]:
         """Save what task ``task`` changed, then the manifest that names it; return that manifest."""
         files = {name: sha for name, sha in manifest["files"].items() if not name.startswith("classifier")}
-        if module is not None:
-            keys = {MODULE_PREFIX + name: tensor for name, tensor in module.items()}
-            files[f"task{task}.pth"] = self._save(f"task{task}.pth", keys)
+        files |= self._save_module(task, module)
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
         manifest = {**manifest, "files": files}
         self.write_manifest(manifest)
@@ -164,17 +162,15 @@ class CheckpointFolder:
         self, manifest: dict[str, Any], state: dict[str, Tensor], modules: list[dict[str, Tensor] | None]
     ) -> dict[str, Any]:
         """``commit`` for all tasks at once: a run that grew in memory, not here."""
-        files = {}
+        files: dict[str, str] = {}
         for task, module in enumerate(modules):
-            if module is not None:
-                keys = {MODULE_PREFIX + name: tensor for name, tensor in module.items()}
-                files[f"task{task}.pth"] = self._save(f"task{task}.pth", keys)
+            files |= self._save_module(task, module)
         return self.commit({**manifest, "files": files}, state, None, len(modules) - 1)
 
     def copy_aside(self, manifest: dict[str, Any]) -> Path:
         """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
         folder = self.folder.resolve()
-        aside = free_name(folder.parent / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = _name_aside(folder)
         copy = CheckpointFolder(folder.parent / f".{folder.name}.copying")  # a killed copy is written over
         copy.copy_files(self, manifest)
         copy.write_manifest(manifest)
@@ -190,6 +186,13 @@ class CheckpointFolder:
                 path = source.folder / name
                 raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
             atomic_write(self.folder / name, lambda file, content=content: file.write(content))
+
+    def _save_module(self, task: int, module: dict[str, Tensor] | None) -> dict[str, str]:
+        """Write ``task<i>.pth`` under the release's keys; return its name with its SHA-256, nothing for no module."""
+        if module is None:
+            return {}
+        name = f"task{task}.pth"
+        return {name: self._save(name, {MODULE_PREFIX + key: tensor for key, tensor in module.items()})}
 
     def _save(self, name: str, state: dict[str, Tensor]) -> str:
         buffer = io.BytesIO()
@@ -257,6 +260,11 @@ def free_name(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def _name_aside(folder: Path) -> Path:
+    """A new folder beside ``folder``, named by the time."""
+    return free_name(folder.parent / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _sha256_of_values(values: dict[str, Any]) -> str:

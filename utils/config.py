@@ -141,6 +141,10 @@ class Config:
         """Augmented views of each training image; 0 means the test transform."""
         return min(self.epochs, self.epochs if self.train_views is None else self.train_views)
 
+    def view_seed(self, seed: int) -> int:
+        """Where the random numbers of the views of a run under ``seed`` come from."""
+        return seed if self.augment_seed is None else self.augment_seed
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values, tuples as lists; ``Config(**config.as_dict())`` is the same config."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -1,5 +1,6 @@
 """The little that several processes under ``torchrun`` need: who am I, and wait for the others."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,10 @@ def _ended_rank_named() -> Iterator[None]:
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The process group that ``torchrun`` set up, or one rank alone. Only files and barriers are shared: gloo."""
+    """The process group that ``torchrun`` set up, or one rank alone. Only files and barriers are shared: gloo.
+
+    Ranks but the first log warnings alone: else every line would stand there once for each.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ONE_RANK
@@ -77,6 +81,9 @@ def joined_ranks() -> Iterator[Ranks]:
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        yield Ranks(dist.get_rank(), count, local_rank, local_count)
+        ranks = Ranks(dist.get_rank(), count, local_rank, local_count)
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.WARNING)
+        yield ranks
     finally:
         dist.destroy_process_group()

@@ -1,11 +1,9 @@
 """A tiny real run, its end when nothing goes wrong, and ways to stop it."""
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 
 import main
 from models.tosca import TOSCA
+from tests.conftest import handlers_restored
 from utils.checkpoint import MANIFEST
 
 KEYS: dict[str, Any] = {
@@ -69,7 +68,7 @@ class TinyRun:
     def __call__(self, *arguments: str, **keys: Any) -> Ending:
         config = self.write_config(**keys)
         self.capture.readouterr()
-        with _handlers_restored():
+        with handlers_restored():
             code = main.main([f"--config={config}", *arguments])
         said = self.capture.readouterr()
         return Ending(code, said.out, said.err)
@@ -104,16 +103,6 @@ class TinyRun:
             elif path.is_file() and path.suffix in (".pth", ".csv"):
                 found[str(path.relative_to(self.folder))] = path.read_bytes()
         return found
-
-
-@contextmanager
-def _handlers_restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
