@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from api import ContinualClassifier
+    from models import ContinualClassifier
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tqdm"]
 
 _HERE = Path(__file__).resolve().parent
-_OWN = ("api", "trainer", "models", "backbone", "utils")  # top-level names that the caller's project may have as well
+_OWN = ("trainer", "models", "backbone", "utils")  # top-level names that the caller's project may have as well
 
 
 def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | None = None) -> "ContinualClassifier":
@@ -24,16 +24,16 @@ def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | No
         device: ``"cpu"`` or the number of an accelerator; by default as the run's config says.
 
     Returns:
-        an ``api.ContinualClassifier``: ``predict``, ``learn``, ``save``.
+        a ``models.ContinualClassifier``: ``predict``, ``learn``, ``save``.
 
     Raises:
         UserError (a ``ValueError``): one line that says what is wrong with checkpoint or weights.
     """
-    return _api().ContinualClassifier.load(checkpoint, backbone_weights=backbone_weights, device=device)
+    return _models().ContinualClassifier.load(checkpoint, backbone_weights=backbone_weights, device=device)
 
 
-def _api() -> ModuleType:
-    """Our module ``api``, loaded beside whatever the caller's project calls ``utils``, ``models`` and so on.
+def _models() -> ModuleType:
+    """Our package ``models``, loaded beside whatever the caller's project calls ``utils``, ``models`` and so on.
 
     For the import alone our modules stand under their names; then the caller's take their places back, and ours live
     on through what they import from each other (nothing of ours is imported later than that).
@@ -41,12 +41,12 @@ def _api() -> ModuleType:
     kept = f"tosca_hub:{_HERE}"  # a second load answers with the same classes
     if kept in sys.modules:
         return sys.modules[kept]
-    if _is_ours(sys.modules.get("api")):  # the caller works in this folder
-        return sys.modules["api"]
+    if _is_ours(sys.modules.get("models")):  # the caller works in this folder
+        return sys.modules["models"]
     theirs = _taken_out()
     sys.path.insert(0, str(_HERE))
     try:
-        sys.modules[kept] = importlib.import_module("api")
+        sys.modules[kept] = importlib.import_module("models")
     finally:
         sys.path.remove(str(_HERE))
         _taken_out()
@@ -55,7 +55,7 @@ def _api() -> ModuleType:
 
 
 def _is_ours(module: ModuleType | None) -> bool:
-    return module is not None and Path(getattr(module, "__file__", None) or "").parent == _HERE
+    return module is not None and Path(getattr(module, "__file__", None) or "").parent.parent == _HERE
 
 
 def _taken_out() -> dict[str, ModuleType]:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.errors import UserError
-from utils.sweep import make_grid
+from utils.grid import make_grid
 
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
 
@@ -28,22 +28,30 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit code: 0, or 2 after a fault that the user can mend, or 128 + signal when stopped."""
+    """Run the command line. Exit code: 0, 1 if --check-data finds problems, 2 after a fault that the user
+    can mend, 128 + signal when stopped."""
     parser = Parser(
         description="Learn classes task after task on a frozen ViT. Without arguments: a demo that needs no download."
     )
     parser.add_argument("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
     parser.add_argument(
-        *("--sweep",), nargs="+", default=[], metavar="key=v1,v2",
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="key=v1,v2",
         help="run every combination of these values, each in a folder of its own; the same command again goes on",
-    )  # fmt: skip
+    )
     parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, stop")
+    parser.add_argument(
+        "--check-data", action="store_true", help="decode every image once and say what is wrong with the data; stop"
+    )
+    parser.add_argument("--json", action="store_true", help="with --check-data: everything found, as JSON")
     args = parser.parse_intermixed_args(argv)
     try:
         with sigterm_as_exception():
-            _run(args)
+            return _run(args)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -55,25 +63,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{parser.prog}: stopped; start the same command again to go on", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT)
-    return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
+    """Do what the arguments say; return the exit code."""
     grid = make_grid(args.config, args.overrides, args.sweep) if args.sweep else []
     config = load_config(args.config, args.overrides)
-    import dry_run  # after the config is known to be good: this loads PyTorch
-    import sweep
-    import trainer
-    from utils.report import set_up_logging
+    if args.check_data:
+        return _check_data(config, as_json=args.json)
+    import trainer  # after the config is known to be good: this loads PyTorch
+    from utils.logs import set_up_logging
 
     set_up_logging()
     if args.dry_run:
         for one in [cell.config for cell in grid] or [config]:
-            dry_run.dry_run(one)
+            trainer.dry_run(one)
     elif grid:
-        sweep.run_sweep(grid, fresh=args.fresh)
+        trainer.run_sweep(grid, fresh=args.fresh)
     else:
         trainer.run(config, fresh=args.fresh)
+    return 0
+
+
+def _check_data(config: Config, *, as_json: bool) -> int:
+    """Exit code: 0, or 1 if there are problems."""
+    from utils.data import check
+
+    findings = check.check_data(config)
+    print(check.as_json(findings) if as_json else "\n".join(check.summary(findings)))
+    return 0 if findings.good else 1
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from utils.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from api import Predictions
-    from utils.answers import Answer
+    from models.continual import Predictions
+    from utils.results.answers import Answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
     """Load the run, answer image after image, return the exit code."""
     from tqdm import tqdm
 
-    from api import ContinualClassifier
-    from utils.answers import FORMATS, FeatureFile
-    from utils.inputs import find_images
+    from models import ContinualClassifier
+    from utils.data.folders import find_images
     from utils.progress import progress
+    from utils.results.answers import FORMATS, FeatureFile
 
     total = None if "-" in args.paths else sum(1 for _ in find_images(named_paths(args.paths)))
     if total == 0:
@@ -121,7 +121,7 @@ def _print(lines: Sequence[str]) -> None:
 
 def answers(paths: Sequence[Path], predictions: "Predictions") -> Iterator["Answer"]:
     """One dictionary of plain numbers for each image."""
-    from utils.answers import finite_or_none
+    from utils.results.answers import finite_or_none
 
     top, shares = predictions.top.tolist(), predictions.probabilities.tolist()
     with_modules = predictions.module is not None

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import render
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.metrics import SELECTION_NAMES
-from utils.runs import newest_of_each, read_runs
-from utils.tables import Section, make_sections
+from utils.results import render
+from utils.results.metrics import SELECTION_NAMES
+from utils.results.read import newest_of_each, read_runs
+from utils.results.tables import Section, make_sections
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("tables"), help="folder of the files (default: tables)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also one self-contained page")
     parser.add_argument(
-        *("--selection",), nargs="+", choices=SELECTION_NAMES, metavar="NAME",
+        "--selection",
+        nargs="+",
+        choices=SELECTION_NAMES,
+        metavar="NAME",
         help=f"only these rows of the tables: {', '.join(SELECTION_NAMES)}",
-    )  # fmt: skip
+    )
     parser.add_argument("--no-pictures", action="store_true", help="tables only")
     args = parser.parse_args(argv)
     try:
@@ -54,7 +57,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _draw(sections: Sequence[Section], folder: Path) -> dict[str, dict[str, list[tuple[str, Path]]]]:
     try:
-        from utils import figures
+        from utils.results import figures
     except ImportError as error:
         print(f"No pictures: they need matplotlib ({error}); pip install matplotlib")
         return {}

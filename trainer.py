@@ -1,32 +1,42 @@
 """A run as a story: for each seed and task, learn, evaluate on all classes seen, record, save."""
 
 import logging
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backbone.vit import Backbone, load_backbone, resolve_device
+from backbone.vit import load_backbone, resolve_device
 from models import LEARNERS, make_learner, training_features
-from models.bank_task import BankTask
 from models.evaluation import evaluate
-from utils import report
-from utils.arrays import Wanted
-from utils.checkpoint import FORMAT, CheckpointFolder, run_identity
+from models.task_data import BankTask
 from utils.config import Config
-from utils.continuing import Base, adopt, find_base, tests_old
-from utils.data import Dataset, available_cpus, check_images, load_dataset
-from utils.distributed import Ranks, joined_ranks
-from utils.errors import ConfigError
-from utils.features import FeatureBank, resolve_cache_dir
+from utils.data.check import check_images
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.data.tasks import TaskStream, make_stream
+from utils.errors import ConfigError, NumericError
+from utils.features.arrays import Wanted
+from utils.features.bank import resolve_cache_dir
+from utils.features.batches import TEST_VIEW
 from utils.files import FolderLock, remove_partials
-from utils.fingerprints import fingerprint_splits
-from utils.loading import TEST_VIEW
-from utils.tasks import TaskStream, make_stream
-from utils.tracker import Tracker, check_tracker, tracking
+from utils.grid import Cell
+from utils.hardware import ONE_RANK, Ranks, available_cpus, joined_ranks
+from utils.logs import logging_to
+from utils.results import record as report
+from utils.results.read import Run
+from utils.results.render import as_text
+from utils.results.tables import make_sections
+from utils.results.tracker import Tracker, check_tracker, tracking
+from utils.runs.checkpoint import FORMAT, CheckpointFolder
+from utils.runs.continuing import Base, adopt, find_base, tests_old
+from utils.runs.paths import RunPaths, run_paths
+from utils.runs.plan import plan
+from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -49,55 +59,19 @@ def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
     return runs if ranks.first else []
 
 
+def dry_run(config: Config) -> dict[str, Any]:
+    """Check config, data and backbone as a run does; log what it would do; write nothing but the images' hashes.
+
+    Raises:
+        UserError: what a run would stop at before its first forward pass.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--dry-run looks at one process; start it without torchrun")
+    setup = prepare(config, ONE_RANK)
+    return plan(setup, wanted_features(config), with_modules=LEARNERS[config.model_name].augmented)
+
+
 # -- what all seeds share ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Config, data and backbone, checked against each other."""
-
-    config: Config
-    data: Dataset
-    backbone: Backbone
-    fingerprints: dict[str, str]  # of each split's images
-    ranks: Ranks
-    base: Base | None = None  # the saved run that this one continues
-
-    def stream(self, seed: int) -> TaskStream:
-        return make_stream(self.data, self.config, seed, self.base.learned if self.base else None)
-
-    def bank(self, seed: int) -> FeatureBank:
-        c = self.config
-        return FeatureBank(
-            self.data,
-            self.backbone,
-            image_size=c.image_size,
-            augment_seed=c.view_seed(seed),
-            fingerprints=self.fingerprints,
-            cache_dir=resolve_cache_dir(c.cache_dir),
-            batch_size=c.feature_batch_size,
-            num_workers=c.num_workers,
-            ranks=self.ranks,
-        )
-
-    def identity(self, seed: int) -> dict[str, Any]:
-        return self.identity_on(self.base.sha256 if self.base else None, seed)
-
-    def identity_on(self, base_sha256: str | None, seed: int) -> dict[str, Any]:
-        """The identity of a run on top of a saved one (or of none)."""
-        identity = run_identity(
-            self.config,
-            seed,
-            weights_sha256=self.backbone.weights_sha256,
-            precision=self.backbone.precision,
-            images_sha256=self.fingerprints,
-        )
-        return identity if base_sha256 is None else {**identity, "base": base_sha256}
-
-    def checkpoint(self, seed: int) -> CheckpointFolder:
-        """``tosca/``, or with several seeds ``tosca/seed<seed>/``."""
-        folder = Path(self.config.checkpoint_dir).expanduser()
-        return CheckpointFolder(folder / f"seed{seed}" if len(self.config.seed) > 1 else folder)
 
 
 def prepare(config: Config, ranks: Ranks, loaded: Setup | None = None) -> Setup:
@@ -155,7 +129,7 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
         if not setup.ranks.share(None):  # rank 0 says whether there is anything left to do
             setup.bank(seed).fill(wanted_features(setup.config))
         return None
-    paths, checkpoint = report.run_paths(setup.config, seed), setup.checkpoint(seed)
+    paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
     with (
         FolderLock(checkpoint.folder / ".lock", f"checkpoint_dir {str(checkpoint.folder)!r}"),
         FolderLock(paths.folder / f".{paths.stem}.lock", f"log {str(paths.file('.log'))!r}"),
@@ -164,14 +138,14 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
         remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv)")
         manifest = _find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
         with (
-            report.logging_to(paths.file(".log")),
+            logging_to(paths.file(".log")),
             tracking(setup.config, paths.file(".tensorboard")) as tracker,
         ):
             return _run_tasks(setup, seed, paths, checkpoint, manifest, tracker)
 
 
 def _find_earlier_start(
-    setup: Setup, seed: int, paths: report.RunPaths, checkpoint: CheckpointFolder, *, fresh: bool
+    setup: Setup, seed: int, paths: RunPaths, checkpoint: CheckpointFolder, *, fresh: bool
 ) -> dict[str, Any]:
     """The manifest to go on from. Files of another run, and with ``fresh`` of this one, are moved aside first."""
     identity = setup.identity(seed)
@@ -236,7 +210,7 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint:
 def _run_tasks(
     setup: Setup,
     seed: int,
-    paths: report.RunPaths,
+    paths: RunPaths,
     checkpoint: CheckpointFolder,
     manifest: dict[str, Any],
     tracker: Tracker,
@@ -325,3 +299,81 @@ def _log_base(base: Base, facts: dict[str, Any]) -> None:
         "Continuing the run in %s: %d tasks, %d classes; evaluation covers %s",
         *(base.folder, facts["tasks"], facts["classes"], facts["evaluation"]),
     )
+
+
+# -- a sweep -----------------------------------------------------------------------------------------------------------
+
+# cells that differ in nothing else share data and backbone
+_LEARNER_KEYS = (
+    *("init_cls", "increment", "shuffle", "seed", "model_name", "mlp_ratio", "se_ratio", "l1", "flow"),
+    *("epochs", "batch_size", "optimizer", "scheduler", "lr", "weight_decay", "milestones", "train_views"),
+    *("augment_seed", "new_rows", "old_rows", "sigma", "continue_from", "log_dir", "checkpoint_dir"),
+)
+
+
+def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, Any]]:
+    """Run every cell under every seed; what an earlier start finished is kept. Return what the runs' JSONs hold.
+
+    A cell whose training diverges is told at the end; the others go on.
+
+    Raises:
+        UserError: as in ``run``. NumericError: some cells diverged.
+    """
+    runs, failed, setup, done = [], [], None, 0
+    with joined_ranks() as ranks:
+        if cells[0].config.cache_dir == "none":
+            log.warning("cache_dir=none: every run of the sweep computes its features anew")
+        for number, cell in enumerate(cells, start=1):
+            setup = _prepare_cell(cell.config, ranks, setup)
+            for seed in cell.config.seed:
+                kept = None if fresh else _finished(setup, seed)
+                if kept is None:
+                    log.info("Sweep: %s, seed %d (cell %d of %d)", cell.name, seed, number, len(cells))
+                    try:
+                        kept = run_seed(setup, seed, fresh=fresh)
+                    except NumericError as error:
+                        if ranks.count > 1:  # the other ranks wait in a barrier that this one would never reach
+                            raise
+                        failed.append(f"{cell.name}, seed {seed}: {error}")
+                        log.error("Sweep: %s", failed[-1])
+                else:
+                    done += 1
+                runs.append(kept)
+    runs = [run for run in runs if run is not None]
+    if ranks.first:
+        _log_sweep(cells, runs, done)
+    if failed:
+        raise NumericError(f"{len(failed)} of {len(runs) + len(failed)} runs diverged: {'; '.join(failed)}")
+    return runs
+
+
+def _prepare_cell(config: Config, ranks: Ranks, before: Setup | None) -> Setup:
+    """The setup of a cell, with data and backbone of the cell before it where they are the same."""
+    if before is not None:
+        same = replace(before.config, **{key: getattr(config, key) for key in _LEARNER_KEYS}) == config
+        return prepare(config, ranks, loaded=before if same else None)
+    return prepare(config, ranks)
+
+
+def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
+    """What the JSON of a finished run holds; None if there is something left to do."""
+    manifest = None
+    if setup.ranks.first and run_paths(setup.config, seed).file(".json").exists():
+        manifest = setup.checkpoint(seed).read_manifest()
+        if manifest and (manifest["status"] != "finished" or manifest["identity"] != setup.identity(seed)):
+            manifest = None
+    manifest = setup.ranks.share(manifest)
+    return report.run_json(manifest) if manifest else None
+
+
+def _log_sweep(cells: Sequence[Cell], runs: Sequence[dict[str, Any]], done: int) -> None:
+    """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
+    selection = cells[0].config.selection
+    sections, _ = make_sections([Run(run) for run in runs])
+    for line in as_text(sections, [selection, "sample", "oracle"]).splitlines():
+        log.info("%s", line)
+    if done == len(runs) and runs:
+        log.info("Sweep: all %d runs were finished already: nothing to do; --fresh starts them over", done)
+    else:
+        log.info("Sweep: %d runs, %d of them finished earlier", len(runs), done)
+    log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)

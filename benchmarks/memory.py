@@ -18,10 +18,10 @@ from pathlib import Path
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import ROOT, machine, make_jpegs, peak_bytes, resident_bytes
 from utils.config import make_config
-from utils.data import load_dataset
-from utils.features import FeatureBank
-from utils.fingerprints import fingerprint_splits
-from utils.loading import TEST_VIEW
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.features.bank import FeatureBank
+from utils.features.batches import TEST_VIEW
 
 VIEWS = 4
 

@@ -25,9 +25,11 @@ from torch import Tensor
 from backbone.vit import Backbone, load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs
 from utils.config import make_config
-from utils.data import Dataset, load_dataset
-from utils.features import FeatureBank, default_batch_size, forward_threads
-from utils.fingerprints import fingerprint_splits
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.data.splits import Dataset
+from utils.features.bank import FeatureBank
+from utils.hardware import default_batch_size, forward_threads
 
 BATCHES = (8, 16, 32, 64)
 

@@ -24,12 +24,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script: the project is one folder up
 
-from api import ContinualClassifier  # noqa: E402
 from backbone.classifier import CosineClassifier  # noqa: E402
 from backbone.vit import load_backbone, resolve_device  # noqa: E402
+from models.continual import ContinualClassifier  # noqa: E402
 from models.tosca import TOSCA  # noqa: E402
 from utils.config import Config, make_config  # noqa: E402
-from utils.features import default_batch_size  # noqa: E402
+from utils.hardware import default_batch_size  # noqa: E402
 
 IMAGE_SIZE = {"glyphs_vit": 32}
 CLASSES_PER_TASK = 2

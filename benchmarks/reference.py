@@ -32,9 +32,9 @@ from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs, timed_process
 from models.tosca import build_optimizer, class_means, entropy, l1_norm
 from utils.config import Config, load_config
-from utils.data import load_dataset
-from utils.features import default_workers
-from utils.tasks import Task, make_stream
+from utils.data.datasets import load_dataset
+from utils.data.tasks import Task, make_stream
+from utils.hardware import default_workers
 
 
 class Images(torch.utils.data.Dataset):

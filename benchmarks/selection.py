@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import make_learner
-from models.bank_task import BankTask
-from models.lda import StreamingLDA
+from models.streaming.lda import StreamingLDA
+from models.task_data import BankTask
 from models.tosca import TOSCA
 from trainer import Setup, prepare, wanted_features
 from utils.config import Config, load_config
-from utils.data import derive_seed
-from utils.distributed import Ranks
+from utils.data.tasks import Task, make_stream
 from utils.errors import UserError
-from utils.loading import TEST_VIEW
-from utils.metrics import mean_std
-from utils.tasks import Task, make_stream
+from utils.features.batches import TEST_VIEW
+from utils.hardware import Ranks
+from utils.results.metrics import mean_std
+from utils.seeds import derive_seed
 
 FIXED_SIGMA = 16.0  # of the repaired logits, and of the softmax within a task
 

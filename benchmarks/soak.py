@@ -36,8 +36,8 @@ from torchvision import transforms  # noqa: F401
 
 import main
 import trainer
-from utils import report
-from utils.checkpoint import MANIFEST
+from utils.results import record as report
+from utils.runs.checkpoint import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {

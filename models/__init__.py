@@ -1,32 +1,6 @@
-"""Name -> learner."""
+"""Learners on frozen features, and a saved run as a classifier that goes on learning."""
 
-import torch
+from models.continual import ContinualClassifier, Predictions
+from models.registry import LEARNERS, make_learner, training_features
 
-from models.base import Learner
-from models.linear_joint import LinearJoint
-from models.ncm_lda import NcmLda
-from models.ranpac import RanPAC
-from models.simplecil import SimpleCIL
-from models.tosca import TOSCA
-from utils.arrays import Wanted
-from utils.config import Config
-from utils.loading import TEST_VIEW
-
-LEARNERS: dict[str, type[Learner]] = {
-    "tosca": TOSCA,
-    "simplecil": SimpleCIL,
-    "ncm_lda": NcmLda,
-    "ranpac": RanPAC,
-    "linear_joint": LinearJoint,
-}
-
-
-def training_features(config: Config) -> list[Wanted]:
-    """The (split, view) that training reads: only a learner that trains on augmented views pays for them."""
-    views = config.views if LEARNERS[config.model_name].augmented else 0
-    return [("train", TEST_VIEW), *(("train", view) for view in range(views))]
-
-
-def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:
-    """The learner that ``config.model_name`` names, before its first task."""
-    return LEARNERS[config.model_name](config, dim, device, seed)
+__all__ = ["LEARNERS", "ContinualClassifier", "Predictions", "make_learner", "training_features"]

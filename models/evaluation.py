@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from models.base import Learner
-from utils import metrics
-from utils.data import derive_seed
-from utils.features import FeatureBank
-from utils.loading import TEST_VIEW
-from utils.tasks import TaskStream
+from utils.data.tasks import TaskStream
+from utils.features.bank import FeatureBank
+from utils.features.batches import TEST_VIEW
+from utils.results import metrics
+from utils.seeds import derive_seed
 
 
 def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> dict[str, Any]:

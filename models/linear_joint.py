@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, Prediction, TaskData
-from models.lda import exact, float64_device
+from models.streaming.lda import exact, float64_device
 from utils.config import Config
 from utils.errors import NumericError
 

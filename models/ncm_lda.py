@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.base import Learner, Prediction, TaskData
-from models.lda import StreamingLDA
+from models.streaming.lda import StreamingLDA
 from utils.config import Config
 
 

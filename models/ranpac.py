@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.base import Learner, Prediction, TaskData
-from models.ridge import RandomRidge
+from models.streaming.ridge import RandomRidge
 from utils.config import Config
 
 RANDOM_FEATURES = 10_000  # the paper's M

@@ -16,12 +16,12 @@ from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA
 from backbone.luca import build as build_luca
 from models.base import Learner, Prediction, TaskData
-from models.lda import StreamingLDA
-from models.ridge import RandomRidge
+from models.streaming.lda import StreamingLDA
+from models.streaming.ridge import RandomRidge
 from utils.config import Config
-from utils.data import derive_seed
 from utils.errors import NumericError
 from utils.progress import progress
+from utils.seeds import derive_seed
 
 _LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch

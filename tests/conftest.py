@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import main
-from utils import report
 from utils.config import Config, make_config
+from utils.results import record as report
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,13 +8,13 @@ from PIL import Image
 
 import main
 import predict
-from api import ContinualClassifier
+from models import ContinualClassifier
 from models.evaluation import class_scores, top_classes
 from tests.conftest import TINY
 from utils.config import make_config
-from utils.data import load_dataset
+from utils.data.datasets import load_dataset
+from utils.data.tasks import make_stream
 from utils.errors import ConfigError, DataError
-from utils.tasks import make_stream
 
 DOMAINS = {"plain": lambda pixels: pixels, "dark": lambda pixels: 255 - pixels, "turned": lambda pixels: pixels.T}
 

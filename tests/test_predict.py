@@ -9,7 +9,8 @@ import pytest
 
 import predict
 from tests.conftest import ROOT
-from utils.inputs import find_images, loaded_ahead
+from utils.data.folders import find_images
+from utils.data.given import loaded_ahead
 
 
 @pytest.fixture(scope="session")

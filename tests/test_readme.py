@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from utils.config import Config, key_table
-from utils.metrics import GLOSSARY
+from utils.results.metrics import GLOSSARY
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,12 +14,12 @@ from torchvision import transforms as T
 import main
 from backbone.luca import LuCA
 from backbone.vit import load_backbone
-from models.bank_task import BankTask
+from models.task_data import BankTask
 from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
-from utils.checkpoint import module_from_file
-from utils.data import load_dataset
-from utils.loading import TEST_VIEW
-from utils.tasks import class_order, make_stream
+from utils.data.datasets import load_dataset
+from utils.data.tasks import class_order, make_stream
+from utils.features.batches import TEST_VIEW
+from utils.runs.checkpoint import module_from_file
 
 ORDER = class_order(6, shuffle=True, seed=1993).tolist()
 TASK_IMAGES = [TEST_IMAGES[a] + TEST_IMAGES[b] for a, b in zip(ORDER[::2], ORDER[1::2], strict=True)]

@@ -153,3 +153,20 @@ def _lock(handle: int, *, wait: bool) -> bool:
             raise UserError(f"a file lock cannot be taken ({error.strerror}); set a folder on another disk") from error
         return False
     return True
+
+
+def human_size(count: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1000
+    raise AssertionError
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3`` … that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

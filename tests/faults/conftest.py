@@ -13,7 +13,7 @@ import pytest
 import main
 from models.tosca import TOSCA
 from tests.conftest import handlers_restored
-from utils.checkpoint import MANIFEST
+from utils.runs.checkpoint import MANIFEST
 
 KEYS: dict[str, Any] = {
     "dataset": "imagefolder",

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import data as data_module
-from utils.check import scan
-from utils.checkpoint import MANIFEST
-from utils.data import read_image
+from utils.data import images as data_module
+from utils.data.check import scan
+from utils.data.images import open_image, read_image
 from utils.errors import DataError
-from utils.inputs import open_image
+from utils.runs.checkpoint import MANIFEST
 
 RNG = np.random.default_rng(0)
 

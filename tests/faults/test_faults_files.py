@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils import features, files
-from utils.checkpoint import MANIFEST, load_tensors
+from utils import files
 from utils.errors import CheckpointError, UserError
+from utils.features import bank as features
 from utils.files import FolderLock, atomic_write
+from utils.runs.checkpoint import MANIFEST, load_tensors
 
 # -- atomic writes ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from backbone.luca import FLOWS, build
 from backbone.vit import Backbone
 from models import tosca
 from models.tosca import entropy
-from utils import metrics
+from utils.results import metrics
 
 
 def test_an_infinite_loss_names_task_epoch_step_and_earlier_tasks_stay(half, tree, undisturbed, monkeypatch):

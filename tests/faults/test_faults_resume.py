@@ -11,8 +11,11 @@ import pytest
 
 import trainer
 from models.tosca import TOSCA
-from utils import arrays, checkpoint, files, report
-from utils.checkpoint import CheckpointFolder
+from utils import files
+from utils.features import arrays
+from utils.results import record as report
+from utils.runs import checkpoint
+from utils.runs.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
 MOMENTS: dict[str, tuple[Any, str, int]] = {

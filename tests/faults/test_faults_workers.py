@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import features
-from utils.data import ImageFiles
+from utils.data.splits import ImageFiles
+from utils.features import bank as features
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -103,7 +103,7 @@ def test_a_broken_image_in_a_loader_names_file_and_class(run, data, tmp_path, mo
     def broken(path: Path) -> None:
         raise OSError("broken data stream")
 
-    monkeypatch.setattr("utils.data.read_image", broken)
+    monkeypatch.setattr("utils.data.images.read_image", broken)
     error = run(num_workers=2).error
     assert str(data) in error
     assert "class '" in error

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner
-from models.lda import StreamingLDA
 from models.linear_joint import L2, LinearJoint, fit_softmax
 from models.ncm_lda import NcmLda
 from models.ranpac import RANDOM_FEATURES, RanPAC
-from models.ridge import RandomRidge
 from models.simplecil import SimpleCIL
+from models.streaming.lda import StreamingLDA
+from models.streaming.ridge import RandomRidge
 from tests.conftest import tiny_config
 from utils.errors import NumericError
 

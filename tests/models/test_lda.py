@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.lda import StreamingLDA, exact, oas_covariance
+from models.streaming.lda import StreamingLDA, exact, oas_covariance
 from utils.errors import NumericError
 
 DIM, ROWS = 5, 4

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ridge import RIDGES, RandomRidge, ridge_path_errors
+from models.streaming.ridge import RIDGES, RandomRidge, ridge_path_errors
 from utils.errors import NumericError
 
 DIM, ROWS = 6, 4

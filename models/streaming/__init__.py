@@ -1,0 +1,1 @@
+"""Classifiers from streamed statistics: they are no learners, learners use them."""

@@ -1,0 +1,263 @@
+import hashlib
+import logging
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+from torchvision.datasets import CIFAR100
+
+from tests.conftest import tiny_config
+from utils.config import DATASETS
+from utils.data.datasets import EXPECTED_COUNTS, load_dataset
+from utils.data.transforms import Transforms
+from utils.errors import DataError
+from utils.seeds import derive_seed
+
+
+def image_file(path: Path, level: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), (level, 0, 0)).save(path)
+
+
+def folder(root: Path, files: list[str]) -> Path:
+    for level, name in enumerate(files):
+        image_file(root / name, level)
+    return root
+
+
+def load(root: Path, dataset: str = "imagefolder"):
+    return load_dataset(tiny_config(dataset=dataset, data_path=str(root)))
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_classes_and_files_come_in_sorted_order(tmp_path):
+    data = load(folder(tmp_path, ["train/b/2.png", "train/b/1.png", "train/a/9.png", "test/a/1.png", "test/b/1.png"]))
+    assert data.class_names == ("a", "b")
+    assert data.train.keys == ("a/9.png", "b/1.png", "b/2.png") and data.train.labels.tolist() == [0, 1, 1]
+    assert [data.train.load(i).getpixel((0, 0))[0] for i in range(3)] == [2, 1, 0]
+    assert data.test.labels.tolist() == [0, 1]
+
+
+def test_upper_case_suffixes_and_nested_folders_are_read_and_hidden_files_skipped(tmp_path):
+    names = ["train/a/1.PNG", "train/a/2.JpEg", "train/a/deep/er/3.png", "train/a/.4.png", "train/a/.hid/5.png"]
+    root = folder(tmp_path, [*names, "train/.cache/6.png", "test/a/1.png"])
+    (root / "train" / "a" / "notes.txt").write_text("not an image")
+    (root / "train" / "stray.png").write_bytes(b"")
+    data = load(root)
+    assert data.class_names == ("a",)
+    assert data.train.keys == ("a/1.PNG", "a/2.JpEg", "a/deep/er/3.png")
+    assert data.train.load(0).size == (6, 4)
+
+
+def test_val_stands_for_test_but_only_where_there_is_no_test(tmp_path):
+    root = folder(tmp_path, ["train/a/1.png", "val/a/1.png", "val/a/2.png"])
+    assert len(load(root).test) == 2
+    folder(tmp_path, ["test/a/1.png"])
+    assert len(load(root).test) == 1
+
+
+def test_grey_images_are_read_as_rgb(tmp_path):
+    folder(tmp_path, ["train/a/1.png", "test/a/1.png"])
+    Image.new("L", (3, 3), 7).save(tmp_path / "train/a/1.png")
+    assert load(tmp_path).train.load(0).getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("files", "remove", "message"),
+    [
+        ([], ".", r"data folder '.*' does not exist"),
+        (["test/a/1.png"], None, r"train' does not exist"),
+        (["train/a/1.png"], None, r"test' does not exist"),
+        (["train/1.png", "test/a/1.png"], None, r"train holds no class folders"),
+        (["train/a/1.png", "test/1.png"], None, r"test holds no class folders"),
+        (["train/a/1.png", "test/a/1.png", "test/new/1.png"], None, r"class 'new' is in .*test but not in .*train"),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.png"], None, r"class 'b' is in .*train but not in .*test"),
+    ],
+)
+def test_what_is_missing_is_one_error_that_shows_the_layout(tmp_path, files, remove, message):
+    root = folder(tmp_path / "data", files)
+    if remove is None:
+        root.mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=message) as caught:
+        load(root)
+    assert "<folder>/train/<class>/<images>" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class_is_named_with_what_would_fill_it(tmp_path, split):
+    root = folder(tmp_path, ["train/a/1.png", "test/a/1.png", "train/b/1.png", "test/b/1.png"])
+    (root / split / "b" / "1.png").rename(root / split / "b" / ".hidden.png")
+    with pytest.raises(DataError, match=rf"class 'b' in .*{split} holds no image.*\.jpg"):
+        load(root)
+
+
+def test_a_damaged_image_is_named_with_its_class(tmp_path):
+    root = folder(tmp_path, ["train/a/1.png", "test/a/1.png"])
+    (root / "train/a/1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(DataError, match=r"a/1\.png \(class 'a'\) is not a readable image"):
+        load(root).train.load(0)
+
+
+def test_without_data_path_the_environment_says_where(tmp_path, monkeypatch):
+    folder(tmp_path / "cub", ["train/a/1.png", "test/a/1.png"])
+    with pytest.raises(DataError, match=r"set data_path=<folder>, or the environment variable TOSCA_DATA.*cub/"):
+        load_dataset(tiny_config(dataset="cub"))
+    monkeypatch.setenv("TOSCA_DATA", str(tmp_path))
+    assert load_dataset(tiny_config(dataset="cub")).class_names == ("a",)
+
+
+def test_data_path_goes_before_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOSCA_DATA", str(tmp_path / "nowhere"))
+    assert len(load(folder(tmp_path, ["train/a/1.png", "test/a/1.png"])).train) == 1
+
+
+def test_other_counts_than_the_published_split_give_one_warning_with_both_numbers(tmp_path, caplog):
+    folder(tmp_path, ["train/a/1.png", "train/a/2.png", "test/a/1.png"])
+    load(tmp_path, "imageneta")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    message = record.getMessage()
+    assert "imageneta has 1 classes, 2 train and 1 test images" in message and "200, 5981 and 1519" in message
+
+
+def test_any_image_folder_is_fine_without_a_warning(tmp_path, caplog):
+    load(folder(tmp_path, ["train/a/1.png", "test/a/1.png"]))
+    assert not caplog.records
+
+
+def test_the_published_counts_are_those_of_the_benchmarks():
+    published = {
+        "cifar224": (100, 50_000, 10_000),
+        "cub": (200, 9_430, 2_358),
+        "imageneta": (200, 5_981, 1_519),
+        "imagenetr": (200, 24_000, 6_000),
+        "omnibenchmark": (300, 89_697, 5_985),
+        "vtab": (50, 1_796, 8_619),
+        "objectnet": (200, 26_509, 6_628),
+    }
+    assert published == EXPECTED_COUNTS
+    assert set(DATASETS) == {*published, "imagefolder", "digits"}
+
+
+# -- digits and CIFAR-100 ---------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_digits_have_1201_train_and_596_test_images_of_all_ten_classes(caplog):
+    data = load_dataset(tiny_config(dataset="digits"))
+    assert (len(data.train), len(data.test)) == (1_201, 596)
+    assert data.class_names == tuple("0123456789")
+    train, test = (np.bincount(split.labels, minlength=10) for split in (data.train, data.test))
+    assert (train + test).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as UCI and scikit-learn say
+    assert test.tolist() == [n // 3 for n in (train + test).tolist()]  # every third image of every class
+    assert data.train.pixels.max() == 255 and data.train.load(0).mode == "RGB"
+    assert not caplog.records
+    of_train, of_test = ({image.tobytes() for image in split.pixels} for split in (data.train, data.test))
+    assert not of_train & of_test
+
+
+def test_cifar_without_network_says_what_to_do(tmp_path, monkeypatch):
+    def refuse(_, root, **__):
+        Path(root).mkdir(exist_ok=True)  # as torchvision does first
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+    with pytest.raises(DataError, match=r"CIFAR-100 is not in .*network is unreachable.*cifar-100-python\.tar\.gz"):
+        load(tmp_path / "new", "cifar224")
+    assert not (tmp_path / "new").exists()  # nothing is left of a download that failed
+
+
+def test_a_cifar_folder_is_read_with_its_class_names(tmp_path, monkeypatch, caplog):
+    def write(name: str, values: dict) -> str:
+        path = tmp_path / "cifar-100-python" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps(values))
+        return hashlib.md5(path.read_bytes()).hexdigest()
+
+    pixels = np.arange(3 * 3072, dtype=np.uint64).reshape(3, 3072).astype(np.uint8)
+    train = write("train", {"data": pixels, "fine_labels": [1, 0, 2]})
+    test = write("test", {"data": pixels[:2], "fine_labels": [2, 1]})
+    meta = write("meta", {"fine_label_names": ["apple", "bear", "cloud"]})
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", train]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", test]])
+    monkeypatch.setitem(CIFAR100.meta, "md5", meta)
+
+    data = load(tmp_path, "cifar224")
+    assert data.class_names == ("apple", "bear", "cloud")
+    assert data.train.labels.tolist() == [1, 0, 2] and data.test.labels.tolist() == [2, 1]
+    image = np.asarray(data.train.load(1))
+    np.testing.assert_array_equal(image, pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert "3 train and 2 test images" in caplog.text and "50000 and 10000" in caplog.text
+
+
+# -- transforms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(digit_images) -> Image.Image:
+    """A real image that is not square, in three different channels."""
+    channels = [Image.fromarray(digit_images[name][0]).resize((61, 47), Image.Resampling.BICUBIC) for name in "358"]
+    return Image.merge("RGB", channels)
+
+
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (32, 36), (98, 112)])
+def test_the_test_transform_is_the_plain_torchvision_pipeline(photo, size, resized):
+    plain = T.Compose([T.Resize(resized, interpolation=T.InterpolationMode.BICUBIC), T.CenterCrop(size), T.ToTensor()])
+    ours = Transforms(size, augment_seed=1).test(photo)
+    assert ours.dtype == torch.uint8 and ours.shape == (3, size, size)
+    torch.testing.assert_close(ours / 255, plain(photo), rtol=0, atol=1e-7)
+
+
+def test_a_view_is_the_plain_torchvision_pipeline_under_its_own_seed(photo):
+    plain = T.Compose(
+        [
+            T.RandomResizedCrop(32, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3)),
+            T.RandomHorizontalFlip(0.5),
+            T.ToTensor(),
+        ]
+    )
+    for view in range(4):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("view", 11, view, "a/1.png"))
+            expected = plain(photo)
+        ours = Transforms(32, augment_seed=11).view(photo, "a/1.png", view)
+        torch.testing.assert_close(ours / 255, expected, rtol=0, atol=1e-7)
+
+
+def test_a_view_depends_on_seed_view_and_image_alone(photo):
+    transforms = Transforms(16, augment_seed=1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = transforms.view(photo, "a/1.png", 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    transforms.view(photo, "b/2.png", 5)
+    assert torch.equal(transforms.view(photo, "a/1.png", 0), first)
+    assert torch.equal(Transforms(16, augment_seed=1).view(photo, "a/1.png", 0), first)
+    for other in (
+        transforms.view(photo, "a/1.png", 1),
+        transforms.view(photo, "a/2.png", 0),
+        Transforms(16, augment_seed=2).view(photo, "a/1.png", 0),
+    ):
+        assert not torch.equal(other, first)
+
+
+def test_about_half_of_the_views_are_flipped():
+    left_dark = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))).convert("RGB")
+    transforms = Transforms(8, augment_seed=3)
+    views = [transforms.view(left_dark, "a", view)[0].float() for view in range(200)]
+    flipped = sum(bool(view[:, 0].mean() > view[:, -1].mean()) for view in views)
+    assert 70 < flipped < 130
+
+
+def test_seeds_differ_by_every_part_its_order_and_its_borders():
+    parts = [(1, 2), (2, 1), (12,), (1, "2 "), ("12",), (1, 2, 0), ("view", 1, 2), ("view", 12)]
+    seeds = [derive_seed(*p) for p in parts]
+    assert len(set(seeds)) == len(parts) - 1  # 12 and "12" are the same part
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed("view", 1993, 0, "a/1.png") == derive_seed("view", 1993, 0, "a/1.png")

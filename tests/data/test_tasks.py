@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+
+from tests.conftest import tiny_config
+from utils.data.splits import Dataset, ImageArray
+from utils.data.tasks import class_order, make_stream, task_sizes
+from utils.errors import ConfigError
+
+
+def dataset(labels: list[int], test_labels: list[int], classes: int) -> Dataset:
+    def split(of_image):
+        return ImageArray(np.zeros((len(of_image), 2, 2), dtype=np.uint8), of_image)
+
+    return Dataset("imagefolder", split(labels), split(test_labels), tuple("abcdefghij"[:classes]))
+
+
+def test_the_order_of_100_classes_for_seed_1993_is_numpys_legacy_permutation():
+    np.random.seed(1993)
+    expected = np.random.permutation(100)
+    order = class_order(100, shuffle=True, seed=1993)
+    assert order.tolist() == expected.tolist()
+    assert order[:10].tolist() == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
+
+
+def test_drawing_an_order_leaves_numpys_global_generator_alone():
+    np.random.seed(5)
+    expected = np.random.rand()
+    np.random.seed(5)
+    class_order(100, shuffle=True, seed=1993)
+    assert np.random.rand() == expected
+
+
+def test_without_shuffle_classes_come_in_sorted_order():
+    assert class_order(4, shuffle=False, seed=1993).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("classes", "init_cls", "increment", "sizes"),
+    [
+        (100, 5, 5, [5] * 20),
+        (10, 4, 3, [4, 3, 3]),
+        (58, 10, 10, [10, 10, 10, 10, 10, 8]),
+        (7, 2, 2, [2, 2, 2, 1]),
+        (3, 3, 2, [3]),
+        (3, 1, 50, [1, 2]),
+        (1, 1, 1, [1]),
+    ],
+)
+def test_tasks_are_the_first_classes_then_increments_then_the_rest(classes, init_cls, increment, sizes):
+    assert task_sizes(classes, init_cls, increment) == sizes
+
+
+def test_more_first_classes_than_there_are_is_an_error_with_both_numbers():
+    with pytest.raises(ConfigError, match="init_cls 11 is above the number of classes in the data, 10"):
+        task_sizes(10, 11, 2)
+
+
+def test_labels_are_renumbered_by_the_order_and_images_keep_file_order():
+    data = dataset([0, 0, 1, 1, 2, 2, 3, 4], [4, 3, 2, 1, 0, 0], 5)
+    stream = make_stream(data, tiny_config(init_cls=2, increment=2), seed=1993)
+    order = class_order(5, shuffle=True, seed=1993).tolist()
+    assert order != [0, 1, 2, 3, 4]
+    assert stream.class_names == tuple("abcde"[c] for c in order)
+    assert stream.task_sizes == [2, 2, 1]
+    assert [(t.index, t.rows) for t in stream.tasks] == [(0, range(0, 2)), (1, range(2, 4)), (2, range(4, 5))]
+    assert stream.row_class.tolist() == [0, 1, 2, 3, 4]
+    for task in stream.tasks:
+        old_labels = [order[row] for row in task.rows]
+        expected = [i for old in old_labels for i in np.flatnonzero(data.train.labels == old)]
+        assert task.train.tolist() == expected
+        assert task.train_rows.tolist() == [order.index(data.train.labels[i]) for i in expected]
+        expected = [i for old in old_labels for i in np.flatnonzero(data.test.labels == old)]
+        assert task.test.tolist() == expected
+        assert task.test_classes.tolist() == [order.index(data.test.labels[i]) for i in expected]
+
+
+def test_every_image_belongs_to_exactly_one_task():
+    data = dataset([0, 1, 2, 0, 1, 2, 2], [2, 1, 0], 3)
+    stream = make_stream(data, tiny_config(init_cls=1, increment=1), seed=3)
+    assert sorted(np.concatenate([t.train for t in stream.tasks]).tolist()) == list(range(7))
+    assert sorted(np.concatenate([t.test for t in stream.tasks]).tolist()) == list(range(3))
+
+
+def test_without_shuffle_every_seed_has_the_same_stream():
+    data = dataset([0, 1, 2], [0, 1, 2], 3)
+    streams = [make_stream(data, tiny_config(init_cls=1, increment=1, shuffle=False), seed) for seed in (1, 2)]
+    assert [s.class_names for s in streams] == [("a", "b", "c")] * 2

@@ -1,0 +1,335 @@
+"""The feature bank, with an extractor whose features are the pixels themselves, so that every row can be checked."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.conftest import FolderMaker, tiny_config
+from utils.data import fingerprints
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.data.splits import Dataset
+from utils.data.transforms import Transforms
+from utils.errors import BankError, DataError, NumericError
+from utils.features import batches as loading
+from utils.features.arrays import Wanted
+from utils.features.bank import FeatureBank
+from utils.features.batches import TEST_VIEW
+from utils.hardware import Ranks, default_batch_size
+
+SIZE = 4
+ALL: list[Wanted] = [("train", TEST_VIEW), ("test", TEST_VIEW), ("train", 0), ("train", 1)]
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
+
+
+@dataclass
+class Pixels:
+    """An image's feature is its pixels."""
+
+    name: str = "pixels"
+    weights_sha256: str = "1" * 64
+    feature_dim: int = 3 * SIZE**2
+    precision: str = "fp32"
+    normalize: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batches: list[int] = field(default_factory=list)
+    kill_at: int | None = None  # the process dies in this forward pass
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        if len(self.batches) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return images.flatten(1).float()
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_folder: FolderMaker) -> Dataset:
+    """Three classes of 4 training and 3 test images."""
+    return _dataset(make_folder(tmp_path / "images", classes=3, train=4, test=3))
+
+
+def _dataset(folder: Path) -> Dataset:
+    return load_dataset(tiny_config(data_path=str(folder)))
+
+
+def _bank(data: Dataset, cache_dir: Path | None, extractor: Pixels | None = None, **options: object) -> FeatureBank:
+    options = {"batch_size": 5, "num_workers": 0, "image_size": SIZE, "augment_seed": 3, **options}
+    fingerprints = fingerprint_splits(data, cache_dir)
+    return FeatureBank(data, extractor or Pixels(), fingerprints=fingerprints, cache_dir=cache_dir, **options)
+
+
+def _everything(bank: FeatureBank) -> dict[Wanted, np.ndarray]:
+    return {want: bank.read(*want, np.arange(len(bank.data.split(want[0])))) for want in ALL}
+
+
+# -- what a row holds -------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_its_own_image_under_its_own_view(data: Dataset, tmp_path: Path) -> None:
+    bank = _bank(data, tmp_path / "cache")
+    bank.fill(ALL)
+    transforms = Transforms(SIZE, 3)
+    for (split, view), found in _everything(bank).items():
+        images = data.split(split)
+        for row, key in enumerate(images.keys):
+            image = images.load(row)
+            pixels = transforms.test(image) if view == TEST_VIEW else transforms.view(image, key, view)
+            assert np.array_equal(found[row], pixels.flatten().numpy())
+
+
+def test_views_depend_on_seed_view_and_image_alone(data: Dataset, tmp_path: Path) -> None:
+    plain, other = _bank(data, tmp_path / "a"), _bank(data, None, batch_size=7, num_workers=2)
+    plain.fill(ALL)
+    for want in reversed(ALL):
+        torch.manual_seed(len(want))
+        other.fill([want])
+    for want, found in _everything(plain).items():
+        assert np.array_equal(found, _everything(other)[want])
+    reseeded = _bank(data, None, augment_seed=4)
+    reseeded.fill(ALL)
+    assert np.array_equal(_everything(reseeded)["train", TEST_VIEW], _everything(plain)["train", TEST_VIEW])
+    views = [_everything(plain)["train", 0], _everything(plain)["train", 1], _everything(reseeded)["train", 0]]
+    assert all((a != b).any(axis=1).all() for a, b in ((views[0], views[1]), (views[0], views[2])))
+
+
+def test_filling_leaves_the_global_random_numbers_as_they_were(data: Dataset) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    _bank(data, None).fill(ALL)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_every_forward_pass_has_the_same_shape(data: Dataset) -> None:
+    extractor = Pixels()
+    bank = _bank(data, None, extractor)
+    bank.fill(ALL)
+    assert bank.forwards == 12 * 3 + 9
+    assert extractor.batches == [5] * 9  # 45 images, the last batch padded where needed
+
+
+# -- computed once ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_and_another_seed_compute_only_what_is_new(data: Dataset, tmp_path: Path) -> None:
+    assert _filled(data, tmp_path) == 45
+    assert _filled(data, tmp_path) == 0
+    assert _filled(data, tmp_path, augment_seed=9) == 24  # two views of 12 images; the test view is shared
+
+
+def _filled(data: Dataset, cache_dir: Path, extractor: Pixels | None = None, **options: object) -> int:
+    bank = _bank(data, cache_dir, extractor, **options)
+    assert (expected := bank.missing(ALL)) >= 0
+    bank.fill(ALL)
+    assert bank.missing(ALL) == 0 and bank.forwards == expected
+    return bank.forwards
+
+
+@pytest.mark.parametrize(
+    "changed", [{"weights_sha256": "2" * 64}, {"precision": "bf16"}, {"normalize": True}, {"name": "other"}]
+)
+def test_another_backbone_never_reads_these_features(data: Dataset, tmp_path: Path, changed: dict) -> None:
+    _filled(data, tmp_path)
+    assert _filled(data, tmp_path, replace(Pixels(), **changed)) == 45
+    assert _filled(data, tmp_path) == 0  # and the first ones are still there
+
+
+def test_another_image_size_never_reads_these_features(data: Dataset, tmp_path: Path) -> None:
+    _filled(data, tmp_path)
+    assert _filled(data, tmp_path, Pixels(feature_dim=3 * 36), image_size=6) == 45
+
+
+def test_a_changed_image_is_computed_again_even_with_its_old_size_and_time(data: Dataset, tmp_path: Path) -> None:
+    bank = _bank(data, tmp_path)
+    bank.fill(ALL)
+    path = data.train.path(2)
+    before, content = path.stat(), path.read_bytes()
+    pixels = np.array(Image.open(path))
+    pixels[10, 10] ^= 255
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes().ljust(len(content), b"\0")[: max(len(content), path.stat().st_size)])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert _filled(data, tmp_path) == 36  # the training split; the test split is as it was
+
+
+def test_hashes_of_unchanged_files_are_remembered(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in (data.train, data.test):
+        for row in range(len(split)):
+            os.utime(split.path(row), (1e9, 1e9))
+    monkeypatch.setattr(fingerprints.time, "time_ns", lambda: os.stat(tmp_path).st_ctime_ns + 10**13)
+    first = fingerprint_splits(data, tmp_path / "cache")
+    monkeypatch.setattr(fingerprints, "sha256_of_file", lambda path: pytest.fail(f"{path} was hashed again"))
+    assert fingerprint_splits(data, tmp_path / "cache") == first
+
+
+# -- interrupted, at once, out of space --------------------------------------------------------------------------------
+
+
+def _in_process(bank: FeatureBank, wanted: list[Wanted]) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=bank.fill, args=(wanted,))
+    process.start()
+    return process
+
+
+@needs_fork
+def test_after_kill_9_at_most_a_batch_is_computed_again(data: Dataset, tmp_path: Path) -> None:
+    killed = _in_process(_bank(data, tmp_path, Pixels(kill_at=5)), ALL)  # in the fifth batch: 4 x 5 images are done
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    bank = _bank(data, tmp_path)
+    assert 45 - 20 <= bank.missing(ALL) <= 45 - 20 + bank.batch_size
+    bank.fill(ALL)
+    whole = _bank(data, None)
+    whole.fill(ALL)
+    for want, found in _everything(whole).items():
+        assert np.array_equal(_everything(bank)[want], found)
+
+
+@needs_fork
+def test_two_processes_at_once_share_the_work(data: Dataset, tmp_path: Path) -> None:
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+
+    def fill() -> None:
+        bank = _bank(data, tmp_path, batch_size=1)
+        bank.fill(ALL)
+        queue.put(bank.forwards)
+
+    processes = [multiprocessing.get_context("fork").Process(target=fill) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert sorted([queue.get(), queue.get()]) == [0, 45]
+    bank = _bank(data, tmp_path)
+    assert bank.missing(ALL) == 0 and all(np.isfinite(found).all() for found in _everything(bank).values())
+
+
+def test_too_little_space_is_an_error_before_the_first_forward_pass(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor = Pixels()
+    bank = _bank(data, tmp_path, extractor)
+    need = 4 * extractor.feature_dim * 45
+    assert bank.bytes_needed(ALL) == need
+    usage = shutil.disk_usage(tmp_path)._replace(free=need - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BankError, match=r"needs 8.6 kB .* 8.6 kB are free"):
+        bank.fill(ALL)
+    assert extractor.batches == [] and not list(tmp_path.rglob("*.npy"))
+
+
+def test_none_keeps_everything_in_memory(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    bank = _bank(data, None)
+    bank.fill(ALL)
+    bank.fill(ALL)
+    assert bank.forwards == 45 and sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(BankError, match="cache_dir=none"):
+        _bank(data, None, ranks=Ranks(0, 2))
+
+
+def test_litter_of_a_killed_process_is_removed(data: Dataset, tmp_path: Path) -> None:
+    bank = _bank(data, tmp_path)
+    bank.fill([("train", TEST_VIEW)])
+    (folder,) = tmp_path.glob("*-train-*")
+    litter = folder / "augmented-3-0000.filling.999.partial"
+    litter.write_bytes(b"half")
+    bank.fill(ALL)
+    assert not litter.exists()
+
+
+# -- what may be wrong ------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_image_is_named_and_what_is_done_stays(tmp_path: Path, make_folder: FolderMaker) -> None:
+    data = _dataset(make_folder(tmp_path / "images", classes=3, train=20, test=3))
+    path = data.train.path(50)
+    path.write_bytes(path.read_bytes()[:60])
+    for workers in (0, 1):
+        bank = _bank(data, tmp_path, num_workers=workers)
+        with pytest.raises(DataError, match=rf"{path.name} .*class"):
+            bank.fill([("train", TEST_VIEW)])
+        assert 10 <= bank.missing([("train", TEST_VIEW)]) <= 10 + loading.LOADED_TOGETHER + bank.batch_size
+
+
+def test_a_feature_that_is_not_finite_stops_the_filling_and_names_the_image(data: Dataset) -> None:
+    class Broken(Pixels):
+        def __call__(self, images: Tensor) -> Tensor:
+            features = super().__call__(images)
+            features[2, 0] = float("inf")
+            return features
+
+    with pytest.raises(NumericError, match=rf"{data.test.keys[2]}.*not finite"):
+        _bank(data, None, Broken()).fill([("test", TEST_VIEW)])
+
+
+def test_a_damaged_array_is_an_error_that_says_what_to_do(data: Dataset, tmp_path: Path) -> None:
+    bank = _bank(data, tmp_path)
+    bank.fill(ALL)
+    (path,) = tmp_path.glob("*-test-*/test.npy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    with pytest.raises(BankError, match=r"damaged .* remove it"):
+        bank.read("test", TEST_VIEW, np.arange(3))
+    path.write_bytes(whole[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(BankError, match=rf"python -m utils.features remove {path.parent.name}"):
+        bank.read("test", TEST_VIEW, np.arange(len(data.test)))
+    with pytest.raises(BankError, match="not filled yet"):
+        bank.read("train", 7, np.arange(3))
+
+
+def test_more_loader_processes_than_images_and_cpus(data: Dataset) -> None:
+    bank = _bank(data, None, num_workers=50)
+    bank.fill([("test", TEST_VIEW)])
+    assert bank.forwards == 9
+
+
+# -- shares and defaults ----------------------------------------------------------------------------------------------
+
+
+def test_ranks_have_disjoint_images_that_are_all_images(data: Dataset) -> None:
+    missing = {("train", 0): np.ones(12, bool), ("train", 1): np.arange(12) != 5, ("test", TEST_VIEW): np.ones(9, bool)}
+    shares = [loading.ViewsOfImages(data, Transforms(SIZE, 0), missing, Ranks(rank, 3)) for rank in range(3)]
+    assert sum(share.views for share in shares) == 12 + 11 + 9
+    work = [place for share in shares for place in share.work]
+    assert len(work) == len(set(work)) == 21
+    places, pixels = shares[5 % 3][shares[5 % 3].work.index(("train", 5))]
+    assert places == [("train", 0, 5)] and pixels.shape == (1, 3, SIZE, SIZE)
+
+
+def test_the_manifest_says_what_the_bank_holds(data: Dataset, tmp_path: Path) -> None:
+    _bank(data, tmp_path).fill(ALL)
+    (path,) = tmp_path.glob("*-train-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    assert manifest["images"] == 12 and manifest["backbone"] == "pixels" and "train images" in manifest["what"]
+    assert sorted(p.name for p in path.parent.glob("*.npy")) == [
+        "augmented-3-0000.npy",
+        "augmented-3-0001.npy",
+        "test.npy",
+    ]
+
+
+def test_small_images_come_in_larger_batches_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert [default_batch_size(cpu, size) for size in (32, 98, 224, 2000)] == [64, 41, 8, 1]
+
+
+def test_the_probe_keeps_nothing(data: Dataset, tmp_path: Path) -> None:
+    bank = _bank(data, tmp_path)
+    assert bank.probe(ALL, seconds=0.0) > 0
+    assert bank.missing(ALL) == 45 and bank.forwards == 0

@@ -1,0 +1,254 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import ContinualClassifier
+from tests.conftest import ROOT, tiny_config
+from utils.data.given import as_image
+from utils.errors import BackboneError, CheckpointError, ConfigError, DataError, UserError
+
+
+@pytest.fixture(scope="session")
+def run_of_four(run_main, make_folder, tmp_path_factory):
+    """Classes 0 to 3 in two tasks; returns what main.py left, with the images in ``data``."""
+    folder = tmp_path_factory.mktemp("four")
+    data = make_folder(folder / "data", classes=4)
+    outcome = run_main(folder, data_path=str(data), shuffle=False)
+    assert outcome.code == 0
+    return outcome
+
+
+@pytest.fixture(scope="session")
+def new_images(make_folder, tmp_path_factory):
+    """Folder with the training images of classes 4 and 5, which ``run_of_four`` has not seen."""
+    root = make_folder(tmp_path_factory.mktemp("six"), classes=6)
+    return {name: sorted((root / "train" / name).glob("*.png")) for name in ("4", "5")}
+
+
+@pytest.fixture
+def model(run_of_four):
+    return ContinualClassifier.load(run_of_four.checkpoints)
+
+
+def test_predictions_are_those_of_the_runs_own_evaluation(model, run_of_four):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    answers = model.predict(test)
+    right = [name == path.parent.name for name, path in zip(answers.classes, test, strict=True)]
+    assert 100 * np.mean(right) == pytest.approx(run_of_four.json()["results"]["sample"]["last"])
+
+
+def test_answers_are_consistent_with_each_other(model, run_of_four):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    answers = model.predict(test, top_k=4)
+    assert len(answers) == 12
+    assert answers.top.shape == answers.probabilities.shape == (12, 4)
+    assert answers.features.shape == (12, 192)
+    assert answers.entropies.shape == (12, 2)
+    torch.testing.assert_close(answers.probabilities.sum(dim=1), torch.ones(12))
+    assert (answers.probabilities.diff(dim=1) <= 0).all()
+    assert answers.module.tolist() == answers.entropies.argmin(dim=1).tolist()
+    torch.testing.assert_close(answers.margin, (answers.entropies[:, 0] - answers.entropies[:, 1]).abs())
+    torch.testing.assert_close(answers.entropy, answers.entropies.amin(dim=1))
+
+
+def test_each_image_is_one_backbone_pass(model, run_of_four):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    model.predict(test)
+    assert model.backbone_forwards == len(test)
+
+
+def test_paths_images_and_tensors_give_the_same_answer(model, run_of_four):
+    path = next((run_of_four.folder / "data" / "test").rglob("*.png"))
+    image = Image.open(path).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    answers = model.predict([str(path), path, image, pixels, pixels / 255])
+    torch.testing.assert_close(answers.features, answers.features[:1].expand(5, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.predict(pixels[None]).probabilities, answers.probabilities[:1])
+    assert model.predict(path).classes == answers.classes[:1]
+
+
+def test_no_image_gives_no_answer(model):
+    assert len(model.predict([])) == 0
+    assert len(model.predict(torch.empty(0, 3, 8, 8))) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (torch.zeros(1, 8, 8), r"\(3, H, W\), got \(1, 8, 8\)"),
+        (torch.full((3, 8, 8), 2.0), r"lies in \[0, 1\], got 2 to 2"),
+        (torch.full((3, 8, 8), torch.nan), r"lies in \[0, 1\]"),
+        (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8 or floating point, got torch.int32"),
+        ("nowhere.png", "nowhere.png does not exist"),
+        (7, "got int"),
+    ],
+)
+def test_what_is_no_image_is_said(source, words):
+    with pytest.raises(DataError, match=words):
+        as_image(source)
+
+
+def test_one_tensor_must_be_a_batch(model):
+    with pytest.raises(DataError, match=r"\(images, 3, H, W\)"):
+        model.predict(torch.zeros(3, 8, 8))
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def learn(model, new_images):
+    paths = [path for paths in new_images.values() for path in paths]
+    model.learn(paths, [name for name, paths in new_images.items() for _ in paths])
+
+
+def test_learning_leaves_earlier_modules_bit_identical_and_costs_only_the_new_images(model, new_images):
+    before = [model.learner.module_state(task) for task in range(2)]
+    learn(model, new_images)
+    for task, state in enumerate(before):
+        torch.testing.assert_close(model.learner.module_state(task), state, rtol=0, atol=0)
+    assert (model.tasks, model.class_names) == (3, ("0", "1", "2", "3", "4", "5"))
+    assert model.backbone_forwards == 8 * 2  # eight new images, test transform and one view
+
+
+def test_learning_equals_what_main_does(run_main, run_of_four, model, new_images, tmp_path, make_folder):
+    """The API, and one run over all six classes from the start: the same module and classifier, bit for bit."""
+    data = make_folder(tmp_path / "data", classes=6)
+    whole = run_main(tmp_path, data_path=str(data), shuffle=False)
+    learn(model, new_images)
+    expected = ContinualClassifier.load(whole.checkpoints)
+    for name in ("weight", "sigma"):
+        found, wanted = model.learner.state_dict()[name], expected.learner.state_dict()[name]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(model.learner.module_state(2), expected.learner.module_state(2), rtol=0, atol=0)
+
+
+def test_saved_and_loaded_it_answers_the_same(model, new_images, run_of_four, tmp_path):
+    learn(model, new_images)
+    assert model.save(tmp_path / "grown") is None
+    loaded = ContinualClassifier.load(tmp_path / "grown")
+    paths = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    assert loaded.class_names == model.class_names
+    torch.testing.assert_close(loaded.predict(paths).probabilities, model.predict(paths).probabilities)
+    loaded.learn(list(torch.rand(4, 3, 32, 32)), ["a", "b", "a", "b"])
+    assert (loaded.tasks, loaded.class_names[-2:]) == (4, ("a", "b"))
+
+
+def test_saving_moves_another_run_aside(model, tmp_path):
+    model.save(tmp_path / "run")
+    aside = model.save(tmp_path / "run")
+    assert ContinualClassifier.load(aside).tasks == ContinualClassifier.load(tmp_path / "run").tasks == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["0", "x"], "class '0' is learned already"),
+        (["x"], "2 images but 1 labels"),
+        (["x", ""], "labels are class names, got ''"),
+        (["x", 3], "labels are class names, got 3"),
+    ],
+)
+def test_what_cannot_be_learned_is_said_and_changes_nothing(model, labels, words):
+    with pytest.raises(DataError, match=words):
+        model.learn(torch.rand(2, 3, 32, 32), labels)
+    assert (model.tasks, len(model.class_names), model.backbone_forwards) == (2, 4, 0)
+
+
+def test_learning_from_nothing_is_an_error(model):
+    with pytest.raises(DataError, match="no image"):
+        model.learn([], [])
+
+
+def test_baselines_predict_and_learn_without_modules(run_main, run_of_four, new_images, tmp_path):
+    outcome = run_main(tmp_path, data_path=str(run_of_four.folder / "data"), shuffle=False, model_name="simplecil")
+    model = ContinualClassifier.load(outcome.checkpoints)
+    learn(model, new_images)
+    assert model.backbone_forwards == sum(map(len, new_images.values()))  # it reads no augmented view: none is made
+    answers = model.predict(new_images["4"])
+    assert answers.module is answers.entropies is answers.entropy is answers.margin is None
+    assert answers.classes == ["4"] * 4  # training images, nearest class mean of one's own
+    model.save(tmp_path / "grown")
+    assert ContinualClassifier.load(tmp_path / "grown").predict(new_images["4"]).classes == ["4"] * 4
+
+
+def test_a_method_that_needs_old_data_says_so(run_main, run_of_four, tmp_path):
+    outcome = run_main(tmp_path, data_path=str(run_of_four.folder / "data"), model_name="linear_joint")
+    with pytest.raises(ConfigError, match="linear_joint needs the data of all tasks"):
+        ContinualClassifier.load(outcome.checkpoints).learn(torch.rand(1, 3, 8, 8), ["x"])
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_run_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run"):
+        ContinualClassifier.load(tmp_path / "nowhere")
+    torch.save({}, tmp_path / "task0.pth")
+    with pytest.raises(CheckpointError, match="without a classifier"):
+        ContinualClassifier.load(tmp_path)
+
+
+def test_several_seeds_ask_for_one(run_main, run_of_four, tmp_path):
+    outcome = run_main(tmp_path, data_path=str(run_of_four.folder / "data"), seed=[1, 2], epochs=1)
+    with pytest.raises(CheckpointError, match=r"several seeds; choose one: .*seed1"):
+        ContinualClassifier.load(outcome.checkpoints)
+    assert ContinualClassifier.load(outcome.checkpoints / "seed2").tasks == 2
+
+
+def test_other_weights_are_refused(run_of_four, tmp_path):
+    from backbone.vit import load_backbone
+
+    model = load_backbone(tiny_config(), torch.device("cpu")).model
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+    torch.save(model.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(BackboneError, match="are not those of the run"):
+        ContinualClassifier.load(run_of_four.checkpoints, backbone_weights=tmp_path / "other.pth")
+
+
+def test_weights_that_moved_are_asked_for(run_main, run_of_four, tmp_path):
+    from backbone.vit import load_backbone
+
+    weights = tmp_path / "weights.pth"
+    torch.save(load_backbone(tiny_config(), torch.device("cpu")).model.state_dict(), weights)
+    data = str(run_of_four.folder / "data")
+    outcome = run_main(tmp_path, data_path=data, backbone_weights=str(weights), epochs=1)
+    moved = weights.rename(tmp_path / "moved.pth")
+    with pytest.raises(BackboneError, match="--backbone-weights=<file>"):
+        ContinualClassifier.load(outcome.checkpoints)
+    assert ContinualClassifier.load(outcome.checkpoints, backbone_weights=moved).tasks == 2
+
+
+def test_errors_are_value_errors():
+    assert issubclass(UserError, ValueError)
+
+
+# -- torch.hub --------------------------------------------------------------------------------------------------------
+
+FOREIGN = """
+import sys
+import torch, utils                                   # the caller's own utils, loaded before
+model = torch.hub.load({root!r}, "tosca", source="local", checkpoint={checkpoint!r}, verbose=False)
+answers = model.predict(torch.rand(2, 3, 32, 32))
+model.learn(torch.rand(2, 3, 32, 32), ["x", "y"])     # after the load, when our folder is on no path
+import models                                         # the caller's own models, loaded later
+assert utils.WHO == models.WHO == "foreign", (utils, models)
+assert {root!r} not in sys.path
+assert type(torch.hub.load({root!r}, "tosca", source="local", checkpoint={checkpoint!r})) is type(model)
+print(len(answers), *model.class_names)
+"""
+
+
+def test_torch_hub_works_from_a_project_with_the_same_names(run_of_four, tmp_path):
+    (tmp_path / "utils.py").write_text("WHO = 'foreign'")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("WHO = 'foreign'")
+    script = FOREIGN.format(root=str(ROOT), checkpoint=str(run_of_four.checkpoints))
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["2", "0", "1", "2", "3", "x", "y"]

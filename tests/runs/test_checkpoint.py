@@ -1,0 +1,160 @@
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from backbone.luca import LuCA, build
+from models.tosca import TOSCA
+from tests.conftest import tiny_config
+from utils.errors import CheckpointError
+from utils.runs.checkpoint import FORMAT, CheckpointFolder, load_tensors, module_from_file
+
+SHAPES = {
+    "backbone.tosca.norm.weight": (768,),
+    "backbone.tosca.norm.bias": (768,),
+    "backbone.tosca.mlp.0.weight": (48, 768),
+    "backbone.tosca.mlp.0.bias": (48,),
+    "backbone.tosca.mlp.2.weight": (768, 48),
+    "backbone.tosca.mlp.2.bias": (768,),
+    "backbone.tosca.se.0.weight": (48, 768),
+    "backbone.tosca.se.2.weight": (768, 48),
+}
+
+
+def luca(seed: int) -> LuCA:
+    return build(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=seed)
+
+
+def manifest() -> dict:
+    return {"format": FORMAT, "identity": {}, "files": {}, "tasks": []}
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[CheckpointFolder, dict, list[LuCA]]:
+    """Two tasks of width 768."""
+    folder, values, lucas = CheckpointFolder(tmp_path / "tosca"), manifest(), [luca(1), luca(2)]
+    for task, module in enumerate(lucas):
+        state = {"weight": torch.full((2 * task + 2, 768), float(task)), "sigma": torch.tensor(3.0)}
+        values = folder.commit(values, state, module.state_dict(), task)
+    return folder, values, lucas
+
+
+def test_a_module_file_is_a_plain_state_dict_with_the_releases_keys_and_shapes(saved):
+    folder, _, lucas = saved
+    for task, module in enumerate(lucas):
+        state = torch.load(folder.folder / f"task{task}.pth", weights_only=True)
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == SHAPES
+        assert list(state) == list(SHAPES)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(state[f"backbone.tosca.{name}"], tensor)
+
+
+def test_our_module_loads_into_a_model_laid_out_like_the_releases(saved):
+    network = nn.Module()
+    network.backbone = nn.Module()
+    network.backbone.tosca = luca(9)
+    network.load_state_dict(torch.load(saved[0].folder / "task1.pth", weights_only=True), strict=True)
+    torch.testing.assert_close(network.backbone.tosca.state_dict(), saved[2][1].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_the_release_loads_here(tmp_path, zipped):
+    module = luca(4)
+    state = OrderedDict((f"backbone.tosca.{name}", tensor) for name, tensor in module.state_dict().items())
+    torch.save(state, tmp_path / "task0.pth", _use_new_zipfile_serialization=zipped)
+    ours = luca(5)
+    ours.load_state_dict(module_from_file(tmp_path / "task0.pth"), strict=True)
+    torch.testing.assert_close(ours.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+def test_what_was_saved_comes_back_and_only_the_last_classifier_is_kept(saved):
+    folder, values, lucas = saved
+    assert folder.read_manifest() == values
+    state, modules = folder.load(values)
+    assert state["weight"].shape == (4, 768) and state["sigma"].item() == 3.0
+    for found, module in zip(modules, lucas, strict=True):
+        torch.testing.assert_close(found, dict(module.state_dict()), rtol=0, atol=0)
+    assert sorted(path.name for path in folder.folder.glob("*.pth")) == ["classifier1.pth", "task0.pth", "task1.pth"]
+
+
+def test_modules_come_back_in_the_order_of_their_tasks_also_beyond_ten(tmp_path):
+    folder, values = CheckpointFolder(tmp_path), manifest()
+    for task in range(12):
+        values = folder.commit(values, {"sigma": torch.tensor(1.0)}, {"norm.bias": torch.tensor([float(task)])}, task)
+    values["files"] = dict(sorted(values["files"].items()))  # task0, task1, task10, task11, task2 …
+    assert [module["norm.bias"].item() for module in folder.load(values)[1]] == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["task0.pth", "classifier1.pth"])
+def test_a_file_that_is_not_the_one_that_was_saved_is_refused(saved, name):
+    folder, values, _ = saved
+    path = folder.folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged or from another run: its SHA-256 is"):
+        folder.load(values)
+
+
+def test_modules_of_two_tasks_that_changed_places_are_refused(saved):
+    folder, values, _ = saved
+    shutil.copy(folder.folder / "task0.pth", folder.folder / "task1.pth")
+    with pytest.raises(CheckpointError, match=r"task1\.pth is damaged or from another run"):
+        folder.load(values)
+
+
+def test_a_missing_file_is_named(saved):
+    folder, values, _ = saved
+    (folder.folder / "task1.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"task1\.pth is missing"):
+        folder.load(values)
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_file_is_never_run(tmp_path):
+    torch.save({"weight": Hostile(tmp_path / "owned")}, tmp_path / "task0.pth")
+    with pytest.raises(CheckpointError, match="not a plain state dict"):
+        load_tensors(tmp_path / "task0.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("value", [{"weight": 3}, [torch.zeros(1)], torch.zeros(2)])
+def test_what_is_no_state_dict_of_tensors_is_refused(tmp_path, value):
+    torch.save(value, tmp_path / "task0.pth")
+    with pytest.raises(CheckpointError, match="not a plain state dict"):
+        load_tensors(tmp_path / "task0.pth")
+
+
+def test_another_run_is_moved_aside_whole_and_nothing_else_with_it(saved):
+    folder, _, _ = saved
+    (folder.folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.run_files()}
+    aside = folder.move_aside()
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert folder.run_files() == [] and folder.read_manifest() is None
+    assert (folder.folder / "notes.txt").read_text() == "mine"
+    assert folder.move_aside() is None
+
+
+def test_a_finished_run_predicts_from_its_files_alone(finished_run):
+    folder = CheckpointFolder(finished_run.checkpoints)
+    state, modules = folder.load(folder.read_manifest())
+    assert len(modules) == 3 and state["weight"].shape == (6, 192)
+    learner = TOSCA(tiny_config(), 192, torch.device("cpu"), 1993)
+    learner.load_state_dict(state, modules)
+    features = torch.randn(4, 192, generator=torch.Generator().manual_seed(1))
+    assert learner.predict(features)["sample"].scores.shape == (4, 6)
+    for task, module in enumerate(modules):
+        assert {f"backbone.tosca.{name}" for name in module} == SHAPES.keys()
+        # no more than the module: torch.save of a view would write the tensor of all tasks behind it
+        assert (folder.folder / f"task{task}.pth").stat().st_size < sum(p.numel() for p in module.values()) * 4 + 8_000

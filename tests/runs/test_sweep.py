@@ -1,0 +1,156 @@
+"""Sweeps: the grid and its errors, and a real one from start to end, interrupted, resumed and done."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+import trainer
+from utils.errors import ConfigError, NumericError
+from utils.grid import make_grid
+from utils.runs.paths import run_paths
+
+KEYS = {"dataset": "digits", "init_cls": 2, "increment": 2, "backbone_type": "glyphs_vit", "image_size": 32}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(KEYS))
+    return path
+
+
+def test_the_grid_is_every_combination_in_folders_of_their_own(config_file):
+    cells = make_grid(config_file, ["epochs=3", "log_dir=my/logs"], ["flow=tosca,tosca_r", "l1=0,0.0005"])
+    names = ["flow=tosca,l1=0", "flow=tosca,l1=0.0005", "flow=tosca_r,l1=0", "flow=tosca_r,l1=0.0005"]
+    assert [cell.name for cell in cells] == names
+    assert [(c.config.flow, c.config.l1) for c in cells[1:3]] == [("tosca", 0.0005), ("tosca_r", 0.0)]
+    assert {cell.config.epochs for cell in cells} == {3}
+    assert [cell.config.log_dir for cell in cells] == [str(Path("my/logs") / name) for name in names]
+    assert [cell.config.checkpoint_dir for cell in cells] == [str(Path("tosca") / name) for name in names]
+
+
+def test_equal_values_have_one_folder_however_they_are_written(config_file):
+    names = [make_grid(config_file, [], [f"l1={text}"])[0].name for text in ("0", "0.0", "0e3")]
+    assert names == ["l1=0"] * 3
+
+
+def test_a_folder_s_name_has_no_separator(config_file):
+    (cell,) = make_grid(config_file, [], ["backbone_type=hf-hub:someone/vit"])
+    assert cell.name == "backbone_type=hf-hub_someone_vit"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sweep_texts", "message"),
+    [
+        ([], ["flwo=tosca"], "the nearest known key is 'flow'"),
+        ([], ["flow=tosca,tsoca_r"], "did you mean"),
+        ([], ["l1=0,-1"], "l1 must be at least 0"),
+        ([], ["l1=0,0.0"], "l1=0 twice"),
+        ([], ["l1=0", "l1=1"], "'l1' twice"),
+        ([], ["l1"], "key=v1,v2"),
+        ([], ["l1=0,"], "key=v1,v2"),
+        ([], ["seed=1,2"], "seed is a list"),
+        ([], ["log_dir=a,b"], "does not change what a run computes"),
+        (["l1=1"], ["l1=0,1"], "both swept and overridden"),
+        (["epochs=0"], ["l1=0,1"], "epochs must be at least 1"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_starts(config_file, overrides, sweep_texts, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_grid(config_file, overrides, sweep_texts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_on_the_command_line_is_exit_code_2(run_main, tmp_path, capsys):
+    outcome = run_main(tmp_path, "--sweep", "flwo=tosca,tosca_r")
+    assert outcome.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not outcome.checkpoints.exists()
+
+
+# -- a real sweep -----------------------------------------------------------------------------------------------------
+
+GRID = ("--sweep", "flow=tosca,calibrator", "l1=0,0.001")
+CELLS = ["flow=calibrator,l1=0", "flow=calibrator,l1=0.001", "flow=tosca,l1=0", "flow=tosca,l1=0.001"]
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each file of the runs was written last; locks, which are taken every time, apart."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name)
+    return {str(path): path.stat().st_mtime_ns for path in files if path.name != "config.json"}
+
+
+def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
+    digit_folder, run_main, tmp_path, capsys, monkeypatch
+):
+    keys = {"data_path": str(digit_folder), "cache_dir": str(tmp_path / "bank"), "epochs": 1, "seed": [1, 2]}
+    keys |= {"augment_seed": 0}
+    loads, learned = [], []
+    load, run_seed = trainer.load_backbone, trainer.run_seed
+
+    def stop_at_the_fourth(setup, seed, *, fresh):
+        if len(learned) == 3:
+            raise KeyboardInterrupt
+        learned.append(setup.config.flow)
+        return run_seed(setup, seed, fresh=fresh)
+
+    monkeypatch.setattr(trainer, "load_backbone", lambda *args: loads.append(1) or load(*args))
+    monkeypatch.setattr(trainer, "run_seed", stop_at_the_fourth)
+    assert run_main(tmp_path, *GRID, **keys).code == 130
+    assert len(loads) == 1  # all cells share one backbone
+
+    monkeypatch.setattr(trainer, "run_seed", run_seed)
+    capsys.readouterr()
+    assert run_main(tmp_path, *GRID, **keys).code == 0
+    told = capsys.readouterr().out
+    assert "8 runs, 3 of them finished earlier" in told
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == CELLS
+    assert sorted(path.name for path in (tmp_path / "tosca").iterdir()) == CELLS
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "logs").rglob("*.json")]
+    assert [run["status"] for run in runs] == ["finished"] * 8
+    assert sum(run["backbone_forwards"] for run in runs) == max(run["backbone_forwards"] for run in runs) > 0
+    table = told[told.rindex("selection accuracy  seeds") :]
+    assert table.count(" sample ") == table.count(" oracle (true task) ") == 4
+
+    before = written(tmp_path)
+    monkeypatch.setattr(trainer, "run_seed", lambda *_, **__: pytest.fail("a finished run was started again"))
+    assert run_main(tmp_path, *GRID, **keys).code == 0
+    assert "all 8 runs were finished already: nothing to do" in capsys.readouterr().out
+    assert written(tmp_path) == before
+
+
+def test_a_cell_that_diverges_does_not_stop_the_others(digit_folder, run_main, tmp_path, capsys, monkeypatch):
+    run_seed = trainer.run_seed
+
+    def diverge(setup, seed, *, fresh):
+        if setup.config.lr == 5:
+            raise NumericError("loss is nan")
+        return run_seed(setup, seed, fresh=fresh)
+
+    monkeypatch.setattr(trainer, "run_seed", diverge)
+    outcome = run_main(tmp_path, "--sweep", "lr=5,0.025", data_path=str(digit_folder), epochs=1)
+    assert outcome.code == 2
+    assert "1 of 2 runs diverged: lr=5, seed 1993: loss is nan" in capsys.readouterr().err
+    (cell,) = [folder for folder in (tmp_path / "logs").iterdir() if list(folder.rglob("*.json"))]
+    assert cell.name == "lr=0.025"
+
+
+def test_other_data_or_backbone_is_loaded_anew(config_file, monkeypatch):
+    prepared = []
+
+    def prepare(config, ranks, loaded=None):
+        prepared.append(loaded is not None)
+        return trainer.Setup(config, None, None, {}, ranks)
+
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    monkeypatch.setattr(trainer, "run_seed", lambda *_, **__: None)
+    logging.getLogger("sweep").setLevel(logging.INFO)
+    trainer.run_sweep(make_grid(config_file, [], ["normalize=false,true", "l1=0,1"]))
+    assert prepared == [False, True, False, True]
+
+
+def test_the_cells_of_a_sweep_are_the_runs_that_single_commands_make(config_file):
+    (cell,) = make_grid(config_file, [], ["l1=0"])
+    assert run_paths(cell.config, 1).folder.parts[:2] == ("logs", "l1=0")

@@ -1,0 +1,1 @@
+"""What is learned from: images, splits, folders, task streams."""

@@ -1,0 +1,96 @@
+"""What a data set is: images by split and class, and their content hashes."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.data.images import _MEND, UnreadableImage, decode
+from utils.errors import DataError
+
+
+class Split:
+    """The images of one split in a fixed order.
+
+    Attributes:
+        keys: what names each image within the split, for messages and for the random numbers of its views.
+        labels: ``(images,)`` int64, the class of each image as its place in ``Dataset.class_names``.
+    """
+
+    keys: Sequence[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> Image.Image:
+        """The image in RGB.
+
+        Raises:
+            DataError: it cannot be read; file and class are named.
+        """
+        raise NotImplementedError
+
+
+class ImageFiles(Split):
+    """Image files below ``<root>/<class>/``, classes and files in sorted order.
+
+    Args:
+        root: the split's folder.
+        files: paths relative to ``root``, beginning with the class.
+        labels: the class of each file.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int]) -> None:
+        self.root, self.keys, self.labels = root, tuple(files), np.asarray(labels, dtype=np.int64)
+
+    def path(self, index: int) -> Path:
+        return self.root / self.keys[index]
+
+    def load(self, index: int) -> Image.Image:
+        path = self.path(index)
+        try:
+            return decode(path)
+        except UnreadableImage as error:
+            folder = Path(self.keys[index]).parent.as_posix()
+            raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {_MEND}") from None
+
+
+class ImageArray(Split):
+    """Images held in memory: ``pixels`` is uint8 ``(images, height, width[, 3])``."""
+
+    def __init__(self, pixels: np.ndarray, labels: Sequence[int]) -> None:
+        self.pixels, self.labels = pixels, np.asarray(labels, dtype=np.int64)
+        self.keys = tuple(f"{index:06d}" for index in range(len(pixels)))
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def content_hashes(self) -> list[str]:
+        """The SHA-256 of every image's pixels, in order."""
+        return [hashlib.sha256(np.ascontiguousarray(image)).hexdigest() for image in self.pixels]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A train and a test split over the same classes.
+
+    Attributes:
+        class_names: in the order that labels count them (sorted).
+        domain_names: empty, or in domain-incremental data the domains in sorted order.
+        train_domains, test_domains: ``(images,)`` the domain of each image, or None.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...] = ()
+    train_domains: np.ndarray | None = None
+    test_domains: np.ndarray | None = None
+
+    def split(self, name: str) -> Split:
+        return {"train": self.train, "test": self.test}[name]

@@ -1,0 +1,239 @@
+"""Class order and splits: a data set as a stream of tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from utils.config import Config
+from utils.data.splits import Dataset
+from utils.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the stream.
+
+    Attributes:
+        index: from 0.
+        rows: the classifier rows that it brings.
+        train: image numbers of its training images, by row, then in file order.
+        train_rows: the row of each of them.
+        test: image numbers of its test images, by class as the stream counts them, then in file order.
+        test_classes: the class of each of them.
+    """
+
+    index: int
+    rows: range
+    train: np.ndarray
+    train_rows: np.ndarray
+    test: np.ndarray
+    test_classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """The tasks in the order in which they are learned.
+
+    Attributes:
+        tasks: the tasks.
+        class_names: in learned order: name of class 0, 1, …
+        row_class: ``(rows,)`` the class that each classifier row stands for. In class-incremental runs row and
+            class are the same; in domain-incremental runs every domain brings a row of its own for each class.
+        domains: the domain of each task; empty in class-incremental runs.
+    """
+
+    tasks: tuple[Task, ...]
+    class_names: tuple[str, ...]
+    row_class: np.ndarray
+    domains: tuple[str, ...] = ()
+
+    @property
+    def task_sizes(self) -> list[int]:
+        return [len(task.rows) for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a saved run has learned: where a stream that continues it begins.
+
+    Attributes:
+        class_names, row_class, domains: as in ``TaskStream``.
+        task_sizes: rows of each task.
+    """
+
+    class_names: tuple[str, ...] = ()
+    row_class: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    task_sizes: tuple[int, ...] = ()
+    domains: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_class)
+
+    @property
+    def task_rows(self) -> list[range]:
+        """The rows of each task."""
+        ends = np.cumsum(self.task_sizes).tolist()
+        return [range(end - size, end) for size, end in zip(self.task_sizes, ends, strict=True)]
+
+    def with_task(self, names: Sequence[str], domain: str | None = None) -> "Learned":
+        """After one more task with the classes ``names``; with ``domain``, they may be known ones.
+
+        Raises:
+            DataError: a class name, or the domain's, is known already.
+        """
+        if domain is None:
+            check_new_names(names, self)
+        elif domain in self.domains:
+            raise DataError(f"domain {domain!r} is learned already; give the new one another name")
+        class_names = self.class_names + tuple(name for name in names if name not in self.class_names)
+        row_class = [*self.row_class.tolist(), *(class_names.index(name) for name in names)]
+        domains = () if domain is None else (*(self.domains or [""] * len(self.task_sizes)), domain)
+        return Learned(class_names, np.asarray(row_class), (*self.task_sizes, len(names)), domains)
+
+    def as_manifest(self) -> dict[str, Any]:
+        """These facts as a run's manifest holds them."""
+        return {
+            "class_order": list(self.class_names),
+            "row_class": self.row_class.tolist(),
+            "task_sizes": list(self.task_sizes),
+            "domains": list(self.domains),
+        }
+
+
+def learned_by(manifest: dict[str, Any], tasks: int | None = None) -> Learned:
+    """What the run of ``manifest`` has learned after its first ``tasks`` tasks (by default all that are done)."""
+    done = len(manifest["tasks"]) if tasks is None else tasks
+    sizes = manifest["task_sizes"][:done]
+    row_class = np.asarray(manifest["row_class"][: sum(sizes)], dtype=np.int64)
+    class_names = manifest["class_order"][: int(row_class.max(initial=-1)) + 1]
+    return Learned(tuple(class_names), row_class, tuple(sizes), tuple(manifest.get("domains", ())[:done]))
+
+
+def check_new_names(names: Sequence[str], learned: Learned) -> None:
+    """Classes of a class-incremental task must be new.
+
+    Raises:
+        DataError: one is known; the ways out are named.
+    """
+    if known := [name for name in names if name in learned.class_names]:
+        raise DataError(
+            f"class {known[0]!r} is learned already ({len(known)} of the new classes are); a task brings new classes: "
+            "leave it out, rename it if it is another thing, or, if it is the same thing in other pictures, learn it "
+            "as a new domain: scenario=domain with train/<domain>/<class>/"
+        )
+
+
+def class_order(n_classes: int, *, shuffle: bool, seed: int) -> np.ndarray:
+    """Which class is learned first, second, …: NumPy's legacy permutation, as in PILOT, or sorted order."""
+    if not shuffle:
+        return np.arange(n_classes)
+    return np.random.RandomState(seed).permutation(n_classes)
+
+
+def task_sizes(n_classes: int, init_cls: int, increment: int) -> list[int]:
+    """Classes of each task: ``init_cls``, then ``increment`` at a time, the rest in the last.
+
+    Raises:
+        ConfigError: more classes in the first task than there are.
+    """
+    if init_cls > n_classes:
+        raise ConfigError(f"init_cls {init_cls} is above the number of classes in the data, {n_classes}")
+    sizes = [init_cls]
+    while (rest := n_classes - sum(sizes)) > 0:
+        sizes.append(min(increment, rest))
+    return sizes
+
+
+def make_stream(data: Dataset, config: Config, seed: int, learned: Learned | None = None) -> TaskStream:
+    """Cut ``data`` into tasks: by class, or with ``scenario: domain`` by domain.
+
+    With ``learned`` the tasks of a saved run come first. They have no training images; their test images are those
+    that ``data`` has of their classes (or domains).
+
+    Raises:
+        ConfigError: tasks that the data cannot fill. DataError: names that repeat, or that nothing teaches.
+    """
+    make = _domain_stream if config.scenario == "domain" else _class_stream
+    return make(data, config, seed, learned or Learned())
+
+
+def _class_stream(data: Dataset, config: Config, seed: int, learned: Learned) -> TaskStream:
+    if learned.domains:
+        raise ConfigError("the saved run is domain-incremental: continue it with scenario=domain")
+    new = _with_training_images(data.train.labels, len(data.class_names), learned)
+    order = new[class_order(len(new), shuffle=config.shuffle, seed=seed)]
+    new_names = [data.class_names[c] for c in order]
+    check_new_names(new_names, learned)
+    class_names = (*learned.class_names, *new_names)
+    rank = _places(data.class_names, class_names, "class")  # label -> place in the learned order
+    train, test = rank[data.train.labels], rank[data.test.labels]
+    tasks = [_old_task(i, rows, test, learned.row_class[rows]) for i, rows in enumerate(learned.task_rows)]
+    first = learned.rows
+    for size in task_sizes(len(order), config.init_cls, config.increment):
+        rows = range(first, first + size)
+        first += size
+        train_images, test_images = _images_of(train, rows), _images_of(test, rows)
+        tasks.append(Task(len(tasks), rows, train_images, train[train_images], test_images, test[test_images]))
+    return TaskStream(tuple(tasks), class_names, np.arange(len(class_names)))
+
+
+def _domain_stream(data: Dataset, config: Config, seed: int, learned: Learned) -> TaskStream:
+    """One task a domain; new classes are numbered in sorted order, domains are shuffled by the seed."""
+    new = _with_training_images(data.train_domains, len(data.domain_names), learned)
+    order = new[class_order(len(new), shuffle=config.shuffle, seed=seed)]
+    class_names = learned.class_names + tuple(name for name in data.class_names if name not in learned.class_names)
+    rank = _places(data.class_names, class_names, "class")
+    for domain in (data.domain_names[number] for number in order):
+        classes = np.unique(rank[data.train.labels[data.train_domains == data.domain_names.index(domain)]])
+        learned = replace(learned, class_names=class_names).with_task([class_names[c] for c in classes], domain)
+    domain_task = _places(data.domain_names, learned.domains, "domain")
+    train_task, test_task = domain_task[data.train_domains], domain_task[data.test_domains]
+    train, test = rank[data.train.labels], rank[data.test.labels]
+    tasks = []
+    for index, rows in enumerate(learned.task_rows):
+        classes = learned.row_class[rows]
+        of_train, of_test = (np.where(t == index, c, -1) for t, c in ((train_task, train), (test_task, test)))
+        if not (train_task == index).any():
+            tasks.append(_old_task(index, rows, of_test, classes))
+            continue
+        train_images, test_images = _images_of(of_train, classes), _images_of(of_test, classes)
+        train_rows = rows.start + np.searchsorted(classes, train[train_images])
+        tasks.append(Task(index, rows, train_images, train_rows, test_images, test[test_images]))
+    return TaskStream(tuple(tasks), class_names, learned.row_class, learned.domains)
+
+
+def next_task(learned: Learned, new_row: np.ndarray, new_rows: int) -> Task:
+    """The task after ``learned``, of images that nobody tests; ``new_row`` counts each image's row from 0."""
+    rows = range(learned.rows, learned.rows + new_rows)
+    train, nothing = np.argsort(new_row, kind="stable"), np.empty(0, dtype=np.int64)
+    return Task(len(learned.task_sizes), rows, train, rows.start + new_row[train], nothing, nothing)
+
+
+def _old_task(index: int, rows: range, test: np.ndarray, classes: np.ndarray) -> Task:
+    """A task of the saved run: nothing to learn, and what there is of its test images."""
+    nothing, images = np.empty(0, dtype=np.int64), _images_of(test, classes)
+    return Task(index, rows, nothing, nothing, images, test[images])
+
+
+def _with_training_images(labels: np.ndarray, count: int, learned: Learned) -> np.ndarray:
+    """Which of ``count`` classes or domains are to be learned: all; on top of a saved run, those with images."""
+    return np.unique(labels) if learned.rows else np.arange(count)
+
+
+def _places(names: Sequence[str], order: Sequence[str], what: str) -> np.ndarray:
+    """Of each name its place in ``order``."""
+    places = {name: place for place, name in enumerate(order)}
+    if unknown := [name for name in names if name not in places]:
+        raise DataError(
+            f"{what} {unknown[0]!r} has test images, but there are no images to learn it from, nor did the saved run "
+            "learn it; add its training images or remove its test folder"
+        )
+    return np.array([places[name] for name in names], dtype=np.int64)
+
+
+def _images_of(labels: np.ndarray, wanted: range | np.ndarray) -> np.ndarray:
+    """Image numbers whose label is in ``wanted``, by label, then in file order."""
+    return np.concatenate([np.flatnonzero(labels == label) for label in wanted])

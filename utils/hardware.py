@@ -1,0 +1,119 @@
+"""What the machine offers: CPUs, loaders, batch sizes, and the other processes of a ``torchrun``."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``count``, ``local_count`` of them on this machine; rank 0 learns and writes."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            UserError: another rank has ended.
+        """
+        if self.count > 1:
+            import torch.distributed as dist
+
+            with _ended_rank_named():
+                dist.barrier()
+
+    def share(self, value: object) -> object:
+        """Rank 0's ``value``, on every rank.
+
+        Raises:
+            UserError: another rank has ended.
+        """
+        if self.count == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        with _ended_rank_named():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+ONE_RANK = Ranks()
+
+
+@contextmanager
+def _ended_rank_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "another process of this torchrun has ended (what it says is above or below); start the same command "
+            "again: the features that are done stay"
+        ) from error
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The process group that ``torchrun`` set up, or one rank alone. Only files and barriers are shared: gloo.
+
+    Ranks but the first log warnings alone: else every line would stand there once for each.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield ONE_RANK
+        return
+    import torch.distributed as dist
+
+    # an extraction may take days between two barriers; a rank that dies breaks its connections, and they are noticed
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        ranks = Ranks(dist.get_rank(), count, local_rank, local_count)
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.WARNING)
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_batch_size(device: "torch.device", image_size: int = 224) -> int:
+    """Images in a forward pass: on a CPU few, so that they stay in its caches, yet more where images are small."""
+    return min(64, max(1, 8 * 224**2 // image_size**2)) if device.type == "cpu" else 256
+
+
+def forward_threads(device: "torch.device") -> int:
+    """Forward passes at a time: on a CPU one for each of PyTorch's threads, each pass on one thread.
+
+    Threads inside a product would wait for each other after each of them, and for the loaders that share the CPUs,
+    and the last bits of fp32 features would depend on their number.
+    """
+    import torch
+
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def default_workers(local_ranks: int = 1) -> int:
+    """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
+    return max(0, min(available_cpus() // local_ranks - 1, 16))

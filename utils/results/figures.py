@@ -1,0 +1,293 @@
+"""Pictures of runs, readable in black and white. Importing this file needs matplotlib, an optional extra."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from utils.files import atomic_write
+from utils.results.render import selection_name
+from utils.results.tables import Group, Section
+
+# Okabe and Ito's colours, apart also for the colour-blind; style and marker tell the lines apart without colour
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 1)), (0, (3, 1)))
+_MARKERS = "osD^vXP*"
+MAX_LINES = len(_COLOURS)
+_NUMBERED_TASKS = 12  # a matrix of more tasks has no numbers in its cells
+_RC = {
+    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
+    "pdf.fonttype": 42, "svg.hashsalt": "",
+}  # fmt: skip
+
+
+def save(figure: Figure, *paths: Path) -> None:
+    """Write a picture in the format of each suffix, atomically; the same picture gives the same bytes."""
+    for path in paths:
+        buffer = io.BytesIO()
+        form = path.suffix[1:]
+        undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}.get(form, {})
+        with rc_context(_RC):
+            figure.savefig(buffer, format=form, dpi=150, bbox_inches="tight", metadata=undated)
+        atomic_write(path, lambda file, data=buffer: file.write(data.getbuffer()))
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def run_curves(run: dict[str, Any]) -> Figure:
+    """One run: accuracy after each task, a line for each selection."""
+    c = run["config"]
+    with rc_context(_RC):
+        figure, axes = _one_panel()
+        for index, (name, result) in enumerate(run["results"].items()):
+            _line(axes, index % MAX_LINES, selection_name(name), np.array([result["top1_curve"]]))
+        method = f"{c['model_name']} ({c['flow']})" if c["model_name"] == "tosca" else c["model_name"]
+        axes.set_title(f"{method} on {c['dataset']}, seed {run['seed']}")
+        _finish_curves(axes, "accuracy on all classes seen (%)")
+    return figure
+
+
+def accuracy_curves(section: Section, selection: str) -> Figure | None:
+    """Accuracy after each task, a line and a band (± std over seeds) for each group; None: nothing to show.
+
+    A method without modules answers ``sample`` only; it stands in every picture, under that name.
+    """
+    shown = []
+    for group in section.groups:
+        modules = len(group.selections) > 1
+        name = selection if selection in group.selections else "sample"
+        if name in group.selections and (name == selection or not modules):
+            label = group.name if modules or selection == "sample" else f"{group.name} [sample]"
+            curves = np.array([run.values["results"][name]["top1_curve"] for run in group.runs])
+            shown.append((label, name == selection, curves))
+    if not any(own for _, own, _ in shown):
+        return None
+    with rc_context(_RC):
+        figure, axes = _one_panel()
+        kept = _best(shown)
+        for index, (label, _, curves) in enumerate(kept):
+            _line(axes, index, label, curves)
+        axes.set_title(f"selection: {selection_name(selection)}, {_seeds(section)}{_left_out(kept, shown)}")
+        _finish_curves(axes, "accuracy on all classes seen (%)")
+    return figure
+
+
+def sparsity_curves(section: Section) -> Figure | None:
+    """Share of each task's LuCA parameters with |θ| < 1e-3; None: no method here has any."""
+    shown = []
+    for group in section.groups:
+        if all(run.values["sparsity"] for run in group.runs):
+            shown.append((group.name, True, 100 * np.array([run.values["sparsity"] for run in group.runs])))
+    if not shown:
+        return None
+    with rc_context(_RC):
+        figure, axes = _one_panel()
+        kept = shown[:MAX_LINES]
+        for index, (label, _, curves) in enumerate(kept):
+            _line(axes, index, label, curves)
+        left = f" ({len(kept)} of {len(shown)} shown)" if len(kept) < len(shown) else ""
+        axes.set_title(f"weight sparsity of each task's module, {_seeds(section)}{left}")
+        _finish_curves(axes, "parameters with |θ| < 0.001 (%)")
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def _one_panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _best(shown: list[tuple[str, bool, np.ndarray]]) -> list[tuple[str, bool, np.ndarray]]:
+    """At most ``MAX_LINES``, those of the highest last accuracy, in the order given."""
+    ranked = sorted(range(len(shown)), key=lambda i: -shown[i][2][:, -1].mean())[:MAX_LINES]
+    return [shown[i] for i in sorted(ranked)]
+
+
+def _seeds(section: Section) -> str:
+    counts = sorted({len(group.runs) for group in section.groups})
+    return f"{'–'.join(map(str, counts[:1] + counts[1:][-1:]))} seed{'s' if counts != [1] else ''}"
+
+
+def _left_out(kept: Sequence[object], shown: Sequence[object]) -> str:
+    return f" (the best {len(kept)} of {len(shown)})" if len(kept) < len(shown) else ""
+
+
+def _line(axes: Axes, index: int, label: str, curves: np.ndarray) -> None:
+    """Mean of ``(seeds, tasks)`` and, with several seeds, a band of one sample standard deviation."""
+    tasks, mean = np.arange(1, curves.shape[1] + 1), curves.mean(axis=0)
+    colour = _COLOURS[index]
+    axes.plot(
+        *(tasks, mean), color=colour, linestyle=_STYLES[index], marker=_MARKERS[index], markersize=4.5,
+        markerfacecolor="white" if index % 2 else colour, linewidth=1.4, label=label,
+    )  # fmt: skip
+    if len(curves) > 1:
+        std = curves.std(axis=0, ddof=1)
+        axes.fill_between(tasks, mean - std, mean + std, color=colour, alpha=0.13, linewidth=0)
+
+
+def _finish_curves(axes: Axes, what: str) -> None:
+    axes.set_xlabel("after task")
+    axes.set_ylabel(what)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.02)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 101))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    columns = 1 if _longest_label(axes) > 34 else 2
+    axes.figure.legend(loc="outside lower center", ncols=columns, handlelength=3, frameon=False)
+
+
+def _longest_label(axes: Axes) -> int:
+    return max(map(len, axes.get_legend_handles_labels()[1]))
+
+
+# -- matrices ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy_matrices(group: Group, selections: Sequence[str]) -> Figure:
+    """Mean over seeds of the accuracy on each task after each task, a panel for each selection."""
+    panels = {}
+    for name in selections:
+        matrices = [run.values["results"][name]["matrix"] for run in group.runs]
+        panels[name] = np.array(matrices, dtype=float).mean(axis=0)
+    return _matrices(panels, "on task", "after task", "accuracy (%)")
+
+
+def confusions(group: Group, selections: Sequence[str]) -> Figure:
+    """Share of each true task's images for which each module was chosen, over all seeds, after the last task."""
+    panels = {}
+    for name in selections:
+        counts = np.sum([run.values["confusion"][name] for run in group.runs], axis=0)
+        panels[name] = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return _matrices(panels, "chosen module", "true task", "share of the task's images (%)")
+
+
+def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str) -> Figure:
+    with rc_context(_RC):
+        rows, columns = _grid(len(panels))
+        figure = Figure(figsize=(0.6 + 2.9 * columns, 3 * rows), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09)
+        panes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (name, values) in zip(panes, panels.items(), strict=False):
+            image = _matrix(axes, values)
+            axes.set_title(selection_name(name))
+            axes.set_xlabel(x)
+            axes.set_ylabel(y)
+        for axes in panes[len(panels) :]:
+            axes.set_axis_off()
+        figure.colorbar(image, ax=list(panes), label=what, shrink=0.8, aspect=30)
+    return figure
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    columns = min(panels, 2)
+    return -(-panels // columns), columns
+
+
+def _matrix(axes: Axes, values: np.ndarray) -> Any:
+    """Greys, dark for 100; few tasks: the numbers as well."""
+    tasks = len(values)
+    image = axes.imshow(values, cmap="Greys", vmin=0, vmax=100)
+    axes.spines[:].set_visible(True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+        axis.set_major_formatter(lambda position, _: str(int(position) + 1))
+    if tasks <= _NUMBERED_TASKS:
+        axes.set_xticks(range(tasks))
+        axes.set_yticks(range(tasks))
+        size = 9 if tasks <= 6 else 6
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                tone = "white" if value > 55 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=tone, fontsize=size)
+    return image
+
+
+# -- entropy ----------------------------------------------------------------------------------------------------------
+
+
+def entropies(group: Group, selections: Sequence[str]) -> Figure:
+    """Mean entropy of each module where it was the right choice and where it was not, ± std over seeds."""
+    with rc_context(_RC):
+        figure = Figure(figsize=(0.6 + 2.9 * len(selections), 2.9), layout="constrained")
+        panes = figure.subplots(1, len(selections), squeeze=False, sharey=True).ravel()
+        for axes, name in zip(panes, selections, strict=True):
+            _entropy_points(axes, [run.values["entropy"][name] for run in group.runs])
+            axes.set_title(selection_name(name))
+            axes.set_xlabel("module")
+        panes[0].set_ylabel("mean entropy (nats)")
+        figure.legend(*panes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _entropy_points(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]) -> None:
+    """Points, not bars: the entropies lie close together, far from zero."""
+    looks = {"right": {"marker": "o", "color": "black"}, "wrong": {"marker": "s", "color": "#666666", "mfc": "white"}}
+    for side, (choice, look) in zip((-0.12, 0.12), looks.items(), strict=True):
+        values = np.array([run[choice] for run in of_runs], dtype=float)  # None: nan, never chosen so
+        modules = np.arange(1, values.shape[1] + 1)
+        chosen = ~np.isnan(values)
+        counts = chosen.sum(axis=0)
+        mean = np.where(counts > 0, np.where(chosen, values, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)
+        squares = np.where(chosen, (values - mean) ** 2, 0).sum(axis=0)
+        std = np.where(counts > 1, np.sqrt(squares / np.maximum(counts - 1, 1)), np.nan)
+        label = f"{choice} choice"
+        axes.errorbar(
+            modules + side, mean, std, linestyle="", markersize=6, elinewidth=1, capsize=3, label=label, **look
+        )
+    axes.margins(x=0.1)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+
+
+# -- a whole section --------------------------------------------------------------------------------------------------
+
+
+def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """All pictures of a section, as PNG and PDF; group name ("": the section's own) -> (caption, PNG file)."""
+    every = list(dict.fromkeys(name for group in section.groups for name in group.selections))
+    drawn: dict[str, list[tuple[str, Path]]] = {"": []}
+    for name in every:
+        if figure := accuracy_curves(section, name):
+            caption = f"Accuracy after each task, selection: {selection_name(name)}; mean ± std over seeds"
+            drawn[""].append((caption, _save(figure, folder / f"{section.key}-accuracy-{name}")))
+    if figure := sparsity_curves(section):
+        caption = "Share of the parameters of each task's module with |θ| < 0.001"
+        drawn[""].append((caption, _save(figure, folder / f"{section.key}-sparsity")))
+    for index, group in enumerate(section.groups, start=1):
+        drawn[group.name] = _draw_group(group, folder / f"{section.key}-{index:02d}-{_slug(group.name)}")
+    return drawn
+
+
+def _draw_group(group: Group, stem: Path) -> list[tuple[str, Path]]:
+    drawn = []
+    names = [n for n in ("batch", "sample", "lda", "ridge") if n in group.selections]
+    figure = accuracy_matrices(group, names)
+    drawn.append(("Accuracy on each task after each task", _save(figure, Path(f"{stem}-matrix"))))
+    if chosen := [n for n in names if all(n in run.values["confusion"] for run in group.runs)]:
+        figure = confusions(group, chosen)
+        drawn.append(("Which module was chosen for the images of each task", _save(figure, Path(f"{stem}-confusion"))))
+    if known := [n for n in names[:2] if all(n in run.values["entropy"] for run in group.runs)]:
+        figure = entropies(group, known)
+        caption = "Mean entropy of each module's answers where it was the right choice and where it was not"
+        drawn.append((caption, _save(figure, Path(f"{stem}-entropy"))))
+    return drawn
+
+
+def _save(figure: Figure, stem: Path) -> Path:
+    png = Path(f"{stem}.png")
+    save(figure, png, Path(f"{stem}.pdf"))
+    return png
+
+
+def _slug(text: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "._=-" else "-" for c in text)
+    return "-".join(part for part in kept.split("-") if part)[:60]

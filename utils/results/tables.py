@@ -1,0 +1,209 @@
+"""Runs -> groups of comparable runs -> rows of mean ± std over seeds. ``utils.render`` writes them down."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from utils.config import FLOWS, LEARNERS
+from utils.results.metrics import GLOSSARY, SELECTION_NAMES, mean_std
+from utils.results.read import Run, canonical
+
+# shown in the title of a section or in columns of their own
+_SHOWN_ELSEWHERE = {
+    *("dataset", "scenario", "init_cls", "increment", "model_name", "flow", "status"),
+    *("weights_sha256", "images_sha256"),
+}
+MEASURES = {"average": "Ā", "last": "A_T", "forgetting": "forgetting", "selecting": "selection accuracy"}
+
+
+@dataclass(frozen=True)
+class Number:
+    """Mean and sample standard deviation over ``count`` seeds."""
+
+    mean: float
+    std: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        labels: column -> text, the columns of its section.
+    """
+
+    runs: tuple[Run, ...]
+    labels: dict[str, str]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.values["seed"] for run in self.runs]
+
+    @property
+    def finished(self) -> bool:
+        return self.runs[0].finished
+
+    @property
+    def name(self) -> str:
+        """For legends: ``tosca (tosca_r, l1=0.001)``."""
+        flow = [self.labels["flow"]] if self.labels.get("flow", "–") != "–" else []
+        others = [f"{k}={v}" for k, v in self.labels.items() if k not in ("method", "flow") and v != "–"]
+        return self.labels["method"] + (f" ({', '.join(flow + others)})" if flow or others else "")
+
+    @property
+    def selections(self) -> list[str]:
+        """The selections that every run has, in the order of ``SELECTION_NAMES``."""
+        common = set.intersection(*(set(run.values["results"]) for run in self.runs))
+        return [name for name in SELECTION_NAMES if name in common] + sorted(common - SELECTION_NAMES.keys())
+
+    def number(self, selection: str, measure: str) -> Number | None:
+        """``average``, ``last``, ``forgetting`` or ``selecting`` (after the last task) under one selection."""
+        values = []
+        for run in self.runs:
+            chosen = run.values["selection_accuracy"].get(selection)
+            of_selection = run.values["results"][selection] | {"selecting": chosen[-1] if chosen else None}
+            values.append(of_selection[measure])
+        return None if None in values else Number(*mean_std(values), len(values))
+
+
+@dataclass(frozen=True)
+class Section:
+    """The groups of one data set and split.
+
+    Attributes:
+        key: for file names, such as ``cub-10-10``.
+        columns: the label columns: method, flow, and whatever else differs between the groups.
+        notes: what a reader must know, a line each.
+    """
+
+    key: str
+    title: str
+    columns: tuple[str, ...]
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+
+    def rows(self, selections: Sequence[str] | None = None) -> list[tuple[Group, str, dict[str, Number | None]]]:
+        """A row for each group and selection (by default all that it has), with its measures."""
+        return [
+            (group, name, {measure: group.number(name, measure) for measure in MEASURES})
+            for group in self.groups
+            for name in group.selections
+            if selections is None or name in selections
+        ]
+
+
+# -- grouping ---------------------------------------------------------------------------------------------------------
+
+
+def make_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
+    """One section for each data set and split; and a line for each run without any result yet."""
+    notes = [f"{run.path} is unfinished, no task is done yet" for run in runs if not run.tasks_done]
+    ordered = sorted((run for run in runs if run.tasks_done), key=_place)
+    return [_section(list(members)) for _, members in groupby(ordered, key=lambda run: _place(run)[:4])], notes
+
+
+def _place(run: Run) -> tuple:
+    """Where a run stands: by data set, split, method, flow, then everything else, then seed."""
+    i = run.identity
+    method = LEARNERS.index(i["model_name"]) if i["model_name"] in LEARNERS else len(LEARNERS)
+    flow = FLOWS.index(i["flow"]) if i.get("flow") in FLOWS else len(FLOWS)
+    others = tuple((key, _order(run.settings[key])) for key in sorted(run.settings))
+    split = i["dataset"], i["scenario"], i["init_cls"], i["increment"]
+    return *split, method, i["model_name"], flow, others, run.values["seed"]
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (0, float(value), "") if number else (1, 0.0, canonical(value))
+
+
+def _section(runs: list[Run]) -> Section:
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        by_settings.setdefault(canonical([run.settings, run.values["data"]]), []).append(run)
+    members = [sorted(group, key=lambda run: run.values["seed"]) for group in by_settings.values()]
+    columns = _columns([group[0] for group in members])
+    groups = tuple(Group(tuple(g), {c: _label(c, g[0]) for c in columns}) for g in members)
+    first = runs[0]
+    i, data = first.identity, first.values["data"]
+    sizes = {len(run.values["task_sizes"]) for run in runs}
+    steps = "one domain at a time" if i["scenario"] == "domain" else f"{i['init_cls']} classes, then {i['increment']}"
+    title = f"{i['dataset']}: {steps}" + (f" ({sizes.pop()} tasks)" if len(sizes) == 1 else "")
+    if "weights" not in columns:
+        title += f"; {first.values['backbone']['name']}"
+    if "images" not in columns:
+        title += f"; {data['train_images']} training and {data['test_images']} test images"
+    split = "domains" if i["scenario"] == "domain" else f"{i['init_cls']}-{i['increment']}"
+    key = f"{i['dataset']}-{split}"
+    return Section(key, title, columns, groups, tuple(_notes(groups, columns)))
+
+
+def _columns(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Method, flow where any has one, and every setting in which runs that have it differ."""
+    columns = ["method"]
+    if any("flow" in run.identity for run in runs):
+        columns.append("flow")
+    if len({run.identity["weights_sha256"] for run in runs}) > 1:
+        columns.append("weights")
+    if len({canonical(run.values["data"]) for run in runs}) > 1:
+        columns.append("images")
+    for key in dict.fromkeys(key for run in runs for key in run.settings):
+        values = {canonical(run.settings[key]) for run in runs if key in run.settings}
+        if key not in _SHOWN_ELSEWHERE and len(values) > 1:
+            columns.append(key)
+    if not all(run.finished for run in runs):
+        columns.append("status")
+    return tuple(columns)
+
+
+def _label(column: str, run: Run) -> str:
+    if column == "method":
+        return run.identity["model_name"] + ("" if run.values["continual"] else " (not continual)")
+    if column == "weights":
+        return _weights(run)
+    if column == "images":
+        data = run.values["data"]
+        return f"{data['train_images']}/{data['test_images']} {_short(canonical(data['images_sha256']))}"
+    if column == "status":
+        return run.status
+    value = run.settings.get(column, "–")
+    text = value if isinstance(value, str) else canonical(value)
+    if isinstance(value, float):
+        text = text.removesuffix(".0")
+    return text if len(text) <= 40 else _short(text)
+
+
+def _weights(run: Run) -> str:
+    return f"{run.values['backbone']['name']} {run.identity['weights_sha256'][:8]}"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _notes(groups: Sequence[Group], columns: Sequence[str]) -> list[str]:
+    notes = []
+    for column, what in (("weights", "other backbone weights"), ("images", "other images")):
+        if column in columns:
+            values = list(dict.fromkeys(group.labels[column] for group in groups))
+            notes.append(
+                f"Not comparable, never averaged together: rows with {what} (column {column}: {', '.join(values)})."
+            )
+    if any(not group.finished for group in groups):
+        notes.append("Unfinished runs: their numbers are those of the tasks done so far, in rows of their own.")
+    if any(not group.runs[0].values["continual"] for group in groups):
+        notes.append("Not continual: sees the images of all tasks at once, an upper bound.")
+    if len({tuple(group.seeds) for group in groups}) > 1:
+        notes.append("Not all rows have the same seeds (the CSV lists them).")
+    return notes
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def glossary_markdown() -> str:
+    """The definitions as a Markdown list: the README and ``tables.md`` hold it word for word."""
+    return "\n".join(f"- **{term}**: {definition}" for term, definition in GLOSSARY.items()) + "\n"

@@ -1,0 +1,179 @@
+"""On top of a saved run: which run that is, whether a new one fits it, and how its files come along.
+
+A continued run has a checkpoint folder of its own, which begins as a copy of the saved run. If both are the same
+folder, a copy of the saved run is set aside first and the folder grows.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.config import Config
+from utils.data.tasks import Learned, TaskStream, learned_by
+from utils.errors import CheckpointError, ConfigError, DataError
+from utils.runs.checkpoint import CLASSIFIER_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
+
+log = logging.getLogger(__name__)
+
+# what modules and classifier were made for; the rest (epochs, rate, views …) a new task may choose for itself
+_MUST_EQUAL = (
+    "model_name", "flow", "mlp_ratio", "se_ratio", "image_size", "normalize", "precision", "weights_sha256",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A saved run on top of which another one learns.
+
+    Attributes:
+        folder: where its files are.
+        manifest: one that begins with its tasks: its own, or that of the run that continues it.
+        tasks: how many they are.
+        sha256: of all that it has learned.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    tasks: int
+    sha256: str
+
+    @property
+    def learned(self) -> Learned:
+        return learned_by(self.manifest, self.tasks)
+
+
+def read_run(checkpoint: CheckpointFolder) -> dict[str, Any]:
+    """The manifest of a run that has learned something.
+
+    Raises:
+        CheckpointError: there is none; the message says what is there instead.
+    """
+    manifest = checkpoint.read_manifest()
+    if manifest is not None and manifest["tasks"]:
+        return manifest
+    folder = checkpoint.folder
+    if manifest is not None:
+        raise CheckpointError(f"the run in {str(folder)!r} has not finished its first task")
+    if seeds := sorted(path.parent.name for path in folder.glob(f"seed*/{MANIFEST}")):
+        raise CheckpointError(f"{str(folder)!r} holds the runs of several seeds; choose one: {folder / seeds[0]}")
+    if any(MODULE_FILE.fullmatch(path.name) for path in checkpoint.run_files()):
+        raise CheckpointError(
+            f"{str(folder)!r} holds modules but no {MANIFEST}: the release's files come without a classifier, so they "
+            "cannot predict; train with this project"
+        )
+    raise CheckpointError(f"{str(folder)!r} holds no run (no {MANIFEST}); give a run's checkpoint_dir")
+
+
+def find_base(config: Config, identity: Callable[[str], dict[str, Any]]) -> Base:
+    """The saved run that ``continue_from`` names.
+
+    Where it is also the ``checkpoint_dir``, the run there may be the continued one, from an earlier start: then its
+    own base is meant, and the same command goes on instead of learning the same images twice.
+
+    Args:
+        config: of the run that continues.
+        identity: of that run on top of a base of the given SHA-256.
+
+    Raises:
+        CheckpointError: no run there, a damaged or an unfinished one. ConfigError: this run does not fit it.
+    """
+    checkpoint = CheckpointFolder(Path(config.continue_from).expanduser())
+    manifest = read_run(checkpoint)
+    if config.seed != (manifest["seed"],):
+        raise ConfigError(
+            f"seed {list(config.seed)} is not the seed of the run in {config.continue_from!r}, {manifest['seed']}: a "
+            f"continued run goes on with that; set seed={manifest['seed']}"
+        )
+    earlier = manifest.get("base")
+    own = checkpoint.folder.resolve() == Path(config.checkpoint_dir).expanduser().resolve()
+    if own and earlier and identity(earlier["sha256"]) == manifest["identity"]:
+        return Base(Path(earlier["folder"]), manifest, earlier["tasks"], earlier["sha256"])
+    if manifest["status"] != "finished":
+        raise CheckpointError(
+            f"the run in {config.continue_from!r} has learned {len(manifest['tasks'])} of "
+            f"{len(manifest['task_sizes'])} tasks; finish it with its own config first, then continue"
+        )
+    base = Base(checkpoint.folder, manifest, len(manifest["tasks"]), _sha256(manifest))
+    _check_fits(config, base, identity(base.sha256))
+    return base
+
+
+def _check_fits(config: Config, base: Base, new: dict[str, Any]) -> None:
+    old = base.manifest["identity"]
+    for key in _MUST_EQUAL:
+        if old[key] != new[key]:
+            advice = f"set {key}={old[key]}"
+            if key == "weights_sha256":
+                advice = f"use the weights of {base.manifest['backbone']['name']} that it was trained on"
+            raise ConfigError(
+                f"{key} {new[key]!r} is not that of the run in {config.continue_from!r}, {old[key]!r}; what it has "
+                f"learned fits that alone: {advice}"
+            )
+
+
+def adopt(base: Base, checkpoint: CheckpointFolder, manifest: dict[str, Any], stream: TaskStream) -> dict[str, Any]:
+    """Copy the base's files to ``checkpoint`` and return the ``manifest`` of a run that begins with its tasks.
+
+    Nothing of the base is changed or lost: if it lies in ``checkpoint``, a copy is set aside.
+
+    Raises:
+        CheckpointError: it changed since ``find_base``, or is damaged. DataError: see ``tests_old``.
+    """
+    source = CheckpointFolder(base.folder)
+    saved = read_run(source)
+    if _sha256(saved) != base.sha256:
+        raise CheckpointError(f"the run in {str(base.folder)!r} has changed while it was read; start again")
+    source.load(saved)  # damage shows here, before anything is written
+    folder = base.folder
+    if base.folder.resolve() == checkpoint.folder.resolve():
+        folder = source.copy_aside(saved)
+        log.info("A copy of the run that is continued is in %s", folder)
+    else:
+        checkpoint.copy_files(source, saved)
+    records, first = saved["tasks"], base.tasks
+    if tests_old(base, stream):
+        first = max((i + 1 for i, record in enumerate(records) if not record["results"]), default=0)
+    nothing: dict[str, Any] = {"results": {}, "confusion": {}, "entropy": {}}
+    return {
+        **manifest,
+        "files": {n: s for n, s in saved["files"].items() if MODULE_FILE.fullmatch(n) or CLASSIFIER_FILE.fullmatch(n)},
+        "tasks": [record if i >= first else {**record, **nothing} for i, record in enumerate(records)],
+        "base": {
+            "folder": str(folder.resolve()),
+            "tasks": base.tasks,
+            "classes": len(base.learned.class_names),
+            "sha256": base.sha256,
+            "evaluation": "old and new classes" if tests_old(base, stream) else "new classes alone",
+            "reported_from_task": first,
+        },
+    }
+
+
+def tests_old(base: Base, stream: TaskStream) -> bool:
+    """Whether the data tests what the base has learned: all of it or nothing.
+
+    Raises:
+        DataError: some of its classes have test images, others have none.
+    """
+    lacking = [
+        name
+        for task in stream.tasks[: base.tasks]
+        for row, name in zip(task.rows, (stream.class_names[c] for c in stream.row_class[task.rows]), strict=True)
+        if not (task.test_classes == stream.row_class[row]).any()
+    ]
+    tested = sum(len(task.rows) for task in stream.tasks[: base.tasks]) - len(lacking)
+    if tested and lacking:
+        raise DataError(
+            f"the test folder holds {tested} of the classes of the saved run, but not {lacking[0]!r}; give the test "
+            "images of all of them, or of none to test the new classes alone"
+        )
+    return not lacking
+
+
+def _sha256(manifest: dict[str, Any]) -> str:
+    facts = {"files": manifest["files"], **learned_by(manifest).as_manifest()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,47 @@
+"""Where a run's log, JSON and pictures go."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.config import Config
+from utils.errors import UserError
+from utils.files import free_name
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where one seed's log, JSON and pictures go: files that share a stem, in PILOT's folders."""
+
+    folder: Path
+    stem: str
+
+    def file(self, suffix: str) -> Path:
+        return self.folder / f"{self.stem}{suffix}"
+
+    def move_aside(self) -> list[Path]:
+        """Rename another run's files at this stem; return their new names."""
+        stamp, moved = time.strftime("%Y%m%d-%H%M%S"), []
+        for suffix in (".log", ".json", ".png", ".csv", ".tensorboard"):
+            path = self.file(suffix)
+            if path.exists():
+                new = free_name(path.with_name(f"{self.stem}.{stamp}{suffix}"))
+                try:
+                    path.rename(new)
+                except OSError as error:
+                    raise UserError(f"{path} cannot be moved aside ({error.strerror})") from error
+                moved.append(new)
+        return moved
+
+
+def run_paths(config: Config, seed: int) -> RunPaths:
+    """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps: 0.
+
+    Domain-incremental runs have ``domain/1``: a task is one domain.
+    """
+    first, step = 0 if config.init_cls == config.increment else config.init_cls, config.increment
+    if config.scenario == "domain":
+        first, step = "domain", 1
+    folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / str(first) / str(step)
+    backbone = config.backbone_type.replace("/", "_")
+    return RunPaths(folder, f"{config.prefix}_{seed}_{backbone}" if config.prefix else f"{seed}_{backbone}")
