@@ -20,7 +20,7 @@ from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import TaskStream, make_stream
 from utils.errors import ConfigError, NumericError
-from utils.features.arrays import Wanted
+from utils.features.arrays import View
 from utils.features.bank import resolve_cache_dir
 from utils.features.batches import TEST_VIEW
 from utils.files import FolderLock, remove_partials
@@ -33,7 +33,7 @@ from utils.results.render import as_text
 from utils.results.tables import make_sections
 from utils.results.tracker import Tracker, check_tracker, tracking
 from utils.runs.checkpoint import FORMAT, CheckpointFolder
-from utils.runs.continuing import Base, adopt, find_base, tests_old
+from utils.runs.continuing import SavedRun, adopt, find_saved_run, tests_old
 from utils.runs.paths import RunPaths, run_paths
 from utils.runs.plan import plan
 from utils.runs.setup import Setup
@@ -109,13 +109,13 @@ def _on_top(setup: Setup) -> Setup:
     def identity(base_sha256: str) -> dict[str, Any]:
         return setup.identity_on(base_sha256, seed)
 
-    base = setup.ranks.share(find_base(setup.config, identity) if setup.ranks.first else None)
+    base = setup.ranks.share(find_saved_run(setup.config, identity) if setup.ranks.first else None)
     setup = replace(setup, base=base)
     tests_old(base, setup.stream(seed))
     return setup
 
 
-def wanted_features(config: Config) -> list[Wanted]:
+def wanted_features(config: Config) -> list[View]:
     """Every (split, view) that a run reads."""
     return [("test", TEST_VIEW), *training_features(config)]
 
@@ -294,7 +294,7 @@ def _log_header(setup: Setup, seed: int, stream: TaskStream) -> None:
     log.info("Seed %d, class order: %s", seed, list(stream.class_names))
 
 
-def _log_base(base: Base, facts: dict[str, Any]) -> None:
+def _log_base(base: SavedRun, facts: dict[str, Any]) -> None:
     log.info(
         "Continuing the run in %s: %d tasks, %d classes; evaluation covers %s",
         *(base.folder, facts["tasks"], facts["classes"], facts["evaluation"]),

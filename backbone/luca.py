@@ -73,7 +73,7 @@ def _calibrator(luca: LuCA, h: Tensor) -> Tensor:
 FLOWS = {"tosca": _tosca, "tosca_r": _tosca_r, "adapter": _adapter, "calibrator": _calibrator}
 
 
-def build(dim: int, *, mlp_ratio: int, se_ratio: int, flow: str, first: bool, seed: int) -> LuCA:
+def make_luca(dim: int, *, mlp_ratio: int, se_ratio: int, flow: str, first: bool, seed: int) -> LuCA:
     """A fresh LuCA: PyTorch's default initialisation for the first task, Xavier for later ones (as the release)."""
     with torch.random.fork_rng(devices=[]):  # nn.Module draws from the global generator: leave it as it was
         torch.default_generator.manual_seed(seed)

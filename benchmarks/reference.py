@@ -27,7 +27,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from backbone.classifier import CosineClassifier, first_rows
-from backbone.luca import LuCA, build
+from backbone.luca import LuCA, make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs, timed_process
 from models.tosca import build_optimizer, class_means, entropy, l1_norm
@@ -92,7 +92,7 @@ class ReferenceLoop:
 
     def _learn(self, task: Task, classifier: CosineClassifier) -> LuCA:
         config = self.config
-        luca = build(
+        luca = make_luca(
             self.dim,
             mlp_ratio=config.mlp_ratio,
             se_ratio=config.se_ratio,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, Prediction, TaskData
-from models.streaming.lda import exact, float64_device
+from models.streaming.lda import finite_float64, float64_device
 from utils.config import Config
 from utils.errors import NumericError
 
@@ -37,7 +37,7 @@ class LinearJoint(Learner):
 
     def _fit(self, task: TaskData) -> None:
         features, rows = task.seen()
-        features = exact(features, float64_device(self.device))
+        features = finite_float64(features, float64_device(self.device))
         weight, bias = fit_softmax(features, rows.to(features.device), task.first_row + task.new_rows)
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise NumericError(f"task {task.index}: the weights of the joint linear classifier are not finite")

@@ -9,7 +9,7 @@ from models.ranpac import RanPAC
 from models.simplecil import SimpleCIL
 from models.tosca import TOSCA
 from utils.config import Config
-from utils.features.arrays import Wanted
+from utils.features.arrays import View
 from utils.features.batches import TEST_VIEW
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -21,7 +21,7 @@ LEARNERS: dict[str, type[Learner]] = {
 }
 
 
-def training_features(config: Config) -> list[Wanted]:
+def training_features(config: Config) -> list[View]:
     """The (split, view) that training reads: only a learner that trains on augmented views pays for them."""
     views = config.views if LEARNERS[config.model_name].augmented else 0
     return [("train", TEST_VIEW), *(("train", view) for view in range(views))]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, Prediction, TaskData
-from models.streaming.lda import exact, float64_device
+from models.streaming.lda import finite_float64, float64_device
 from utils.config import Config
 
 
@@ -27,7 +27,7 @@ class SimpleCIL(Learner):
         self.images = torch.zeros(0, dtype=torch.long, device=device)
 
     def _fit(self, task: TaskData) -> None:
-        features = exact(task.test_view(), float64_device(self.device))
+        features = finite_float64(task.test_view(), float64_device(self.device))
         member = F.one_hot((task.labels - task.first_row).to(features.device), task.new_rows)  # (images, new rows)
         images = member.sum(dim=0)
         means = member.double().T @ features / images.clamp(min=1)[:, None]

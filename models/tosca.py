@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from backbone.classifier import CosineClassifier, first_rows
-from backbone.luca import LuCA
-from backbone.luca import build as build_luca
+from backbone.luca import LuCA, make_luca
 from models.base import Learner, Prediction, TaskData
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
@@ -23,7 +22,7 @@ from utils.errors import NumericError
 from utils.progress import progress
 from utils.seeds import derive_seed
 
-_LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
+HINT_LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
 ROUTER_WIDTH = 1_000  # random features of the ``ridge`` router: RanPAC's 10,000 would cost more than all the rest
 EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
@@ -83,7 +82,7 @@ class TOSCA(Learner):
 
     def _fresh_luca(self, *, first: bool, seed: int) -> LuCA:
         c = self.config
-        luca = build_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=first, seed=seed)
+        luca = make_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=first, seed=seed)
         return luca.to(self.device)
 
     def _grown_classifier(self, task: TaskData) -> CosineClassifier:
@@ -280,7 +279,7 @@ def _checked_mean(losses: Tensor, task: int, epoch: int) -> float:
     if not bool((finite := torch.isfinite(losses)).all()):
         step = int((~finite).nonzero()[0]) + 1
         raise NumericError(
-            f"task {task}, epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; {_LOWER_LR}"
+            f"task {task}, epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; {HINT_LOWER_LR}"
         )
     return losses.mean().item()
 
@@ -289,4 +288,4 @@ def _check_finite(tensors: dict[str, Tensor], task: int) -> None:
     """What the last step made is in no loss: look at it before it is saved."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise NumericError(f"task {task}, after its last step: {name} is not finite; {_LOWER_LR}")
+            raise NumericError(f"task {task}, after its last step: {name} is not finite; {HINT_LOWER_LR}")

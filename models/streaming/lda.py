@@ -25,7 +25,7 @@ def float64_device(device: torch.device | str) -> torch.device:
         return torch.device("cpu")
 
 
-def exact(features: Tensor, device: torch.device) -> Tensor:
+def finite_float64(features: Tensor, device: torch.device) -> Tensor:
     """``features`` in float64 on ``device``.
 
     Raises:
@@ -88,7 +88,7 @@ class StreamingLDA:
         Raises:
             NumericError: a feature is NaN or infinite.
         """
-        features, rows = exact(features, self.device), rows.to(self.device)
+        features, rows = finite_float64(features, self.device), rows.to(self.device)
         member = F.one_hot(rows, total_rows).double()  # (images, rows); its products add in a fixed order everywhere
         new = member.sum(dim=0)  # (rows,) images of this batch
         old, old_means = grown(self.images, total_rows), grown(self.means, total_rows)

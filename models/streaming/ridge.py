@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.streaming.lda import exact, float64_device, grown
+from models.streaming.lda import finite_float64, float64_device, grown
 
 RIDGES = tuple(10.0**power for power in range(-8, 10))
 FIT_SHARE = 0.8  # of a task's images; the others judge the candidates for λ
@@ -64,7 +64,7 @@ class RandomRidge:
             NumericError: a feature is NaN or infinite.
         """
         rows = rows.to(self.device)
-        hidden = self._expand(exact(features, self.device))  # (images, width)
+        hidden = self._expand(finite_float64(features, self.device))  # (images, width)
         targets = F.one_hot(rows, total_rows).double()  # (images, rows)
         self.images = grown(self.images, total_rows) + torch.bincount(rows, minlength=total_rows)
         self.held_out_error = self.held_out_error + self._held_out_errors(hidden, targets)
@@ -113,7 +113,7 @@ class RandomRidge:
     def _solve(self) -> Tensor:
         """``W = (G + λI)⁻¹C``; in root form the same as ``Rᵀ(RRᵀ + λI)⁻¹B``: ``(width, rows)``."""
         kernel = self.statistic.clone() if self._is_gram else self.statistic @ self.statistic.T
-        kernel.diagonal().add_(max(self.ridge, rounding(kernel)))
+        kernel.diagonal().add_(max(self.ridge, smallest_ridge(kernel)))
         solution = torch.cholesky_solve(self.statistic_targets, torch.linalg.cholesky(kernel))
         return solution if self._is_gram else self.statistic.T @ solution
 
@@ -142,7 +142,7 @@ def ridge_path_errors(fit: Tensor, fit_targets: Tensor, judge: Tensor, judge_tar
     else:
         values, vectors = torch.linalg.eigh(fit.T @ fit)
         left, right = judge @ vectors, vectors.T @ (fit.T @ fit_targets)
-    least = rounding(values.diag())
+    least = smallest_ridge(values.diag())
     values = values.clamp(min=0)  # negative by rounding only
     errors = [
         (left @ (right / (values + max(ridge, least))[:, None]) - judge_targets).square().sum() for ridge in RIDGES
@@ -150,6 +150,6 @@ def ridge_path_errors(fit: Tensor, fit_targets: Tensor, judge: Tensor, judge_tar
     return torch.stack(errors)
 
 
-def rounding(kernel: Tensor) -> float:
+def smallest_ridge(kernel: Tensor) -> float:
     """The least λ that float64 can tell from zero beside ``(size, size)`` ``kernel``, which may be singular."""
     return len(kernel) * torch.finfo(kernel.dtype).eps * float(kernel.trace())

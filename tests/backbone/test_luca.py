@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from backbone.luca import FLOWS, LuCA, build
+from backbone.luca import FLOWS, LuCA, make_luca
 
 ALL_FLOWS = sorted(FLOWS)
 
@@ -67,7 +67,7 @@ def numpy_luca(p: dict[str, np.ndarray], h: np.ndarray, flow: str) -> np.ndarray
 
 @pytest.mark.parametrize("flow", ALL_FLOWS)
 def test_every_flow_equals_the_formulas_in_numpy(flow):
-    luca = build(12, mlp_ratio=3, se_ratio=4, flow=flow, first=True, seed=1).double()
+    luca = make_luca(12, mlp_ratio=3, se_ratio=4, flow=flow, first=True, seed=1).double()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in luca.parameters():  # far from the initialisation, where parts of the formulas vanish
@@ -105,7 +105,7 @@ def spread(weight: torch.Tensor) -> float:
 
 
 def test_the_first_task_starts_from_pytorchs_default():
-    luca = build(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=3)
+    luca = make_luca(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=3)
     wide, narrow = 1 / math.sqrt(768), 1 / math.sqrt(48)  # U(-1/√fan_in, 1/√fan_in), weights and biases alike
     assert 0.99 * wide < spread(luca.mlp[0].weight) <= wide
     assert 0.99 * narrow < spread(luca.mlp[2].weight) <= narrow
@@ -117,7 +117,7 @@ def test_the_first_task_starts_from_pytorchs_default():
 
 
 def test_later_tasks_start_from_xavier_weights_and_zero_biases():
-    luca = build(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=False, seed=3)
+    luca = make_luca(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=False, seed=3)
     bound = math.sqrt(6 / (768 + 48))
     for layer in (luca.mlp[0], luca.mlp[2], luca.se[0], luca.se[2]):
         assert 0.99 * bound < spread(layer.weight) <= bound
@@ -134,7 +134,7 @@ def test_reset_also_resets_the_layer_norm():
 @pytest.mark.parametrize("first", [True, False])
 def test_the_seed_alone_decides_and_the_global_generator_is_untouched(first):
     def drawn(seed):
-        luca = build(8, mlp_ratio=2, se_ratio=2, flow="tosca", first=first, seed=seed)
+        luca = make_luca(8, mlp_ratio=2, se_ratio=2, flow="tosca", first=first, seed=seed)
         return torch.cat([p.detach().flatten() for p in luca.parameters()])
 
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backbone.classifier import CosineClassifier
-from backbone.luca import FLOWS, build
+from backbone.luca import FLOWS, make_luca
 from backbone.vit import Backbone
 from models import tosca
 from models.tosca import entropy
@@ -85,7 +85,7 @@ def test_the_entropy_of_equal_logits_and_of_one_class_is_a_number():
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_zero_features_and_zero_rows_give_numbers_and_finite_gradients(flow):
-    luca = build(32, mlp_ratio=16, se_ratio=16, flow=flow, first=False, seed=0)
+    luca = make_luca(32, mlp_ratio=16, se_ratio=16, flow=flow, first=False, seed=0)
     classifier = CosineClassifier(torch.zeros(3, 32), torch.tensor(1.0))
     loss = torch.nn.functional.cross_entropy(classifier(luca(torch.zeros(4, 32))), torch.tensor([0, 1, 2, 0]))
     loss.backward()

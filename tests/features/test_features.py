@@ -23,13 +23,13 @@ from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
 from utils.errors import BankError, DataError, NumericError
 from utils.features import batches as loading
-from utils.features.arrays import Wanted
+from utils.features.arrays import View
 from utils.features.bank import FeatureBank
 from utils.features.batches import TEST_VIEW
 from utils.hardware import Ranks, default_batch_size
 
 SIZE = 4
-ALL: list[Wanted] = [("train", TEST_VIEW), ("test", TEST_VIEW), ("train", 0), ("train", 1)]
+ALL: list[View] = [("train", TEST_VIEW), ("test", TEST_VIEW), ("train", 0), ("train", 1)]
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
 
 
@@ -69,7 +69,7 @@ def _bank(data: Dataset, cache_dir: Path | None, extractor: Pixels | None = None
     return FeatureBank(data, extractor or Pixels(), fingerprints=fingerprints, cache_dir=cache_dir, **options)
 
 
-def _everything(bank: FeatureBank) -> dict[Wanted, np.ndarray]:
+def _everything(bank: FeatureBank) -> dict[View, np.ndarray]:
     return {want: bank.read(*want, np.arange(len(bank.data.split(want[0])))) for want in ALL}
 
 
@@ -178,7 +178,7 @@ def test_hashes_of_unchanged_files_are_remembered(
 # -- interrupted, at once, out of space --------------------------------------------------------------------------------
 
 
-def _in_process(bank: FeatureBank, wanted: list[Wanted]) -> multiprocessing.Process:
+def _in_process(bank: FeatureBank, wanted: list[View]) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=bank.fill, args=(wanted,))
     process.start()
     return process

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.streaming.lda import StreamingLDA, exact, oas_covariance
+from models.streaming.lda import StreamingLDA, finite_float64, oas_covariance
 from utils.errors import NumericError
 
 DIM, ROWS = 5, 4
@@ -159,4 +159,4 @@ def test_a_feature_that_is_not_finite_is_refused(bad):
     with pytest.raises(NumericError, match="1 of 4 training features are NaN or infinite, the first at 2"):
         lda.update(features, torch.zeros(4, dtype=torch.long), 1)
     assert len(lda.images) == 0
-    assert exact(torch.ones(2, 2), torch.device("cpu")).dtype == torch.float64
+    assert finite_float64(torch.ones(2, 2), torch.device("cpu")).dtype == torch.float64

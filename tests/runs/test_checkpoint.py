@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbone.luca import LuCA, build
+from backbone.luca import LuCA, make_luca
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
 from utils.errors import CheckpointError
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def luca(seed: int) -> LuCA:
-    return build(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=seed)
+    return make_luca(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=seed)
 
 
 def manifest() -> dict:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import trainer
-from utils.data.tasks import Learned
+from utils.data.tasks import LearnedClasses
 from utils.errors import DataError, NumericError
 from utils.runs.checkpoint import MANIFEST, CheckpointFolder
 
@@ -275,7 +275,7 @@ def test_a_test_folder_of_an_unknown_class_is_an_error(go_on, whole, tmp_path, c
 
 
 def test_learned_grows_by_classes():
-    learned = Learned(("a", "b"), np.array([0, 1]), (2,)).with_task(["c"])
+    learned = LearnedClasses(("a", "b"), np.array([0, 1]), (2,)).with_task(["c"])
     assert (learned.class_names, learned.row_class.tolist()) == (("a", "b", "c"), [0, 1, 2])
     assert learned.task_rows == [range(0, 2), range(2, 3)]
     with pytest.raises(DataError, match="class 'a' is learned already"):
@@ -283,7 +283,7 @@ def test_learned_grows_by_classes():
 
 
 def test_learned_grows_by_domains_with_a_row_for_each_class_again():
-    learned = Learned(("a", "b"), np.array([0, 1]), (2,)).with_task(["b", "c"], "photo")
+    learned = LearnedClasses(("a", "b"), np.array([0, 1]), (2,)).with_task(["b", "c"], "photo")
     assert (learned.class_names, learned.row_class.tolist()) == (("a", "b", "c"), [0, 1, 1, 2])
     assert learned.domains == ("", "photo")
     with pytest.raises(DataError, match="domain 'photo' is learned already"):

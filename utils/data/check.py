@@ -15,7 +15,7 @@ from PIL import Image
 from utils.config import Config
 from utils.data.datasets import EXPECTED_COUNTS, load_dataset
 from utils.data.folders import data_folder, list_images, split_folders, subfolders
-from utils.data.images import _MEND, UnreadableImage, decode
+from utils.data.images import HINT_REPLACE, UnreadableImage, decode
 from utils.data.splits import Dataset, Split
 from utils.errors import DataError
 from utils.hardware import available_cpus
@@ -148,7 +148,7 @@ def check_images(data: Dataset, *, threads: int) -> None:
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         count = f"{len(faults)} of {len(places)} images cannot be read: " if len(faults) > 1 else ""
-        raise DataError(f"{count}{'; '.join(faults[:10])}{more}; {_MEND}")
+        raise DataError(f"{count}{'; '.join(faults[:10])}{more}; {HINT_REPLACE}")
 
 
 def _fault_of(place: tuple[Split, int]) -> str | None:
@@ -156,7 +156,7 @@ def _fault_of(place: tuple[Split, int]) -> str | None:
     try:
         split.load(index)
     except DataError as error:
-        return str(error).removesuffix(f"; {_MEND}")
+        return str(error).removesuffix(f"; {HINT_REPLACE}")
     return None
 
 

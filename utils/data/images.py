@@ -6,7 +6,7 @@ from PIL import Image
 
 from utils.errors import DataError
 
-_MEND = "replace or remove what is named, then start again: what is done stays"
+HINT_REPLACE = "replace or remove what is named, then start again: what is done stays"
 
 
 def read_image(path: Path) -> Image.Image:

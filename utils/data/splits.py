@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.images import _MEND, UnreadableImage, decode
+from utils.data.images import HINT_REPLACE, UnreadableImage, decode
 from utils.errors import DataError
 
 
@@ -56,7 +56,7 @@ class ImageFiles(Split):
             return decode(path)
         except UnreadableImage as error:
             folder = Path(self.keys[index]).parent.as_posix()
-            raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {_MEND}") from None
+            raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {HINT_REPLACE}") from None
 
 
 class ImageArray(Split):

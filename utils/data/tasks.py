@@ -55,7 +55,7 @@ class TaskStream:
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedClasses:
     """What a saved run has learned: where a stream that continues it begins.
 
     Attributes:
@@ -78,7 +78,7 @@ class Learned:
         ends = np.cumsum(self.task_sizes).tolist()
         return [range(end - size, end) for size, end in zip(self.task_sizes, ends, strict=True)]
 
-    def with_task(self, names: Sequence[str], domain: str | None = None) -> "Learned":
+    def with_task(self, names: Sequence[str], domain: str | None = None) -> "LearnedClasses":
         """After one more task with the classes ``names``; with ``domain``, they may be known ones.
 
         Raises:
@@ -91,7 +91,7 @@ class Learned:
         class_names = self.class_names + tuple(name for name in names if name not in self.class_names)
         row_class = [*self.row_class.tolist(), *(class_names.index(name) for name in names)]
         domains = () if domain is None else (*(self.domains or [""] * len(self.task_sizes)), domain)
-        return Learned(class_names, np.asarray(row_class), (*self.task_sizes, len(names)), domains)
+        return LearnedClasses(class_names, np.asarray(row_class), (*self.task_sizes, len(names)), domains)
 
     def as_manifest(self) -> dict[str, Any]:
         """These facts as a run's manifest holds them."""
@@ -103,16 +103,16 @@ class Learned:
         }
 
 
-def learned_by(manifest: dict[str, Any], tasks: int | None = None) -> Learned:
+def learned_by(manifest: dict[str, Any], tasks: int | None = None) -> LearnedClasses:
     """What the run of ``manifest`` has learned after its first ``tasks`` tasks (by default all that are done)."""
     done = len(manifest["tasks"]) if tasks is None else tasks
     sizes = manifest["task_sizes"][:done]
     row_class = np.asarray(manifest["row_class"][: sum(sizes)], dtype=np.int64)
     class_names = manifest["class_order"][: int(row_class.max(initial=-1)) + 1]
-    return Learned(tuple(class_names), row_class, tuple(sizes), tuple(manifest.get("domains", ())[:done]))
+    return LearnedClasses(tuple(class_names), row_class, tuple(sizes), tuple(manifest.get("domains", ())[:done]))
 
 
-def check_new_names(names: Sequence[str], learned: Learned) -> None:
+def check_new_names(names: Sequence[str], learned: LearnedClasses) -> None:
     """Classes of a class-incremental task must be new.
 
     Raises:
@@ -147,7 +147,7 @@ def task_sizes(n_classes: int, init_cls: int, increment: int) -> list[int]:
     return sizes
 
 
-def make_stream(data: Dataset, config: Config, seed: int, learned: Learned | None = None) -> TaskStream:
+def make_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses | None = None) -> TaskStream:
     """Cut ``data`` into tasks: by class, or with ``scenario: domain`` by domain.
 
     With ``learned`` the tasks of a saved run come first. They have no training images; their test images are those
@@ -157,10 +157,10 @@ def make_stream(data: Dataset, config: Config, seed: int, learned: Learned | Non
         ConfigError: tasks that the data cannot fill. DataError: names that repeat, or that nothing teaches.
     """
     make = _domain_stream if config.scenario == "domain" else _class_stream
-    return make(data, config, seed, learned or Learned())
+    return make(data, config, seed, learned or LearnedClasses())
 
 
-def _class_stream(data: Dataset, config: Config, seed: int, learned: Learned) -> TaskStream:
+def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
     if learned.domains:
         raise ConfigError("the saved run is domain-incremental: continue it with scenario=domain")
     new = _with_training_images(data.train.labels, len(data.class_names), learned)
@@ -180,7 +180,7 @@ def _class_stream(data: Dataset, config: Config, seed: int, learned: Learned) ->
     return TaskStream(tuple(tasks), class_names, np.arange(len(class_names)))
 
 
-def _domain_stream(data: Dataset, config: Config, seed: int, learned: Learned) -> TaskStream:
+def _domain_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
     """One task a domain; new classes are numbered in sorted order, domains are shuffled by the seed."""
     new = _with_training_images(data.train_domains, len(data.domain_names), learned)
     order = new[class_order(len(new), shuffle=config.shuffle, seed=seed)]
@@ -205,7 +205,7 @@ def _domain_stream(data: Dataset, config: Config, seed: int, learned: Learned) -
     return TaskStream(tuple(tasks), class_names, learned.row_class, learned.domains)
 
 
-def next_task(learned: Learned, new_row: np.ndarray, new_rows: int) -> Task:
+def next_task(learned: LearnedClasses, new_row: np.ndarray, new_rows: int) -> Task:
     """The task after ``learned``, of images that nobody tests; ``new_row`` counts each image's row from 0."""
     rows = range(learned.rows, learned.rows + new_rows)
     train, nothing = np.argsort(new_row, kind="stable"), np.empty(0, dtype=np.int64)
@@ -218,7 +218,7 @@ def _old_task(index: int, rows: range, test: np.ndarray, classes: np.ndarray) ->
     return Task(index, rows, nothing, nothing, images, test[images])
 
 
-def _with_training_images(labels: np.ndarray, count: int, learned: Learned) -> np.ndarray:
+def _with_training_images(labels: np.ndarray, count: int, learned: LearnedClasses) -> np.ndarray:
     """Which of ``count`` classes or domains are to be learned: all; on top of a saved run, those with images."""
     return np.unique(labels) if learned.rows else np.arange(count)
 

@@ -50,8 +50,8 @@ def _arrays(bank: Path) -> str:
             seed = path.name.split("-")[1]
             views_of[seed] = views_of.get(seed, 0) + 1
     parts += [f"augmented views of seed {seed}: {views}" for seed, views in sorted(views_of.items())]
-    if filling := len(list(bank.glob("*.filling.npy"))):
-        parts.append(f"not complete: {filling}")
+    if incomplete := len(list(bank.glob("*.filling.npy"))):
+        parts.append(f"not complete: {incomplete}")
     return "; ".join(parts) or "empty"
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from utils.errors import BankError
 
 SYNC_SECONDS = 30  # at most this much work is lost when the power fails (a batch when only the process dies)
-STAYS = "start again afterwards: the features that are done stay"
+HINT_FEATURES_STAY = "start again afterwards: the features that are done stay"
 
-Wanted = tuple[str, int]  # (split, view)
-Place = tuple[str, int, int]  # (split, view, row)
+View = tuple[str, int]  # (split, view)
+ViewRow = tuple[str, int, int]  # (split, view, row)
 
 
-def filling(path: Path) -> Path:
+def incomplete_path(path: Path) -> Path:
     return path.with_suffix(".filling.npy")
 
 
@@ -36,7 +36,8 @@ def create_array(path: Path, shape: tuple[int, int]) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise BankError(
-            f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; {STAYS}"
+            f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; "
+            f"{HINT_FEATURES_STAY}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -85,13 +86,13 @@ class FileWriter:
             self.file.seek(self.offset + row * self.row_bytes)
             self.file.write(feature.tobytes())
         except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); {STAYS}") from error
+            raise BankError(f"{self.path} cannot be written ({error.strerror}); {HINT_FEATURES_STAY}") from error
 
     def sync(self) -> None:
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); {STAYS}") from error
+            raise BankError(f"{self.path} cannot be written ({error.strerror}); {HINT_FEATURES_STAY}") from error
 
     def close(self) -> None:
         self.file.close()
@@ -112,10 +113,10 @@ class MemoryWriter:
 class Store:
     """Where features go, from any thread; closed as a context manager. Those without a writer are dropped."""
 
-    def __init__(self, writers: dict[Wanted, Writer]) -> None:
+    def __init__(self, writers: dict[View, Writer]) -> None:
         self.writers, self.lock, self.last_sync = writers, threading.Lock(), time.monotonic()
 
-    def write(self, places: list[Place], features: np.ndarray) -> None:
+    def write(self, places: list[ViewRow], features: np.ndarray) -> None:
         with self.lock:
             for (split, view, row), feature in zip(places, features, strict=True):
                 if (split, view) in self.writers:

@@ -28,15 +28,15 @@ from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
 from utils.errors import BankError, NumericError
 from utils.features.arrays import (
-    STAYS,
+    HINT_FEATURES_STAY,
     FileWriter,
     MemoryWriter,
-    Place,
     Store,
-    Wanted,
+    View,
+    ViewRow,
     Writer,
     create_array,
-    filling,
+    incomplete_path,
     open_array,
     sync_file,
 )
@@ -106,7 +106,7 @@ class FeatureBank:
         self.forwards = 0
         self.image_size, self.cache_dir = image_size, cache_dir
         self.fingerprints = fingerprints
-        self._memory: dict[Wanted, np.ndarray] = {}
+        self._memory: dict[View, np.ndarray] = {}
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -130,17 +130,17 @@ class FeatureBank:
             )
         return values
 
-    def missing(self, wanted: Sequence[Wanted]) -> int:
+    def missing(self, wanted: Sequence[View]) -> int:
         """How many forward passes ``fill(wanted)`` would make."""
         return sum(int(rows.sum()) for rows in self._missing_rows(wanted).values())
 
-    def bytes_needed(self, wanted: Sequence[Wanted]) -> int:
+    def bytes_needed(self, wanted: Sequence[View]) -> int:
         """Bytes that ``fill(wanted)`` would add to the disk (or to memory)."""
         return sum(self._nbytes(*w) for w in wanted if not self._exists(*w))
 
     # -- filling ---------------------------------------------------------------------------------------------------
 
-    def fill(self, wanted: Sequence[Wanted]) -> None:
+    def fill(self, wanted: Sequence[View]) -> None:
         """Compute every row of ``wanted`` that is not there yet. All ranks call it; each computes its share.
 
         Raises:
@@ -166,7 +166,7 @@ class FeatureBank:
         folder = self._folder(split)
         return FolderLock(folder / LOCK, f"feature bank {folder.name}", wait=True, on_wait=_say_waiting)
 
-    def _prepare(self, wanted: Sequence[Wanted]) -> None:
+    def _prepare(self, wanted: Sequence[View]) -> None:
         """Check the space for all of it, then lay out the arrays, every row NaN."""
         need = self.bytes_needed(wanted)
         if self.cache_dir is None:
@@ -189,19 +189,21 @@ class FeatureBank:
                 left.unlink(missing_ok=True)
         for want in wanted:
             if not self._exists(*want):
-                create_array(filling(self._path(*want)), (len(self.data.split(want[0])), self.extractor.feature_dim))
+                create_array(
+                    incomplete_path(self._path(*want)), (len(self.data.split(want[0])), self.extractor.feature_dim)
+                )
 
-    def _finish(self, wanted: Sequence[Wanted]) -> None:
+    def _finish(self, wanted: Sequence[View]) -> None:
         for want in wanted if self.cache_dir is not None else ():
             path = self._path(*want)
             if not path.exists():
                 try:
-                    sync_file(filling(path))
-                    os.replace(filling(path), path)
+                    sync_file(incomplete_path(path))
+                    os.replace(incomplete_path(path), path)
                 except OSError as error:
-                    raise BankError(f"{path} cannot be written ({error.strerror}); {STAYS}") from error
+                    raise BankError(f"{path} cannot be written ({error.strerror}); {HINT_FEATURES_STAY}") from error
 
-    def _fill_missing(self, missing: dict[Wanted, np.ndarray]) -> None:
+    def _fill_missing(self, missing: dict[View, np.ndarray]) -> None:
         """Compute this rank's share of the rows that ``missing`` marks."""
         images = ViewsOfImages(self.data, self.transforms, missing, self.ranks)
         if not len(images):
@@ -239,7 +241,7 @@ class FeatureBank:
             while running:
                 yield running.popleft().result()
 
-    def probe(self, wanted: Sequence[Wanted], seconds: float = 3.0) -> float:
+    def probe(self, wanted: Sequence[View], seconds: float = 3.0) -> float:
         """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept.
 
         All of them count where there are too few to see the loaders' start apart from the rest.
@@ -260,7 +262,7 @@ class FeatureBank:
     def _pin(self) -> bool:
         return self.extractor.device.type not in ("cpu", "mps")  # where the copy can run beside the backbone
 
-    def _forward(self, places: list[Place], pixels: Tensor, store: Store) -> int:
+    def _forward(self, places: list[ViewRow], pixels: Tensor, store: Store) -> int:
         """Compute one batch and store it. The shape is always the same, and so is every row, whatever is beside it.
 
         A matrix product may pick another algorithm for another number of rows; then an image's last bits would
@@ -314,15 +316,15 @@ class FeatureBank:
         if self.cache_dir is None:
             return (split, view) in self._memory
         path = self._path(split, view)
-        return path.exists() or filling(path).exists()
+        return path.exists() or incomplete_path(path).exists()
 
     def _nbytes(self, split: str, view: int) -> int:
         return len(self.data.split(split)) * self.extractor.feature_dim * 4
 
-    def _complete(self, wanted: Sequence[Wanted]) -> bool:
+    def _complete(self, wanted: Sequence[View]) -> bool:
         return self.cache_dir is not None and all(self._path(*want).exists() for want in wanted)
 
-    def _missing_rows(self, wanted: Sequence[Wanted]) -> dict[Wanted, np.ndarray]:
+    def _missing_rows(self, wanted: Sequence[View]) -> dict[View, np.ndarray]:
         """For each of ``wanted`` that is not complete, which rows are not: ``(images,)`` bool."""
         found = {want: self._missing_of(*want) for want in wanted}
         return {want: rows for want, rows in found.items() if rows.any()}
@@ -334,20 +336,20 @@ class FeatureBank:
         path = self._path(split, view)
         if path.exists():
             return np.zeros(images, dtype=bool)
-        if not filling(path).exists():
+        if not incomplete_path(path).exists():
             return np.ones(images, dtype=bool)
-        array = open_array(filling(path), (images, self.extractor.feature_dim))
+        array = open_array(incomplete_path(path), (images, self.extractor.feature_dim))
         if array is None:  # completed by another process in this moment
             return np.zeros(images, dtype=bool)
         blocks = np.array_split(array, max(1, images // 4096))
         return np.concatenate([np.isnan(block).any(axis=1) for block in blocks])
 
-    def _writer(self, want: Wanted) -> Writer:
+    def _writer(self, want: View) -> Writer:
         shape = (len(self.data.split(want[0])), self.extractor.feature_dim)
         if self.cache_dir is None:
             self._memory[want] = np.full(shape, np.nan, dtype=np.float32)
             return MemoryWriter(self._memory[want])
-        return FileWriter(filling(self._path(*want)), shape)
+        return FileWriter(incomplete_path(self._path(*want)), shape)
 
 
 def default_cache_dir() -> Path:
@@ -368,7 +370,7 @@ def resolve_cache_dir(value: str | None) -> Path | None:
     return Path(value).expanduser() if value else default_cache_dir()
 
 
-def _check_finite(features: np.ndarray, places: list[Place], data: Dataset) -> None:
+def _check_finite(features: np.ndarray, places: list[ViewRow], data: Dataset) -> None:
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         split, view, row = places[bad[0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
 from utils.errors import BankError, DataError
-from utils.features.arrays import STAYS, Place, Wanted
+from utils.features.arrays import HINT_FEATURES_STAY, View, ViewRow
 from utils.hardware import ONE_RANK, Ranks
 
 TEST_VIEW = -1  # the view that the test transform gives
@@ -25,7 +25,7 @@ class ViewsOfImages(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, data: Dataset, transforms: Transforms, missing: dict[Wanted, np.ndarray], ranks: Ranks = ONE_RANK
+        self, data: Dataset, transforms: Transforms, missing: dict[View, np.ndarray], ranks: Ranks = ONE_RANK
     ) -> None:
         self.data, self.transforms, self.missing, self.views = data, transforms, missing, 0
         self.work: list[tuple[str, int]] = []
@@ -39,7 +39,7 @@ class ViewsOfImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, item: int) -> tuple[list[Place], Tensor] | DataError:
+    def __getitem__(self, item: int) -> tuple[list[ViewRow], Tensor] | DataError:
         name, row = self.work[item]
         split = self.data.split(name)
         key = split.keys[row]
@@ -57,7 +57,7 @@ class ViewsOfImages(torch.utils.data.Dataset):
         return [(name, view, row) for view in views], torch.stack(pixels)
 
 
-def _together(items: list[tuple[list[Place], Tensor] | DataError]) -> tuple[list[Place], Tensor] | DataError:
+def _together(items: list[tuple[list[ViewRow], Tensor] | DataError]) -> tuple[list[ViewRow], Tensor] | DataError:
     for item in items:
         if isinstance(item, DataError):
             return item
@@ -66,7 +66,7 @@ def _together(items: list[tuple[list[Place], Tensor] | DataError]) -> tuple[list
 
 def batches_of(
     images: ViewsOfImages, batch_size: int, num_workers: int, pin: bool
-) -> Iterator[tuple[list[Place], Tensor]]:
+) -> Iterator[tuple[list[ViewRow], Tensor]]:
     """Batches of exactly ``batch_size`` (image, view) pairs, but for the last."""
     loader = torch.utils.data.DataLoader(
         images,
@@ -79,10 +79,10 @@ def batches_of(
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         prefetch_factor=max(2, 2 * batch_size // LOADED_TOGETHER // num_workers) if num_workers else None,
     )
-    places: list[Place] = []
+    places: list[ViewRow] = []
     parts: list[Tensor] = []
 
-    def batch(count: int) -> tuple[list[Place], Tensor]:
+    def batch(count: int) -> tuple[list[ViewRow], Tensor]:
         nonlocal places, parts
         pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
         first, places, parts = places[:count], places[count:], [pixels[count:]]
@@ -121,7 +121,7 @@ def killed_loaders_named() -> Iterator[None]:
     if killed:  # out here, for the error's traceback would keep the other loaders
         raise BankError(
             f"a process that loads images was killed ({killed}); often memory (in containers /dev/shm) is short: lower "
-            f"num_workers, 0 needs none; {STAYS}"
+            f"num_workers, 0 needs none; {HINT_FEATURES_STAY}"
         )
 
 

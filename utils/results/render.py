@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES
-from utils.results.tables import MEASURES, Number, Section, glossary_markdown
+from utils.results.tables import MEASURES, MeanStd, Section, glossary_markdown
 
 Selections = Sequence[str] | None
 
@@ -17,7 +17,7 @@ def selection_name(selection: str) -> str:
     return SELECTION_NAMES.get(selection, selection)
 
 
-def _number(number: Number | None, plus_minus: str = " ± ") -> str:
+def _number(number: MeanStd | None, plus_minus: str = " ± ") -> str:
     """``93.12 ± 0.35``; without a deviation where there is one seed."""
     if number is None:
         return "–"

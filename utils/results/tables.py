@@ -19,7 +19,7 @@ MEASURES = {"average": "Ā", "last": "A_T", "forgetting": "forgetting", "selecti
 
 
 @dataclass(frozen=True)
-class Number:
+class MeanStd:
     """Mean and sample standard deviation over ``count`` seeds."""
 
     mean: float
@@ -59,14 +59,14 @@ class Group:
         common = set.intersection(*(set(run.values["results"]) for run in self.runs))
         return [name for name in SELECTION_NAMES if name in common] + sorted(common - SELECTION_NAMES.keys())
 
-    def number(self, selection: str, measure: str) -> Number | None:
+    def number(self, selection: str, measure: str) -> MeanStd | None:
         """``average``, ``last``, ``forgetting`` or ``selecting`` (after the last task) under one selection."""
         values = []
         for run in self.runs:
             chosen = run.values["selection_accuracy"].get(selection)
             of_selection = run.values["results"][selection] | {"selecting": chosen[-1] if chosen else None}
             values.append(of_selection[measure])
-        return None if None in values else Number(*mean_std(values), len(values))
+        return None if None in values else MeanStd(*mean_std(values), len(values))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Section:
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
 
-    def rows(self, selections: Sequence[str] | None = None) -> list[tuple[Group, str, dict[str, Number | None]]]:
+    def rows(self, selections: Sequence[str] | None = None) -> list[tuple[Group, str, dict[str, MeanStd | None]]]:
         """A row for each group and selection (by default all that it has), with its measures."""
         return [
             (group, name, {measure: group.number(name, measure) for measure in MEASURES})

@@ -59,9 +59,9 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, then start again") from error
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); {_WAY_OUT}") from error
+            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); {HINT_RESTORE}") from error
         if not isinstance(manifest, dict) or "identity" not in manifest:
-            raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {_WAY_OUT}")
+            raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {HINT_RESTORE}")
         if manifest.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; use the version that "
@@ -70,7 +70,7 @@ class CheckpointFolder:
         if (recorded := manifest.pop("sha256", None)) != (found := _sha256_of_values(manifest)):
             raise CheckpointError(
                 f"{path} is damaged or was edited: its SHA-256 is {found[:12]}…, it says {str(recorded)[:12]}…; "
-                f"{_WAY_OUT}"
+                f"{HINT_RESTORE}"
             )
         return manifest
 
@@ -160,7 +160,7 @@ class CheckpointFolder:
                 content = (source.folder / name).read_bytes()
             except OSError as error:
                 path = source.folder / name
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {HINT_RESTORE}") from error
             atomic_write(self.folder / name, lambda file, content=content: file.write(content))
 
     def _save_module(self, task: int, module: dict[str, Tensor] | None) -> dict[str, str]:
@@ -185,13 +185,13 @@ class CheckpointFolder:
             try:
                 found = sha256_of_file(path)
             except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {_WAY_OUT}") from None
+                raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {HINT_RESTORE}") from None
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {HINT_RESTORE}") from error
             if found != expected:
                 raise CheckpointError(
                     f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, "
-                    f"{MANIFEST} says {expected[:12]}…; {_WAY_OUT}"
+                    f"{MANIFEST} says {expected[:12]}…; {HINT_RESTORE}"
                 )
             if task := MODULE_FILE.fullmatch(name):
                 modules.append((int(task[1]), module_from_file(path)))
@@ -200,7 +200,7 @@ class CheckpointFolder:
         return state, [module for _, module in sorted(modules, key=lambda numbered: numbered[0])]
 
 
-_WAY_OUT = "restore it from a copy, or start over with --fresh (which moves this folder's files aside)"
+HINT_RESTORE = "restore it from a copy, or start over with --fresh (which moves this folder's files aside)"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -214,13 +214,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged and cannot be read ({_first_line(error)}); {_WAY_OUT}") from error
+        raise CheckpointError(f"{path} is damaged and cannot be read ({_first_line(error)}); {HINT_RESTORE}") from error
     except Exception as error:  # pickle.UnpicklingError and what a hostile file may provoke
         raise CheckpointError(
-            f"{path} is not a plain state dict of tensors and was not loaded ({_first_line(error)}); {_WAY_OUT}"
+            f"{path} is not a plain state dict of tensors and was not loaded ({_first_line(error)}); {HINT_RESTORE}"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} is not a plain state dict of tensors; {_WAY_OUT}")
+        raise CheckpointError(f"{path} is not a plain state dict of tensors; {HINT_RESTORE}")
     return state
 
 

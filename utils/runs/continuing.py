@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
-from utils.data.tasks import Learned, TaskStream, learned_by
+from utils.data.tasks import LearnedClasses, TaskStream, learned_by
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.runs.checkpoint import CLASSIFIER_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
 
@@ -26,7 +26,7 @@ _MUST_EQUAL = (
 
 
 @dataclass(frozen=True)
-class Base:
+class SavedRun:
     """A saved run on top of which another one learns.
 
     Attributes:
@@ -42,7 +42,7 @@ class Base:
     sha256: str
 
     @property
-    def learned(self) -> Learned:
+    def learned(self) -> LearnedClasses:
         return learned_by(self.manifest, self.tasks)
 
 
@@ -68,7 +68,7 @@ def read_run(checkpoint: CheckpointFolder) -> dict[str, Any]:
     raise CheckpointError(f"{str(folder)!r} holds no run (no {MANIFEST}); give a run's checkpoint_dir")
 
 
-def find_base(config: Config, identity: Callable[[str], dict[str, Any]]) -> Base:
+def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) -> SavedRun:
     """The saved run that ``continue_from`` names.
 
     Where it is also the ``checkpoint_dir``, the run there may be the continued one, from an earlier start: then its
@@ -91,18 +91,18 @@ def find_base(config: Config, identity: Callable[[str], dict[str, Any]]) -> Base
     earlier = manifest.get("base")
     own = checkpoint.folder.resolve() == Path(config.checkpoint_dir).expanduser().resolve()
     if own and earlier and identity(earlier["sha256"]) == manifest["identity"]:
-        return Base(Path(earlier["folder"]), manifest, earlier["tasks"], earlier["sha256"])
+        return SavedRun(Path(earlier["folder"]), manifest, earlier["tasks"], earlier["sha256"])
     if manifest["status"] != "finished":
         raise CheckpointError(
             f"the run in {config.continue_from!r} has learned {len(manifest['tasks'])} of "
             f"{len(manifest['task_sizes'])} tasks; finish it with its own config first, then continue"
         )
-    base = Base(checkpoint.folder, manifest, len(manifest["tasks"]), _sha256(manifest))
+    base = SavedRun(checkpoint.folder, manifest, len(manifest["tasks"]), _sha256(manifest))
     _check_fits(config, base, identity(base.sha256))
     return base
 
 
-def _check_fits(config: Config, base: Base, new: dict[str, Any]) -> None:
+def _check_fits(config: Config, base: SavedRun, new: dict[str, Any]) -> None:
     old = base.manifest["identity"]
     for key in _MUST_EQUAL:
         if old[key] != new[key]:
@@ -115,13 +115,13 @@ def _check_fits(config: Config, base: Base, new: dict[str, Any]) -> None:
             )
 
 
-def adopt(base: Base, checkpoint: CheckpointFolder, manifest: dict[str, Any], stream: TaskStream) -> dict[str, Any]:
+def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: dict[str, Any], stream: TaskStream) -> dict[str, Any]:
     """Copy the base's files to ``checkpoint`` and return the ``manifest`` of a run that begins with its tasks.
 
     Nothing of the base is changed or lost: if it lies in ``checkpoint``, a copy is set aside.
 
     Raises:
-        CheckpointError: it changed since ``find_base``, or is damaged. DataError: see ``tests_old``.
+        CheckpointError: it changed since ``find_saved_run``, or is damaged. DataError: see ``tests_old``.
     """
     source = CheckpointFolder(base.folder)
     saved = read_run(source)
@@ -153,7 +153,7 @@ def adopt(base: Base, checkpoint: CheckpointFolder, manifest: dict[str, Any], st
     }
 
 
-def tests_old(base: Base, stream: TaskStream) -> bool:
+def tests_old(base: SavedRun, stream: TaskStream) -> bool:
     """Whether the data tests what the base has learned: all of it or nothing.
 
     Raises:

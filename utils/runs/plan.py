@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
-from utils.features.arrays import Wanted
+from utils.features.arrays import View
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.batches import TEST_VIEW
 from utils.files import human_size
@@ -18,7 +18,7 @@ from utils.runs.setup import Setup
 log = logging.getLogger(__name__)
 
 
-def plan(setup: Setup, wanted: Sequence[Wanted], *, with_modules: bool) -> dict[str, Any]:
+def plan(setup: Setup, wanted: Sequence[View], *, with_modules: bool) -> dict[str, Any]:
     """Log the tasks, forward passes, disk, files and time of a run that was only set up. Nothing is written.
 
     Args:
@@ -60,7 +60,7 @@ def _log_tasks(setup: Setup) -> None:
             )
 
 
-def _lacking(setup: Setup, wanted: Sequence[Wanted]) -> list[tuple[FeatureBank, list[Wanted]]]:
+def _lacking(setup: Setup, wanted: Sequence[View]) -> list[tuple[FeatureBank, list[View]]]:
     """For each seed its bank and what no earlier seed will have put there; in memory every seed begins anew."""
     found, counted = [], set()
     for seed in setup.config.seed:
@@ -88,7 +88,7 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _probe(lacking: list[tuple[FeatureBank, list[Wanted]]], forwards: int) -> float | None:
+def _probe(lacking: list[tuple[FeatureBank, list[View]]], forwards: int) -> float | None:
     """Estimated seconds of all missing forward passes."""
     if not forwards:
         log.info("Time: every feature is there; only learning and evaluation remain")

@@ -10,7 +10,7 @@ from utils.data.tasks import TaskStream, make_stream
 from utils.features.bank import FeatureBank, FeatureExtractor, resolve_cache_dir
 from utils.hardware import Ranks
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import Base
+from utils.runs.continuing import SavedRun
 from utils.runs.identity import run_identity
 
 
@@ -23,7 +23,7 @@ class Setup:
     backbone: FeatureExtractor
     fingerprints: dict[str, str]  # of each split's images
     ranks: Ranks
-    base: Base | None = None  # the saved run that this one continues
+    base: SavedRun | None = None  # the saved run that this one continues
 
     def stream(self, seed: int) -> TaskStream:
         return make_stream(self.data, self.config, seed, self.base.learned if self.base else None)
