@@ -27,7 +27,7 @@ def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | No
         a ``models.ContinualClassifier``: ``predict``, ``learn``, ``save``.
 
     Raises:
-        UserError (a ``ValueError``): one line that says what is wrong with checkpoint or weights.
+        UserError: one line that says what is wrong with checkpoint or weights.
     """
     return _models().ContinualClassifier.load(checkpoint, backbone_weights=backbone_weights, device=device)
 

@@ -68,7 +68,7 @@ def _draw(sections: Sequence[Section], folder: Path) -> dict[str, dict[str, list
 
 
 def _write(path: Path, text: str) -> None:
-    atomic_write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+    atomic_write(path, text.encode("utf-8", "surrogateescape"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What a user did wrong, or what the machine refused: each is shown as one line, never as a traceback."""
 
 
-class UserError(ValueError):
-    """A fault that the user can mend. The message names the thing, what was found and what to do."""
+class UserError(Exception):
+    """A fault that the user can correct. The message names the thing, what was found and what to do.
+
+    It is no ``ValueError``: no handler of our own for bad values may swallow it.
+    """
 
 
 class ConfigError(UserError):

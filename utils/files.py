@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from utils.errors import UserError
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` on a hidden neighbour of ``path``, flush it to disk, then move it into place in one step.
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
+    """Write ``content`` to a hidden neighbour of ``path``, flush it to disk, then move it into place in one step.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or the name is too long; ``path`` is as before.
@@ -24,18 +24,17 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                write(file)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write of the disk into the latter
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({reason}); what was there is unchanged: free space, mend permissions or set "
-            "another folder, then start again"
+            f"{path} cannot be written ({error.strerror}); what was there is unchanged: free space, correct the "
+            "permissions or set another folder, then start again"
         ) from error
 
 
@@ -66,7 +65,7 @@ def remove_partials(folder: Path, name: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write JSON atomically. NaN is not JSON: callers pass None for what is undefined."""
     text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
-    atomic_write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape") + b"\n"))
+    atomic_write(path, text.encode("utf-8", "surrogateescape") + b"\n")
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Damaged, foreign and hostile files; disks and folders that refuse. One line names each, and nothing is lost."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -26,33 +27,38 @@ from utils.runs.checkpoint import MANIFEST, load_tensors
 # -- atomic writes ----------------------------------------------------------------------------------------------------
 
 
-def half_then(error: BaseException):
-    def write(file) -> None:
-        file.write(b"new, but only ha")
-        raise error
+def half_then(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """From now on a file that ``utils.files`` opens takes half of what is written, then raises ``error``."""
 
-    return write
+    class Half(io.FileIO):
+        def write(self, content: bytes) -> int:
+            super().write(content[: len(content) // 2])
+            raise error
+
+    monkeypatch.setattr(files, "open", Half, raising=False)
 
 
 def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(tmp_path, error):
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
+    half_then(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(UserError, match=r"file cannot be written .*what was there is unchanged"):
-        atomic_write(path, half_then(error))
+        atomic_write(path, b"new, but only half")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
 
-def test_ctrl_c_half_way_through_a_write_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TypeError("a bug")], ids=["Ctrl-C", "bug"])
+def test_what_is_no_fault_of_the_disk_passes_through_and_leaves_the_old_file(tmp_path, monkeypatch, error):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(path, half_then(KeyboardInterrupt()))
+    half_then(monkeypatch, error)
+    with pytest.raises(type(error)):
+        atomic_write(path, b"new, but only half")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
@@ -63,7 +69,7 @@ def test_a_disk_that_fails_to_flush_or_rename_leaves_the_old_file(tmp_path, monk
     path.write_bytes(b"old")
     monkeypatch.setattr(files.os, call, full)
     with pytest.raises(UserError, match="No space left on device"):
-        atomic_write(path, lambda file: file.write(b"new"))
+        atomic_write(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
@@ -72,7 +78,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda *args: (order.append("fsync"), fsync(*args)))
     monkeypatch.setattr(files.os, "replace", lambda *args: (order.append("replace"), replace(*args)))
-    atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    atomic_write(tmp_path / "file", b"new")
     assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
 
 
@@ -288,7 +294,7 @@ def test_a_read_only_folder_is_named(run, open_folder, key):
     with nobody(), pytest.raises(UserError, match=r"read-only.*cannot be written \(Permission denied\)"):
         FolderLock(folder / "deeper" / ".lock", key).__enter__()
     with nobody(), pytest.raises(UserError, match="file cannot be written"):
-        atomic_write(folder / "file", lambda file: file.write(b"new"))
+        atomic_write(folder / "file", b"new")
 
 
 @pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir", "cache_dir"])

@@ -223,8 +223,8 @@ def test_weights_that_moved_are_asked_for(run_main, run_of_four, tmp_path):
     assert ContinualClassifier.load(outcome.checkpoints, backbone_weights=moved).tasks == 2
 
 
-def test_errors_are_value_errors():
-    assert issubclass(UserError, ValueError)
+def test_a_mistake_is_no_value_error_that_a_handler_for_bad_values_could_swallow():
+    assert not issubclass(UserError, ValueError)
 
 
 # -- torch.hub --------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def save(figure: Figure, *paths: Path) -> None:
         undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}.get(form, {})
         with rc_context(_RC):
             figure.savefig(buffer, format=form, dpi=150, bbox_inches="tight", metadata=undated)
-        atomic_write(path, lambda file, data=buffer: file.write(data.getbuffer()))
+        atomic_write(path, buffer.getbuffer())
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------

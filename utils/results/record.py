@@ -123,8 +123,7 @@ def write_run_json(paths: RunPaths, manifest: dict[str, Any]) -> dict[str, Any]:
     """Replace the run's JSON, and the CSV of its curves; return what the JSON holds."""
     values = run_json(manifest)
     write_json(paths.file(".json"), values)
-    curves = curves_csv(values).encode()
-    atomic_write(paths.file(".csv"), lambda file: file.write(curves))
+    atomic_write(paths.file(".csv"), curves_csv(values).encode())
     return values
 
 

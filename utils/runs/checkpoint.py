@@ -161,7 +161,7 @@ class CheckpointFolder:
             except OSError as error:
                 path = source.folder / name
                 raise CheckpointError(f"{path} cannot be read ({error.strerror}); {HINT_RESTORE}") from error
-            atomic_write(self.folder / name, lambda file, content=content: file.write(content))
+            atomic_write(self.folder / name, content)
 
     def _save_module(self, task: int, module: dict[str, Tensor] | None) -> dict[str, str]:
         """Write ``task<i>.pth`` under the release's keys; return its name with its SHA-256, nothing for no module."""
@@ -173,7 +173,7 @@ class CheckpointFolder:
     def _save(self, name: str, state: dict[str, Tensor]) -> str:
         buffer = io.BytesIO()
         torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
-        atomic_write(self.folder / name, lambda file: file.write(buffer.getbuffer()))
+        atomic_write(self.folder / name, buffer.getbuffer())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()  # of what was meant, not of what the disk made of it
 
     def load(self, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
