@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.images import machine, peak_bytes, resident_bytes
-from models.tosca import TOSCA, single_thread, train
+from models.tosca import TOSCA, single_thread
+from models.training import shuffled_epochs, train
 from utils.config import Config, make_config
 
 TASKS, CLASSES_EACH, IMAGES, TEST_IMAGES, DIM, BATCH = 20, 5, 2500, 10_000, 768, 48
@@ -66,7 +67,9 @@ def steps_per_second(centres: Tensor) -> float:
 def _train(learner: TOSCA, task: ReadyTask) -> None:
     luca = learner._fresh_luca(first=False, seed=1)
     with single_thread():
-        train(luca, learner._grown_classifier(task), task, learner)
+        train(
+            luca, learner._grown_classifier(task), shuffled_epochs(task, learner.config, learner.seed), learner.config
+        )
 
 
 def products_per_second() -> float:

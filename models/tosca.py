@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from backbone.classifier import CosineClassifier, first_rows
@@ -17,12 +16,12 @@ from backbone.luca import LuCA, make_luca
 from models.base import Learner, Prediction, TaskData
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
+from models.training import check_finite, shuffled_epochs, train
 from utils.config import Config
 from utils.errors import NumericError
 from utils.progress import progress
 from utils.seeds import derive_seed
 
-HINT_LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
 ROUTER_WIDTH = 1_000  # random features of the ``ridge`` router: RanPAC's 10,000 would cost more than all the rest
 EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
@@ -69,16 +68,33 @@ class TOSCA(Learner):
         if self.config.new_rows == "prototypes":
             with torch.no_grad():
                 _set_rows(classifier, task, luca(task.test_view()))  # of the module as it starts
-        with single_thread():
-            train(luca, classifier, task, self)
-        with torch.no_grad():
-            _set_rows(classifier, task, luca(task.test_view()))
-        _check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())}, task.index)
+        try:
+            self._train(luca, classifier, task)
+            with torch.no_grad():
+                _set_rows(classifier, task, luca(task.test_view()))
+            check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())})
+        except NumericError as error:
+            raise NumericError(f"task {task.index}, {error}") from None
         self.classifier = classifier.requires_grad_(False)
         new = {name: p.detach()[None] for name, p in luca.named_parameters()}
         self.modules = {n: torch.cat([self.modules[n], p]) if self.modules else p for n, p in new.items()}
         for router in self.routers.values():
             router.update(task.test_view(), task.labels, task.first_row + task.new_rows)
+
+    def _train(self, luca: LuCA, classifier: CosineClassifier, task: TaskData) -> None:
+        config = self.config
+        epochs = shuffled_epochs(task, config, self.seed)
+        bar = progress(epochs, total=config.epochs, desc=f"Task {task.index}", unit="epoch", leave=False)
+        frozen_rows = task.first_row if config.old_rows == "freeze" else 0
+        with single_thread():
+            train(
+                luca,
+                classifier,
+                bar,
+                config,
+                frozen_rows=frozen_rows,
+                on_epoch=lambda _, stats: bar.set_postfix(loss=f"{stats.loss:.3f}", refresh=False),
+            )
 
     def _fresh_luca(self, *, first: bool, seed: int) -> LuCA:
         c = self.config
@@ -215,77 +231,3 @@ def choose_by_batch(entropies: Tensor) -> Tensor:
     """One module for every 48 consecutive samples, by their mean entropy: ``(samples, modules) -> (samples,)``."""
     parts = [part.mean(dim=0).argmin().expand(len(part)) for part in entropies.split(SELECTION_BATCH) if len(part)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=entropies.device)
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
-
-
-def train(luca: LuCA, classifier: CosineClassifier, task: TaskData, learner: TOSCA) -> None:
-    """Train both in place on one task.
-
-    Loss: cross-entropy over all rows + l1 · Σ|θ| over all of LuCA's parameters, biases and unused branches
-    included. The optimiser holds LuCA, all classifier rows and σ.
-    """
-    config = learner.config
-    parameters = [*luca.parameters(), classifier.weight]
-    if config.sigma == "learned":
-        parameters.append(classifier.sigma)
-    optimizer, schedule = build_optimizer(parameters, config)
-    old_rows = classifier.weight.detach()[: task.first_row].clone()
-    images = len(task.labels)
-    bar = progress(range(config.epochs), desc=f"Task {task.index}", unit="epoch", leave=False)
-    for epoch in bar:
-        generator = torch.Generator().manual_seed(derive_seed("batches", learner.seed, task.index, epoch))
-        order = torch.randperm(images, generator=generator).to(learner.device)
-        features, labels = task.epoch(epoch)[order], task.labels[order]
-        losses = []
-        for h, y in zip(features.split(config.batch_size), labels.split(config.batch_size), strict=True):
-            loss = F.cross_entropy(classifier(luca(h)), y) + config.l1 * l1_norm(luca)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if config.old_rows == "freeze":  # a zero gradient would not do: weight decay moves a row without one
-                classifier.weight.data[: task.first_row] = old_rows
-            losses.append(loss.detach())
-        if schedule is not None:
-            schedule.step()
-        mean = _checked_mean(torch.stack(losses), task.index, epoch)
-        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-
-
-def l1_norm(module: nn.Module) -> Tensor:
-    """Σ|θ| over all parameters of ``module``, a scalar."""
-    return torch.cat([p.flatten() for p in module.parameters()]).abs().sum()
-
-
-def build_optimizer(
-    parameters: list[nn.Parameter], config: Config
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-    """The optimiser and its schedule, stepped once an epoch (None: constant rate)."""
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, **options)
-    else:
-        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **options)
-    if config.scheduler == "cosine":
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=1e-8)
-    if config.scheduler == "steplr":
-        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.1)
-    return optimizer, None
-
-
-def _checked_mean(losses: Tensor, task: int, epoch: int) -> float:
-    """Mean loss of an epoch; one look at the device for all its steps."""
-    if not bool((finite := torch.isfinite(losses)).all()):
-        step = int((~finite).nonzero()[0]) + 1
-        raise NumericError(
-            f"task {task}, epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; {HINT_LOWER_LR}"
-        )
-    return losses.mean().item()
-
-
-def _check_finite(tensors: dict[str, Tensor], task: int) -> None:
-    """What the last step made is in no loss: look at it before it is saved."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NumericError(f"task {task}, after its last step: {name} is not finite; {HINT_LOWER_LR}")

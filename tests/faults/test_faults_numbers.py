@@ -7,21 +7,21 @@ import torch
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, make_luca
 from backbone.vit import Backbone
-from models import tosca
+from models import tosca, training
 from models.tosca import entropy
 from utils.results import metrics
 
 
 def test_an_infinite_loss_names_task_epoch_step_and_earlier_tasks_stay(half, tree, undisturbed, monkeypatch):
     before = tree(half.checkpoints)
-    real, calls = tosca.l1_norm, [0]
+    real, calls = training.l1_norm, [0]
 
     def infinite_once(module: torch.nn.Module) -> torch.Tensor:
         calls[0] += 1
         return real(module) * (float("inf") if calls[0] == 4 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tosca, "l1_norm", infinite_once)
+        patch.setattr(training, "l1_norm", infinite_once)
         error = half().error
     assert "task 2, epoch 2, step 2: the loss is inf" in error
     assert "lower lr" in error
@@ -40,14 +40,14 @@ def test_a_learning_rate_beyond_reason_stops_the_run_and_saves_nothing_of_it(run
 
 
 def test_losses_whose_sum_overflows_are_not_infinite():
-    assert tosca._checked_mean(torch.full((4,), 3e38), task=0, epoch=0) > 0
+    assert training.checked_mean(torch.full((4,), 3e38), epoch=0) > 0
 
 
 def test_nan_parameters_after_the_last_step_are_named(run, monkeypatch):
     real = tosca.train
 
-    def train(luca: torch.nn.Module, *args: object) -> None:
-        real(luca, *args)
+    def train(luca: torch.nn.Module, *args: object, **options: object) -> None:
+        real(luca, *args, **options)
         luca.se[0].weight.data[0, 0] = float("nan")
 
     monkeypatch.setattr(tosca, "train", train)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from backbone.luca import FLOWS, LuCA
-from models.tosca import TOSCA, build_optimizer, choose_by_batch, class_means, entropy, train
+from models.tosca import TOSCA, choose_by_batch, class_means, entropy
+from models.training import build_optimizer, shuffled_epochs, train
 from tests.conftest import tiny_config
 from utils.errors import NumericError
 
@@ -177,7 +178,7 @@ def one_step(flow: str, l1: float, **keys) -> tuple[dict[str, torch.Tensor], dic
     classifier = learner._grown_classifier(task)
     both = torch.nn.ModuleDict({"luca": luca, "classifier": classifier})
     before = copy.deepcopy(both)
-    train(luca, classifier, task, learner)
+    train(luca, classifier, shuffled_epochs(task, learner.config, learner.seed), learner.config)
     return before, both, task
 
 
@@ -223,7 +224,7 @@ def test_sigma_is_carried_to_the_next_task():
 
 def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
     seen = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, classifier, *_: seen.append(classifier.weight.clone()))
+    monkeypatch.setattr("models.tosca.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone()))
     learner = make_tosca()
     learner.learn(fake_task(0))
     prototypes = learner.classifier.weight.clone()
@@ -236,7 +237,10 @@ def test_new_rows_can_start_at_class_means_of_the_untrained_module(monkeypatch):
     seen, modules = [], []
     monkeypatch.setattr(
         "models.tosca.train",
-        lambda luca, classifier, *_: (seen.append(classifier.weight.clone()), modules.append(copy.deepcopy(luca))),
+        lambda luca, classifier, *_, **__: (
+            seen.append(classifier.weight.clone()),
+            modules.append(copy.deepcopy(luca)),
+        ),
     )
     learner = make_tosca(new_rows="prototypes")
     for task in (fake_task(0), fake_task(1)):
@@ -285,7 +289,7 @@ def test_learning_the_next_task_leaves_earlier_modules_bit_identical(flow):
 
 def test_the_first_module_starts_from_the_default_and_later_ones_from_xavier(monkeypatch):
     biases = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, *_: biases.append(luca.mlp[0].bias.detach().clone()))
+    monkeypatch.setattr("models.tosca.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone()))
     learner = make_tosca()
     for index in range(3):
         learner.learn(fake_task(index))
@@ -314,7 +318,8 @@ def test_each_epoch_sees_every_image_of_its_own_view_once_with_the_last_batch_ke
 
     original = LuCA.forward
     monkeypatch.setattr(LuCA, "forward", forward)
-    train(learner._fresh_luca(first=True, seed=1), learner._grown_classifier(task), task, learner)
+    luca, classifier = learner._fresh_luca(first=True, seed=1), learner._grown_classifier(task)
+    train(luca, classifier, shuffled_epochs(task, learner.config, learner.seed), learner.config)
     assert [len(h) for h in batches] == [5, 5, 2] * 2
     epochs = [torch.cat(batches[:3]), torch.cat(batches[3:])]
     places = []

@@ -1,0 +1,115 @@
+"""Training one LuCA and the classifier on a task: the loss and the loop of the paper's algorithm (section 3)."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone.classifier import CosineClassifier
+from models.base import TaskData
+from utils.config import Config
+from utils.errors import NumericError
+from utils.runs.manifest import EpochStats
+from utils.seeds import derive_seed
+
+HINT_LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
+Epoch = Iterable[tuple[Tensor, Tensor]]  # batches of features (images, dim) and rows (images,)
+OnEpoch = Callable[[int, EpochStats], None]  # is called with an epoch's number, from 0, and its means
+
+
+def train(
+    module: nn.Module,
+    classifier: CosineClassifier,
+    batches: Iterable[Epoch],
+    config: Config,
+    *,
+    frozen_rows: int = 0,
+    on_epoch: OnEpoch | None = None,
+) -> None:
+    """Train both in place.
+
+    Loss: cross-entropy over all rows + l1 · Σ|θ| over all parameters of ``module``, biases and unused branches
+    included. The optimiser holds them, all classifier rows and σ.
+
+    Args:
+        batches: the batches of each epoch.
+        frozen_rows: so many of the first rows stay as they are.
+        on_epoch: is called after each epoch with its mean loss and its accuracy in training.
+
+    Raises:
+        NumericError: a loss is NaN or infinite; epoch and step are named.
+    """
+    parameters = [*module.parameters(), classifier.weight]
+    if config.sigma == "learned":
+        parameters.append(classifier.sigma)
+    optimizer, schedule = build_optimizer(parameters, config)
+    frozen = classifier.weight.detach()[:frozen_rows].clone()
+    for epoch, steps in enumerate(batches):
+        losses, hits = [], []
+        for h, rows in steps:
+            logits = classifier(module(h))
+            loss = F.cross_entropy(logits, rows) + config.l1 * l1_norm(module)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if frozen_rows:  # a zero gradient would not do: weight decay moves a row without one
+                classifier.weight.data[:frozen_rows] = frozen
+            losses.append(loss.detach())
+            hits.append(logits.detach().argmax(dim=1) == rows)
+        if schedule is not None:
+            schedule.step()
+        stats = EpochStats(checked_mean(torch.stack(losses), epoch), 100 * torch.cat(hits).double().mean().item())
+        if on_epoch is not None:
+            on_epoch(epoch, stats)
+
+
+def shuffled_epochs(task: TaskData, config: Config, seed: int) -> Iterator[Epoch]:
+    """The batches of each epoch: the task's images under the epoch's view in a fresh order, the last batch kept."""
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(derive_seed("batches", seed, task.index, epoch))
+        order = torch.randperm(len(task.labels), generator=generator).to(task.labels.device)
+        features, rows = task.epoch(epoch)[order], task.labels[order]
+        yield zip(features.split(config.batch_size), rows.split(config.batch_size), strict=True)
+
+
+def l1_norm(module: nn.Module) -> Tensor:
+    """Σ|θ| over all parameters of ``module``, a scalar."""
+    return torch.cat([p.flatten() for p in module.parameters()]).abs().sum()
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], config: Config
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    """The optimiser and its schedule, stepped once an epoch (None: constant rate)."""
+    rate, decay = config.lr, config.weight_decay
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay)
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        optimizer = kind(parameters, lr=rate, weight_decay=decay)
+    if config.scheduler == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=1e-8)
+    if config.scheduler == "steplr":
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.1)
+    return optimizer, None
+
+
+def checked_mean(losses: Tensor, epoch: int) -> float:
+    """Mean loss of an epoch; one look at the device for all its steps."""
+    if not bool((finite := torch.isfinite(losses)).all()):
+        step = int((~finite).nonzero()[0]) + 1
+        raise NumericError(f"epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; {HINT_LOWER_LR}")
+    return losses.double().mean().item()
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """What the last step made is in no loss: look at it before it is saved.
+
+    Raises:
+        NumericError: a tensor holds a NaN or an infinite number.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericError(f"after its last step: {name} is not finite; {HINT_LOWER_LR}")
