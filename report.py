@@ -1,13 +1,17 @@
 """Tables and pictures from the JSON files of runs: python report.py [FOLDER or JSON ...]"""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import atomic_write
-from utils.results import render
+from utils.files import atomic_write, output_file
+from utils.results import page, render
+from utils.results.cells import HasTable
+from utils.results.comparison import Differences, make_comparisons
+from utils.results.escape import terminal
 from utils.results.metrics import SELECTION_NAMES
 from utils.results.read import newest_of_each, read_runs
 from utils.results.tables import Section, make_sections
@@ -41,18 +45,35 @@ def _report(args: argparse.Namespace) -> None:
     runs, skipped = read_runs(args.places or [Path("logs")])
     runs, old = newest_of_each(runs)
     sections, empty = make_sections(runs)
-    print(render.as_text(sections, args.selection))
+    comparisons = make_comparisons(sections, args.selection)
+    behind = [Differences(comparison) for comparison in comparisons]
+    tables: list[HasTable] = [*comparisons, *behind]
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is no folder; give another one")
+    page_file = output_file(args.html, "--html") if args.html else None
+    print(render.as_text([*sections, *comparisons], args.selection, styled=_styled()))
     print(render.glossary_text() + "\n")
-    notes = [*skipped, *old, *empty]
+    notes = [terminal(note) for note in (*skipped, *old, *empty)]
     for note in notes:
         print(note)
-    for name, make in render.TABLE_FILES.items():
-        _write(args.out / name, make(sections, args.selection))
-    print(f"Tables: {', '.join(str(args.out / name) for name in render.TABLE_FILES)}")
+    files = {
+        "tables.md": render.as_markdown([*sections, *tables], args.selection),
+        "tables.tex": render.as_latex([*sections, *tables], args.selection),
+        "tables.csv": render.as_csv(sections, args.selection),
+        "comparisons.csv": render.comparisons_csv(comparisons),
+    }
+    for name, text in files.items():
+        _write(args.out / name, "--out", text)
+    print(f"Tables: {', '.join(str(args.out / name) for name in files)}")
     pictures = {} if args.no_pictures else _draw(sections, args.out)
-    if args.html:
-        _write(args.html, render.as_html(sections, args.selection, pictures, notes))
+    if page_file:
+        _write(page_file, "--html", page.as_html(sections, args.selection, pictures, notes, tables))
         print(f"Page: {args.html}")
+
+
+def _styled() -> bool:
+    """Whether standard output is a terminal that shows bold and underlined type."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _draw(sections: Sequence[Section], folder: Path) -> dict[str, dict[str, list[tuple[str, Path]]]]:
@@ -67,8 +88,8 @@ def _draw(sections: Sequence[Section], folder: Path) -> dict[str, dict[str, list
     return pictures
 
 
-def _write(path: Path, text: str) -> None:
-    atomic_write(path, text.encode("utf-8", "surrogateescape"))
+def _write(path: Path, option: str, text: str) -> None:
+    atomic_write(output_file(path, option), text.encode("utf-8", "surrogateescape"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +50,25 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def output_file(path: Path, option: str) -> Path:
+    """Return the file that output to ``path`` goes to: links are followed, and nothing but a regular file is replaced.
+
+    Raises:
+        UserError: a folder, device, pipe or socket is there; ``option`` is what the user calls it.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    except OSError as error:
+        raise UserError(f"{option} {str(path)!r} cannot be used ({error.strerror}); give another file") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise UserError(f"{option} {str(path)!r} is {kind}; give the name of a regular file")
+    return target
 
 
 def remove_partials(folder: Path, name: str) -> None:

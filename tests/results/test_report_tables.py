@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import report
-from utils.results import render
+from utils.results import escape, page, render
 from utils.results.metrics import GLOSSARY
 from utils.results.read import newest_of_each, read_runs
 from utils.results.tables import glossary_markdown, make_sections
@@ -179,7 +179,7 @@ def test_unfinished_runs_are_marked_and_never_averaged_with_finished_ones(tmp_pa
 
 
 def test_latex_escapes_what_it_would_take_for_commands(tmp_path):
-    assert render.latex("my_set 50% & #1 {x} ~ ^ $ \\ – ±") == (
+    assert escape.latex("my_set 50% & #1 {x} ~ ^ $ \\ – ±") == (
         r"my\_set 50\% \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{} -- $\pm$"
     )
     write(tmp_path, run_values(1), run_values(2))
@@ -190,7 +190,7 @@ def test_latex_escapes_what_it_would_take_for_commands(tmp_path):
     assert "$A_T$" in code and r"tosca\_r" in code and r"60.00 $\pm$ 0.00" in code
     assert code.count(r"\toprule") == code.count(r"\bottomrule") == code.count(r"\begin{table}") == 1
     body = code[code.index(r"\midrule") : code.index(r"\bottomrule")]
-    assert {line.count("&") for line in body.splitlines() if "&" in line} == {len(render.header(sections[0])) - 1}
+    assert {line.count("&") for line in body.splitlines() if "&" in line} == {len(sections[0].table().header) - 1}
     assert code.isascii()
 
 
@@ -215,12 +215,12 @@ def test_markdown_rows_have_as_many_cells_as_the_head(tmp_path):
 def test_the_glossary_is_told_word_for_word_everywhere(tmp_path):
     write(tmp_path, run_values())
     sections, _ = sections_of(tmp_path)
-    page = render.as_html(sections, None, {}, [])
+    html = page.as_html(sections, None, {}, [])
     for term, definition in GLOSSARY.items():
         assert f"- **{term}**: {definition}\n" in glossary_markdown()
         assert f"{term}: {definition}" in render.glossary_text()
         assert f"% {term}: {definition}\n" in render.as_latex(sections)
-        assert f"<dt>{term}</dt><dd>{definition.replace(chr(39), '&#x27;')}</dd>" in page
+        assert f"<dt>{term}</dt><dd>{definition.replace(chr(39), '&#x27;')}</dd>" in html
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_report_writes_all_files_and_names_what_it_skipped(tmp_path, capsys):
     for name in ("torn", "foreign", "list", "nan", "shape"):
         lines = [line for line in told.splitlines() if line.startswith("skipped") and f"{name}.json" in line]
         assert len(lines) == 1
-    assert sorted(path.name for path in out.iterdir()) == ["tables.csv", "tables.md", "tables.tex"]
+    assert sorted(path.name for path in out.iterdir()) == ["comparisons.csv", "tables.csv", "tables.md", "tables.tex"]
     assert str(out / "tables.tex") in told
     assert "torn.json" in page.read_text(encoding="utf-8")
 

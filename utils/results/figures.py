@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from utils.files import atomic_write
-from utils.results.render import selection_name
+from utils.results.metrics import selection_name
 from utils.results.tables import Group, Section
 
 # Okabe and Ito's colours, apart also for the colour-blind; style and marker tell the lines apart without colour
@@ -21,10 +22,15 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 1
 _MARKERS = "osD^vXP*"
 MAX_LINES = len(_COLOURS)
 _NUMBERED_TASKS = 12  # a matrix of more tasks has no numbers in its cells
-_RC = {
-    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "pdf.fonttype": 42, "svg.hashsalt": "",
-}  # fmt: skip
+_RC: Any = {  # matplotlib types the names of its settings one by one
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "",
+}
 
 
 def save(figure: Figure, *paths: Path) -> None:
@@ -124,12 +130,20 @@ def _line(axes: Axes, index: int, label: str, curves: np.ndarray) -> None:
     tasks, mean = np.arange(1, curves.shape[1] + 1), curves.mean(axis=0)
     colour = _COLOURS[index]
     axes.plot(
-        *(tasks, mean), color=colour, linestyle=_STYLES[index], marker=_MARKERS[index], markersize=4.5,
-        markerfacecolor="white" if index % 2 else colour, linewidth=1.4, label=label,
-    )  # fmt: skip
+        tasks,
+        mean,
+        color=colour,
+        linestyle=_STYLES[index],
+        marker=_MARKERS[index],
+        markersize=4.5,
+        markerfacecolor="white" if index % 2 else colour,
+        linewidth=1.4,
+        label=label,
+    )
     if len(curves) > 1:
         std = curves.std(axis=0, ddof=1)
-        axes.fill_between(tasks, mean - std, mean + std, color=colour, alpha=0.13, linewidth=0)
+        low, high = np.clip(mean - std, 0, 100), np.clip(mean + std, 0, 100)  # a share is never outside
+        axes.fill_between(tasks, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def _finish_curves(axes: Axes, what: str) -> None:
@@ -173,8 +187,7 @@ def confusions(group: Group, selections: Sequence[str]) -> Figure:
 def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str) -> Figure:
     with rc_context(_RC):
         rows, columns = _grid(len(panels))
-        figure = Figure(figsize=(0.6 + 2.9 * columns, 3 * rows), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.09)
+        figure = Figure(figsize=(0.6 + 2.9 * columns, 3 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09))
         panes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, values) in zip(panes, panels.items(), strict=False):
             image = _matrix(axes, values)
@@ -230,7 +243,10 @@ def entropies(group: Group, selections: Sequence[str]) -> Figure:
 
 def _entropy_points(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]) -> None:
     """Points, not bars: the entropies lie close together, far from zero."""
-    looks = {"right": {"marker": "o", "color": "black"}, "wrong": {"marker": "s", "color": "#666666", "mfc": "white"}}
+    looks: dict[str, Any] = {
+        "right": {"marker": "o", "color": "black"},
+        "wrong": {"marker": "s", "color": "#666666", "mfc": "white"},
+    }
     for side, (choice, look) in zip((-0.12, 0.12), looks.items(), strict=True):
         values = np.array([run[choice] for run in of_runs], dtype=float)  # None: nan, never chosen so
         modules = np.arange(1, values.shape[1] + 1)
@@ -262,8 +278,8 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
     if figure := sparsity_curves(section):
         caption = "Share of the parameters of each task's module with |θ| < 0.001"
         drawn[""].append((caption, _save(figure, folder / f"{section.key}-sparsity")))
-    for index, group in enumerate(section.groups, start=1):
-        drawn[group.name] = _draw_group(group, folder / f"{section.key}-{index:02d}-{_slug(group.name)}")
+    for group in section.groups:
+        drawn[group.name] = _draw_group(group, folder / f"{section.key}-{group.key}")
     return drawn
 
 
@@ -286,8 +302,3 @@ def _save(figure: Figure, stem: Path) -> Path:
     png = Path(f"{stem}.png")
     save(figure, png, Path(f"{stem}.pdf"))
     return png
-
-
-def _slug(text: str) -> str:
-    kept = "".join(c if c.isalnum() or c in "._=-" else "-" for c in text)
-    return "-".join(part for part in kept.split("-") if part)[:60]

@@ -33,9 +33,15 @@ SELECTION_NAMES = {
 }
 
 
+def selection_name(selection: str) -> str:
+    """Return how every table and picture names a selection."""
+    return SELECTION_NAMES.get(selection, selection)
+
+
 def top_k_hits(top: np.ndarray, true: np.ndarray, k: int) -> np.ndarray:
     """Whether the true class is among the first ``k``: ``(samples, ranks), (samples,) -> (samples,)`` bool."""
-    return (top[:, :k] == true[:, None]).any(axis=1)
+    hits: np.ndarray = (top[:, :k] == true[:, None]).any(axis=1)
+    return hits
 
 
 def percent(hits: np.ndarray) -> float | None:
@@ -81,9 +87,10 @@ def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
     last = len(matrix) - 1
     drops = []
     for k in range(last):
-        before = [matrix[t][k] for t in range(k, last)]
-        if None not in before and matrix[last][k] is not None:
-            drops.append(max(before) - matrix[last][k])
+        before = [value for t in range(k, last) if (value := matrix[t][k]) is not None]
+        final = matrix[last][k]
+        if len(before) == last - k and final is not None:
+            drops.append(max(before) - final)
     return float(np.mean(drops)) if drops else 0.0
 
 
@@ -96,10 +103,13 @@ def confusion(true_task: np.ndarray, module: np.ndarray, tasks: int) -> list[lis
     """Counts of (true task, chosen module)."""
     table = np.zeros((tasks, tasks), dtype=np.int64)
     np.add.at(table, (true_task, module), 1)
-    return table.tolist()
+    counts: list[list[int]] = table.tolist()
+    return counts
 
 
-def entropy_by_module(entropy: np.ndarray, module: np.ndarray, true_task: np.ndarray, tasks: int) -> dict[str, list]:
+def entropy_by_module(
+    entropy: np.ndarray, module: np.ndarray, true_task: np.ndarray, tasks: int
+) -> dict[str, list[float | None]]:
     """Mean entropy (nats) of each module where it was the right choice and where it was not; None: never chosen so."""
     means = {}
     for name, right in (("right", module == true_task), ("wrong", module != true_task)):

@@ -28,7 +28,7 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What the run's numbers depend on."""
-        identity = self.values["identity"]
+        identity: dict[str, Any] = self.values["identity"]
         if identity["model_name"] == "tosca":
             return identity
         return {key: value for key, value in identity.items() if key not in _ONLY_TOSCA}
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.values["status"] == "finished"
+        return bool(self.values["status"] == "finished")
 
     @property
     def tasks_done(self) -> int:

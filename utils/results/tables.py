@@ -1,4 +1,4 @@
-"""Runs -> groups of comparable runs -> rows of mean ± std over seeds. ``utils.render`` writes them down."""
+"""Runs -> groups of comparable runs -> rows of mean ± std over seeds. ``utils.results.render`` writes them down."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,8 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from utils.config import FLOWS, LEARNERS
-from utils.results.metrics import GLOSSARY, SELECTION_NAMES, mean_std
+from utils.results.cells import Cell, MeanStd, Row, Selections, Table, interval_text, number_text
+from utils.results.escape import plain_name
+from utils.results.metrics import GLOSSARY, SELECTION_NAMES, mean_std, selection_name
 from utils.results.read import Run, canonical
+from utils.results.statistics import half_width
 
 # shown in the title of a section or in columns of their own
 _SHOWN_ELSEWHERE = {
@@ -16,15 +19,6 @@ _SHOWN_ELSEWHERE = {
     *("weights_sha256", "images_sha256"),
 }
 MEASURES = {"average": "Ā", "last": "A_T", "forgetting": "forgetting", "selecting": "selection accuracy"}
-
-
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean and sample standard deviation over ``count`` seeds."""
-
-    mean: float
-    std: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -48,10 +42,18 @@ class Group:
 
     @property
     def name(self) -> str:
-        """For legends: ``tosca (tosca_r, l1=0.001)``."""
+        """For legends: ``tosca (tosca_r, l1=0.001)``; a run that is not finished says so."""
         flow = [self.labels["flow"]] if self.labels.get("flow", "–") != "–" else []
-        others = [f"{k}={v}" for k, v in self.labels.items() if k not in ("method", "flow") and v != "–"]
+        others = [f"{k}={v}" for k, v in self.labels.items() if k not in ("method", "flow", "status") and v != "–"]
+        others += [] if self.finished else [self.runs[0].status]
         return self.labels["method"] + (f" ({', '.join(flow + others)})" if flow or others else "")
+
+    @property
+    def key(self) -> str:
+        """For file names: the method, its flow and a hash of every setting, whatever other runs there are."""
+        run = self.runs[0]
+        words = [run.identity["model_name"], *([str(run.identity["flow"])] if "flow" in run.identity else [])]
+        return f"{plain_name('-'.join(words))}-{_short(comparable_settings(run))}"
 
     @property
     def selections(self) -> list[str]:
@@ -60,13 +62,30 @@ class Group:
         return [name for name in SELECTION_NAMES if name in common] + sorted(common - SELECTION_NAMES.keys())
 
     def number(self, selection: str, measure: str) -> MeanStd | None:
-        """``average``, ``last``, ``forgetting`` or ``selecting`` (after the last task) under one selection."""
-        values = []
-        for run in self.runs:
-            chosen = run.values["selection_accuracy"].get(selection)
-            of_selection = run.values["results"][selection] | {"selecting": chosen[-1] if chosen else None}
-            values.append(of_selection[measure])
-        return None if None in values else MeanStd(*mean_std(values), len(values))
+        """Return the mean over seeds of one of ``MEASURES`` under one selection; None where a run lacks it."""
+        return summarise([_measured(run, selection, measure) for run in self.runs])
+
+    def by_seed(self, selection: str, measure: str) -> dict[int, float]:
+        """Return the value of each seed that has one."""
+        values = {run.values["seed"]: _measured(run, selection, measure) for run in self.runs}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+
+def _measured(run: Run, selection: str, measure: str) -> float | None:
+    """``average``, ``last``, ``forgetting`` or ``selecting`` (after the last task) under one selection."""
+    if measure == "selecting":
+        chosen: list[float] | None = run.values["selection_accuracy"].get(selection)
+        return chosen[-1] if chosen else None
+    value: float | None = run.values["results"][selection][measure]
+    return value
+
+
+def summarise(values: Sequence[float | None]) -> MeanStd | None:
+    """Return mean, deviation and interval of one value for each seed; None if any is absent."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return None
+    return MeanStd(*mean_std(known), len(known), half_width(known))
 
 
 @dataclass(frozen=True)
@@ -75,24 +94,41 @@ class Section:
 
     Attributes:
         key: for file names, such as ``cub-10-10``.
+        short_title: for the head of a column, such as ``cub 10-10``.
         columns: the label columns: method, flow, and whatever else differs between the groups.
         notes: what a reader must know, a line each.
     """
 
     key: str
     title: str
+    short_title: str
     columns: tuple[str, ...]
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
 
-    def rows(self, selections: Sequence[str] | None = None) -> list[tuple[Group, str, dict[str, MeanStd | None]]]:
-        """A row for each group and selection (by default all that it has), with its measures."""
+    def rows(self, selections: Selections = None) -> list[tuple[Group, str, dict[str, MeanStd | None]]]:
+        """Return a row for each group and selection (by default all that it has), with its measures."""
         return [
             (group, name, {measure: group.number(name, measure) for measure in MEASURES})
             for group in self.groups
             for name in group.selections
             if selections is None or name in selections
         ]
+
+    def table(self, selections: Selections = None) -> Table:
+        """Return what the formats show; a group's labels stand in its first row alone."""
+        with_interval = any(len(group.runs) > 1 for group in self.groups)
+        rows: list[Row] = []
+        before = None
+        for group, selection, numbers in self.rows(selections):
+            first = group is not before
+            texts = [group.labels[column] if first else "" for column in self.columns]
+            texts += [selection_name(selection), *map(number_text, numbers.values()), str(len(group.runs))]
+            texts += [interval_text(numbers["last"])] if with_interval else []
+            rows.append(Row(tuple(map(Cell, texts)), first))
+            before = group
+        header = (*self.columns, "selection", *MEASURES.values(), "seeds", *(["95 % of A_T"] if with_interval else []))
+        return Table(self.key, self.title, header, len(self.columns) + 1, tuple(rows), self.notes)
 
 
 # -- grouping ---------------------------------------------------------------------------------------------------------
@@ -105,7 +141,7 @@ def make_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
     return [_section(list(members)) for _, members in groupby(ordered, key=lambda run: _place(run)[:4])], notes
 
 
-def _place(run: Run) -> tuple:
+def _place(run: Run) -> tuple[Any, ...]:
     """Where a run stands: by data set, split, method, flow, then everything else, then seed."""
     i = run.identity
     method = LEARNERS.index(i["model_name"]) if i["model_name"] in LEARNERS else len(LEARNERS)
@@ -123,10 +159,10 @@ def _order(value: Any) -> tuple[int, float, str]:
 def _section(runs: list[Run]) -> Section:
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        by_settings.setdefault(canonical([run.settings, run.values["data"]]), []).append(run)
+        by_settings.setdefault(comparable_settings(run), []).append(run)
     members = [sorted(group, key=lambda run: run.values["seed"]) for group in by_settings.values()]
     columns = _columns([group[0] for group in members])
-    groups = tuple(Group(tuple(g), {c: _label(c, g[0]) for c in columns}) for g in members)
+    groups = tuple(Group(tuple(g), {c: label_of(c, g[0]) for c in columns}) for g in members)
     first = runs[0]
     i, data = first.identity, first.values["data"]
     sizes = {len(run.values["task_sizes"]) for run in runs}
@@ -137,8 +173,13 @@ def _section(runs: list[Run]) -> Section:
     if "images" not in columns:
         title += f"; {data['train_images']} training and {data['test_images']} test images"
     split = "domains" if i["scenario"] == "domain" else f"{i['init_cls']}-{i['increment']}"
-    key = f"{i['dataset']}-{split}"
-    return Section(key, title, columns, groups, tuple(_notes(groups, columns)))
+    key = plain_name(f"{i['dataset']}-{split}")
+    return Section(key, title, f"{i['dataset']} {split}", columns, groups, tuple(_notes(groups, columns)))
+
+
+def comparable_settings(run: Run) -> str:
+    """Return all that runs of different seeds must share to be averaged, as text."""
+    return canonical([run.settings, run.values["data"]])
 
 
 def _columns(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -159,9 +200,10 @@ def _columns(runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def _label(column: str, run: Run) -> str:
+def label_of(column: str, run: Run) -> str:
+    """Return what ``run`` shows in a label column."""
     if column == "method":
-        return run.identity["model_name"] + ("" if run.values["continual"] else " (not continual)")
+        return str(run.identity["model_name"]) + ("" if run.values["continual"] else " (not continual)")
     if column == "weights":
         return _weights(run)
     if column == "images":
