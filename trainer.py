@@ -32,10 +32,12 @@ from utils.results.read import Run
 from utils.results.render import as_text
 from utils.results.tables import make_sections
 from utils.results.tracker import Tracker, check_tracker, tracking
-from utils.runs.checkpoint import FORMAT, CheckpointFolder
-from utils.runs.continuing import SavedRun, adopt, find_saved_run, tests_old
+from utils.runs.checkpoint import CheckpointFolder
+from utils.runs.continuing import SavedRun, find_saved_run, tests_old
+from utils.runs.manifest import BaseFacts, RunManifest
 from utils.runs.paths import RunPaths, run_paths
 from utils.runs.plan import plan
+from utils.runs.resume import changed_versions, find_earlier_start
 from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -136,7 +138,9 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
     ):
         checkpoint.remove_partials()
         remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv)")
-        manifest = _find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
+        continual = LEARNERS[setup.config.model_name].continual
+        manifest = find_earlier_start(setup, seed, paths, checkpoint, continual=continual, fresh=fresh)
+        report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
         with (
             logging_to(paths.file(".log")),
             tracking(setup.config, paths.file(".tensorboard")) as tracker,
@@ -144,113 +148,48 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
             return _run_tasks(setup, seed, paths, checkpoint, manifest, tracker)
 
 
-def _find_earlier_start(
-    setup: Setup, seed: int, paths: RunPaths, checkpoint: CheckpointFolder, *, fresh: bool
-) -> dict[str, Any]:
-    """The manifest to go on from. Files of another run, and with ``fresh`` of this one, are moved aside first."""
-    identity = setup.identity(seed)
-    manifest = None if fresh else checkpoint.read_manifest()
-    if manifest is not None and manifest["identity"] != identity:
-        old = manifest["identity"]
-        different = sorted(k for k in identity.keys() | old.keys() if old.get(k) != identity.get(k))
-        log.info("%s holds another run (%s differ)", checkpoint.folder, ", ".join(different))
-        manifest = None
-    grows_in_place = setup.base is not None and setup.base.folder.resolve() == checkpoint.folder.resolve()
-    if manifest is None and not grows_in_place and (aside := checkpoint.move_aside()):
-        log.info("Moved the files of an earlier run from %s to %s", checkpoint.folder, aside)
-    if manifest is None or not report.belongs_to(paths, identity):
-        for moved in paths.move_aside():
-            log.info("Moved the report of an earlier run to %s", moved)
-    if manifest is None:
-        manifest = _new_manifest(setup, seed, identity, checkpoint)
-        checkpoint.write_manifest(manifest)
-    checkpoint.remove_old_classifiers(manifest)  # an earlier start may have been killed before it could
-    report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
-    return manifest
-
-
-def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder) -> dict[str, Any]:
-    """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
-    config, backbone = setup.config, setup.backbone
-    stream = setup.stream(seed)
-    manifest = {
-        "format": FORMAT,
-        "status": "running",
-        "identity": identity,
-        "config": config.as_dict(),
-        "seed": seed,
-        "backbone": {
-            "name": backbone.name,
-            "weights_sha256": backbone.weights_sha256,
-            "feature_dim": backbone.feature_dim,
-            "precision": backbone.precision,
-            "parameters": backbone.parameters,
-        },
-        "data": {
-            "classes": len(setup.data.class_names),
-            "train_images": len(setup.data.train),
-            "test_images": len(setup.data.test),
-            "images_sha256": setup.fingerprints,
-        },
-        "versions": report.versions(),
-        "class_order": list(stream.class_names),
-        "task_sizes": stream.task_sizes,
-        "row_class": stream.row_class.tolist(),
-        "domains": list(stream.domains),
-        "continual": LEARNERS[config.model_name].continual,
-        "missing_at_start": None,
-        "backbone_forwards": 0,
-        "seconds": {"features": 0.0, "train": 0.0, "evaluate": 0.0},
-        "files": {},
-        "tasks": [],
-    }
-    return adopt(setup.base, checkpoint, manifest, stream) if setup.base else manifest
-
-
 def _run_tasks(
     setup: Setup,
     seed: int,
     paths: RunPaths,
     checkpoint: CheckpointFolder,
-    manifest: dict[str, Any],
+    manifest: RunManifest,
     tracker: Tracker,
 ) -> dict[str, Any]:
     config, backbone = setup.config, setup.backbone
     stream = setup.stream(seed)
-    done, total = len(manifest["tasks"]), len(stream.tasks)
-    finished = manifest["status"] == "finished"
-    setup.ranks.share(finished)
+    done, total = len(manifest.tasks), len(stream.tasks)
+    setup.ranks.share(manifest.finished)
     learner = make_learner(config, backbone.feature_dim, backbone.device, seed)
     if done:
         learner.load_state_dict(*checkpoint.load(manifest))
-    if finished:
+    if manifest.finished:
         log.info("This run is finished (%s); --fresh starts it over", checkpoint.folder)
         run = report.run_json(manifest)
         report.log_curves(run["results"], _shown_selection(config, manifest))
         report.log_summary(run)
-        tracker.update(manifest["tasks"])  # the start that finished it may have been killed before this
+        tracker.update(manifest.tasks)  # the start that finished it may have been killed before this
         report.draw_curves(paths, run)
         return run
 
     _log_header(setup, seed, stream)
-    if setup.base:
-        _log_base(setup.base, manifest["base"])
+    if setup.base and manifest.base:
+        _log_base(setup.base, manifest.base)
     if done > (setup.base.tasks if setup.base else 0):
         log.info("Resuming from %s after task %d of %d", checkpoint.folder, done, total)
-        if (old := manifest["versions"]) != (now := report.versions()):
-            changed = [f"{name} {old.get(name)} -> {now[name]}" for name in now if old.get(name) != now[name]]
+        if changed := changed_versions(manifest):
             log.warning("Versions changed since this run began: %s; its end may differ", ", ".join(changed))
-    seconds = dict(manifest["seconds"])
+    seconds = dict(manifest.seconds)
     bank, wanted = setup.bank(seed), wanted_features(config)
     missing = bank.missing(wanted)
-    first_missing = missing if manifest["missing_at_start"] is None else manifest["missing_at_start"]
-    manifest = {**manifest, "config": config.as_dict(), "missing_at_start": first_missing}
+    first_missing = missing if manifest.missing_at_start is None else manifest.missing_at_start
+    manifest = replace(manifest, config=config.as_dict(), missing_at_start=first_missing)
     checkpoint.write_manifest(manifest)
     report.write_run_json(paths, manifest)
     with _timed(seconds, "features"):
         bank.fill(wanted)
     # what earlier, interrupted starts of this run computed counts as well
-    manifest["backbone_forwards"] = max(0, first_missing - missing) + bank.forwards
+    manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
     for task in stream.tasks[done:]:
         log.info("Task %d of %d: learning rows %d to %d", task.index + 1, total, task.rows.start, task.rows.stop - 1)
@@ -258,16 +197,11 @@ def _run_tasks(
             learner.learn(BankTask(bank, stream, task, config.views, backbone.device))
         with _timed(seconds, "evaluate"):
             record = evaluate(learner, bank, stream, task.index, seed)
-        record["parameters"] = {"backbone": backbone.parameters, **learner.parameter_counts()}
-        manifest = {
-            **manifest,
-            "tasks": [*manifest["tasks"], record],
-            "seconds": seconds,
-            "status": "finished" if task.index + 1 == total else "running",
-        }
+        record = replace(record, parameters={"backbone": backbone.parameters, **learner.parameter_counts()})
+        manifest = manifest.with_task(record, seconds=dict(seconds))
         manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
         run = report.write_run_json(paths, manifest)
-        tracker.update(manifest["tasks"])
+        tracker.update(manifest.tasks)
         selection = _shown_selection(config, manifest)
         report.log_task(record, selection)
         report.log_curves(run["results"], selection)
@@ -276,9 +210,9 @@ def _run_tasks(
     return run
 
 
-def _shown_selection(config: Config, manifest: dict[str, Any]) -> str:
+def _shown_selection(config: Config, manifest: RunManifest) -> str:
     """The selection of the log's ``CNN`` lines: the one asked for, if the method has it."""
-    return config.selection if config.selection in manifest["tasks"][-1]["results"] else "sample"
+    return config.selection if config.selection in manifest.tasks[-1].results else "sample"
 
 
 @contextmanager
@@ -294,10 +228,10 @@ def _log_header(setup: Setup, seed: int, stream: TaskStream) -> None:
     log.info("Seed %d, class order: %s", seed, list(stream.class_names))
 
 
-def _log_base(base: SavedRun, facts: dict[str, Any]) -> None:
+def _log_base(base: SavedRun, facts: BaseFacts) -> None:
     log.info(
         "Continuing the run in %s: %d tasks, %d classes; evaluation covers %s",
-        *(base.folder, facts["tasks"], facts["classes"], facts["evaluation"]),
+        *(base.folder, facts.tasks, facts.classes, facts.evaluation),
     )
 
 
@@ -360,7 +294,7 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
     manifest = None
     if setup.ranks.first and run_paths(setup.config, seed).file(".json").exists():
         manifest = setup.checkpoint(seed).read_manifest()
-        if manifest and (manifest["status"] != "finished" or manifest["identity"] != setup.identity(seed)):
+        if manifest and (not manifest.finished or manifest.identity != setup.identity(seed)):
             manifest = None
     manifest = setup.ranks.share(manifest)
     return report.run_json(manifest) if manifest else None

@@ -30,6 +30,7 @@ from models.continual import ContinualClassifier  # noqa: E402
 from models.tosca import TOSCA  # noqa: E402
 from utils.config import Config, make_config  # noqa: E402
 from utils.hardware import default_batch_size  # noqa: E402
+from utils.runs.manifest import RunManifest, TaskRecord  # noqa: E402
 
 IMAGE_SIZE = {"glyphs_vit": 32}
 CLASSES_PER_TASK = 2
@@ -46,12 +47,13 @@ def model_with_modules(config: Config, modules: int) -> ContinualClassifier:
     weight = torch.randn(rows, backbone.feature_dim, generator=torch.Generator().manual_seed(0))
     learner.classifier = CosineClassifier(weight, torch.tensor(10.0)).to(backbone.device).requires_grad_(False)
     learner.row_task = torch.arange(rows, device=backbone.device) // CLASSES_PER_TASK
-    manifest = {
-        "tasks": [{}] * modules,
-        "task_sizes": [CLASSES_PER_TASK] * modules,
-        "row_class": list(range(rows)),
-        "class_order": [str(number) for number in range(rows)],
-    }
+    manifest = RunManifest(
+        **{"identity": {}, "config": {}, "seed": 0, "backbone": {}, "data": {}, "versions": {}},
+        tasks=(TaskRecord(),) * modules,
+        task_sizes=(CLASSES_PER_TASK,) * modules,
+        row_class=tuple(range(rows)),
+        class_order=tuple(str(number) for number in range(rows)),
+    )
     return ContinualClassifier(config, backbone, learner, manifest)
 
 

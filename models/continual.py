@@ -14,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from models.tosca import TOSCA
 from utils.config import Config, make_config
 from utils.data.given import GivenImages, Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.splits import Dataset, Split
-from utils.data.tasks import TaskStream, learned_by, next_task
+from utils.data.tasks import TaskStream, next_task
 from utils.data.transforms import Transforms
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank
@@ -40,6 +40,7 @@ from utils.files import FolderLock
 from utils.hardware import default_batch_size, forward_threads
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
+from utils.runs.manifest import RunManifest, TaskRecord
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,11 @@ class ContinualClassifier:
         backbone_forwards: images that this object passed through the backbone.
     """
 
-    def __init__(self, config: Config, backbone: Backbone, learner: Learner, manifest: dict[str, Any]) -> None:
+    def __init__(self, config: Config, backbone: Backbone, learner: Learner, manifest: RunManifest) -> None:
         self.config, self.backbone, self.learner = config, backbone, learner
         self.backbone_forwards = 0
         self._manifest = manifest
-        self._learned = learned_by(manifest)
+        self._learned = manifest.learned()
         self._transforms = Transforms(config.image_size, 0)
         self._batch_size = config.feature_batch_size or default_batch_size(backbone.device, config.image_size)
 
@@ -131,14 +132,14 @@ class ContinualClassifier:
         """
         checkpoint = CheckpointFolder(Path(folder).expanduser())
         manifest = read_run(checkpoint)
-        changed: dict[str, Any] = {"precision": manifest["backbone"]["precision"]}
+        changed: dict[str, Any] = {"precision": manifest.backbone["precision"]}
         if backbone_weights is not None:
             changed["backbone_weights"] = str(backbone_weights)
         if device is not None:
             changed["device"] = [device]
-        config = make_config({**manifest["config"], **changed}, str(checkpoint.manifest_path))
+        config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
         backbone = _load_same_backbone(config, manifest)
-        learner = make_learner(config, backbone.feature_dim, backbone.device, manifest["seed"])
+        learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
         learner.load_state_dict(*checkpoint.load(manifest))
         return cls(config, backbone, learner, manifest)
 
@@ -287,7 +288,7 @@ class ContinualClassifier:
             Dataset("images", split, split, ()),
             self.backbone,
             image_size=self.config.image_size,
-            augment_seed=self.config.view_seed(self._manifest["seed"]),
+            augment_seed=self.config.view_seed(self._manifest.seed),
             fingerprints={},
             cache_dir=None,
             batch_size=self._batch_size,
@@ -308,23 +309,22 @@ class ContinualClassifier:
         checkpoint = CheckpointFolder(Path(folder).expanduser())
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
-            manifest = {**self._manifest, "files": {}}
             modules = [self.learner.module_state(task) for task in range(self.tasks)]
-            self._manifest = checkpoint.commit_all(manifest, self.learner.state_dict(), modules)
+            self._manifest = checkpoint.commit_all(self._manifest, self.learner.state_dict(), modules)
         return aside
 
 
 # -- reading a run ----------------------------------------------------------------------------------------------------
 
 
-def _load_same_backbone(config: Config, manifest: dict[str, Any]) -> Backbone:
+def _load_same_backbone(config: Config, manifest: RunManifest) -> Backbone:
     try:
         backbone = load_backbone(config, resolve_device(config))
     except BackboneError as error:
         if config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None
         raise
-    expected = manifest["backbone"]["weights_sha256"]
+    expected = manifest.backbone["weights_sha256"]
     if backbone.weights_sha256 != expected:
         raise BackboneError(
             f"the weights of {backbone.name} are not those of the run: their SHA-256 is "
@@ -334,22 +334,18 @@ def _load_same_backbone(config: Config, manifest: dict[str, Any]) -> Backbone:
     return backbone
 
 
-def _grown_manifest(model: ContinualClassifier, images: int, content: str) -> dict[str, Any]:
+def _grown_manifest(model: ContinualClassifier, images: int, content: str) -> RunManifest:
     """The manifest after ``learn``: of a run of its own, which no config describes, with a task not tested."""
     old, learned = model._manifest, model._learned
-    record = {
-        "results": {},
-        "confusion": {},
-        "entropy": {},
-        "sparsity": model.learner.sparsity()[-1] if model.has_modules else None,
-        "parameters": {"backbone": model.backbone.parameters, **model.learner.parameter_counts()},
-    }
-    data = {**old["data"], "classes": len(learned.class_names), "train_images": old["data"]["train_images"] + images}
-    return {
-        **old,
-        **learned.as_manifest(),
-        "status": "finished",
-        "identity": {**old["identity"], "learned_by_hand": [*old["identity"].get("learned_by_hand", []), content]},
-        "data": data,
-        "tasks": [*old["tasks"][: len(learned.task_sizes) - 1], record],
-    }
+    record = TaskRecord(
+        sparsity=model.learner.sparsity()[-1] if model.has_modules else None,
+        parameters={"backbone": model.backbone.parameters, **model.learner.parameter_counts()},
+    )
+    data = {**old.data, "classes": len(learned.class_names), "train_images": old.data["train_images"] + images}
+    return replace(
+        old.with_learned(learned),
+        status="finished",
+        identity={**old.identity, "learned_by_hand": [*old.identity.get("learned_by_hand", []), content]},
+        data=data,
+        tasks=(*old.tasks[: len(learned.task_sizes) - 1], record),
+    )

@@ -11,10 +11,11 @@ from utils.data.tasks import TaskStream
 from utils.features.bank import FeatureBank
 from utils.features.batches import TEST_VIEW
 from utils.results import metrics
+from utils.runs.manifest import TaskRecord
 from utils.seeds import derive_seed
 
 
-def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> dict[str, Any]:
+def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> TaskRecord:
     """Test on all tasks so far, in class order, under every selection: the record of task ``task``."""
     seen = stream.tasks[: task + 1]
     images = np.concatenate([t.test for t in seen])
@@ -27,7 +28,8 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
         torch.randperm(len(images), generator=generator).to(learner.device),
     )
     row_class = torch.from_numpy(stream.row_class[: seen[-1].rows.stop]).to(learner.device)
-    results, confusion, entropy = {}, {}, {}
+    results: dict[str, dict[str, Any]] = {}
+    confusion, entropy = {}, {}
     for name, prediction in predictions.items():
         top = top_classes(prediction.scores, row_class).cpu().numpy()
         hits = top[:, 0] == true_class
@@ -45,7 +47,7 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
             entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
     of_tasks = learner.sparsity()
     sparsity = of_tasks[task] if of_tasks else None
-    return {"results": results, "confusion": confusion, "entropy": entropy, "sparsity": sparsity}
+    return TaskRecord(results, confusion, entropy, sparsity)
 
 
 def _groups(

@@ -14,7 +14,7 @@ from models.tosca import TOSCA
 from utils import files
 from utils.features import arrays
 from utils.results import record as report
-from utils.runs import checkpoint
+from utils.runs import checkpoint, resume
 from utils.runs.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
@@ -90,7 +90,7 @@ def test_a_resumed_run_says_what_it_resumes(half):
 
 
 def test_other_versions_since_the_run_began_are_named(half, monkeypatch):
-    monkeypatch.setattr(report, "versions", lambda real=report.versions: {**real(), "timm": "9.9"})
+    monkeypatch.setattr(resume, "versions", lambda real=resume.versions: {**real(), "timm": "9.9"})
     assert "-> 9.9" in half().out
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from utils.config import load_config
 from utils.results.tracker import TensorBoard, Tracker, tracking
+from utils.runs.manifest import TaskRecord
 
 
-def record(top1: float) -> dict:
-    return {"results": {"sample": {"top1": top1, "top5": 99.0, "selection_accuracy": 50.0}, "oracle": {"top1": 97.0}}}
+def record(top1: float) -> TaskRecord:
+    return TaskRecord({"sample": {"top1": top1, "top5": 99.0, "selection_accuracy": 50.0}, "oracle": {"top1": 97.0}})
 
 
 def read_back(folder) -> dict[str, list[tuple[int, float]]]:

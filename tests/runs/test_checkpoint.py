@@ -1,5 +1,6 @@
 import shutil
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from backbone.luca import LuCA, make_luca
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
 from utils.errors import CheckpointError
-from utils.runs.checkpoint import FORMAT, CheckpointFolder, load_tensors, module_from_file
+from utils.runs.checkpoint import CheckpointFolder, load_tensors, module_from_file
+from utils.runs.manifest import RunManifest
 
 SHAPES = {
     "backbone.tosca.norm.weight": (768,),
@@ -28,12 +30,18 @@ def luca(seed: int) -> LuCA:
     return make_luca(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=seed)
 
 
-def manifest() -> dict:
-    return {"format": FORMAT, "identity": {}, "files": {}, "tasks": []}
+def manifest() -> RunManifest:
+    rows = range(24)
+    return RunManifest(
+        **{"identity": {}, "config": {}, "seed": 0, "backbone": {}, "data": {}, "versions": {}},
+        class_order=tuple(map(str, rows)),
+        task_sizes=(2,) * 12,
+        row_class=tuple(rows),
+    )
 
 
 @pytest.fixture
-def saved(tmp_path) -> tuple[CheckpointFolder, dict, list[LuCA]]:
+def saved(tmp_path) -> tuple[CheckpointFolder, RunManifest, list[LuCA]]:
     """Two tasks of width 768."""
     folder, values, lucas = CheckpointFolder(tmp_path / "tosca"), manifest(), [luca(1), luca(2)]
     for task, module in enumerate(lucas):
@@ -84,7 +92,7 @@ def test_modules_come_back_in_the_order_of_their_tasks_also_beyond_ten(tmp_path)
     folder, values = CheckpointFolder(tmp_path), manifest()
     for task in range(12):
         values = folder.commit(values, {"sigma": torch.tensor(1.0)}, {"norm.bias": torch.tensor([float(task)])}, task)
-    values["files"] = dict(sorted(values["files"].items()))  # task0, task1, task10, task11, task2 …
+    values = replace(values, files=dict(sorted(values.files.items())))  # task0, task1, task10, task11, task2 …
     assert [module["norm.bias"].item() for module in folder.load(values)[1]] == list(range(12))
 
 

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_stopped_after_a_task_it_goes_on(go_on, run_main, whole, first, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", stop_at_the_second)
         assert go_on(**keys).code == 2
-    assert len(CheckpointFolder(tmp_path / "tosca").read_manifest()["tasks"]) == 3
+    assert len(CheckpointFolder(tmp_path / "tosca").read_manifest().tasks) == 3
     resumed = go_on(**keys)
     assert resumed.code == 0
     assert "Resuming from" in resumed.log()
@@ -251,7 +252,7 @@ def test_a_run_that_does_not_fit_is_one_line_and_changes_nothing(go_on, tmp_path
 def test_an_unfinished_run_is_to_be_finished_first(go_on, first, tmp_path, capsys):
     base = CheckpointFolder(shutil.copytree(first.checkpoints, tmp_path / "base"))
     manifest = base.read_manifest()
-    base.write_manifest({**manifest, "status": "running", "tasks": manifest["tasks"][:1]})
+    base.write_manifest(replace(manifest, status="running", tasks=manifest.tasks[:1]))
     assert go_on(base=base.folder).code == 2
     assert "has learned 1 of 2 tasks; finish it" in capsys.readouterr().err
 

@@ -93,23 +93,14 @@ class LearnedClasses:
         domains = () if domain is None else (*(self.domains or [""] * len(self.task_sizes)), domain)
         return LearnedClasses(class_names, np.asarray(row_class), (*self.task_sizes, len(names)), domains)
 
-    def as_manifest(self) -> dict[str, Any]:
-        """These facts as a run's manifest holds them."""
+    def as_json(self) -> dict[str, Any]:
+        """Return these facts as JSON-ready values."""
         return {
             "class_order": list(self.class_names),
             "row_class": self.row_class.tolist(),
             "task_sizes": list(self.task_sizes),
             "domains": list(self.domains),
         }
-
-
-def learned_by(manifest: dict[str, Any], tasks: int | None = None) -> LearnedClasses:
-    """What the run of ``manifest`` has learned after its first ``tasks`` tasks (by default all that are done)."""
-    done = len(manifest["tasks"]) if tasks is None else tasks
-    sizes = manifest["task_sizes"][:done]
-    row_class = np.asarray(manifest["row_class"][: sum(sizes)], dtype=np.int64)
-    class_names = manifest["class_order"][: int(row_class.max(initial=-1)) + 1]
-    return LearnedClasses(tuple(class_names), row_class, tuple(sizes), tuple(manifest.get("domains", ())[:done]))
 
 
 def check_new_names(names: Sequence[str], learned: LearnedClasses) -> None:

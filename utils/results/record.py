@@ -2,15 +2,15 @@
 
 import itertools
 import logging
-import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from utils.config import read_json
-from utils.errors import ConfigError, UserError
+from utils.errors import UserError
 from utils.files import atomic_write, write_json
 from utils.results import metrics
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES
+from utils.runs.manifest import RunManifest, TaskRecord
 from utils.runs.paths import RunPaths
 
 log = logging.getLogger(__name__)
@@ -18,27 +18,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
-def versions() -> dict[str, str]:
-    """What computed the numbers."""
-    import numpy
-    import PIL
-    import timm
-    import torch
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        **{m.__name__.lower(): m.__version__ for m in (torch, torchvision, timm, numpy)},
-        "pillow": PIL.__version__,
-    }
-
-
 # -- one task ---------------------------------------------------------------------------------------------------------
 
 
-def log_task(record: dict[str, Any], selection: str) -> None:
+def log_task(record: TaskRecord, selection: str) -> None:
     """PILOT's ``CNN: {...}`` line for ``selection``; the others beside it, each under its own name."""
-    for name, result in record["results"].items():
+    for name, result in record.results.items():
         label = "CNN" if name == selection else "Accuracy"
         log.info("[selection: %s] %s: %s", SELECTION_NAMES[name], label, result["groups"])
 
@@ -60,14 +45,14 @@ def _rounded(values: Sequence[float]) -> list[float]:
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
-def collect_results(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collect_results(tasks: Sequence[TaskRecord]) -> dict[str, Any]:
     """The records of the tasks so far -> for each selection its curves, matrix, average, last and forgetting.
 
     A matrix's row is "after task", its column "on task"; tasks not learned yet are null.
     """
     results = {}
-    for name in tasks[-1]["results"] if tasks else ():
-        of_name = [task["results"][name] for task in tasks]
+    for name in tasks[-1].results if tasks else ():
+        of_name = [task.results[name] for task in tasks]
         matrix = [r["per_task"] + [None] * (len(tasks) - len(r["per_task"])) for r in of_name]
         curve = [r["top1"] for r in of_name]
         results[name] = {
@@ -81,45 +66,45 @@ def collect_results(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def run_json(manifest: dict[str, Any]) -> dict[str, Any]:
+def run_json(manifest: RunManifest) -> dict[str, Any]:
     """Everything that a table needs, from the run's manifest.
 
     A continued run whose data does not test the classes of the saved run reports its own tasks alone.
     """
-    first = manifest.get("base", {}).get("reported_from_task", 0)
-    tasks = [_without_tasks(record, first) for record in manifest["tasks"][first:]]
-    selecting = {
-        n: [t["results"][n].get("selection_accuracy") for t in tasks] for n in (tasks[-1]["results"] if tasks else ())
-    }
-    seconds = manifest["seconds"]
+    values, first = manifest.to_json(), manifest.first_reported
+    tasks = [_without_tasks(record, first) for record in manifest.tasks[first:]]
+    last = tasks[-1] if tasks else TaskRecord()
+    selecting = {name: [task.results[name].get("selection_accuracy") for task in tasks] for name in last.results}
+    own = ("status", "config", "seed", "identity", "backbone", "data", "versions", "class_order")
     return {
         "format": FORMAT,
-        **{
-            k: manifest[k]
-            for k in ("status", "config", "seed", "identity", "backbone", "data", "versions", "class_order")
-        },
-        "task_sizes": manifest["task_sizes"][first:],
-        **{k: manifest[k] for k in ("base", "domains") if manifest.get(k)},
-        "continual": manifest["continual"],
+        **{name: values[name] for name in own},
+        "task_sizes": values["task_sizes"][first:],
+        **{name: values[name] for name in ("base", "domains") if values.get(name)},
+        "continual": manifest.continual,
         "results": collect_results(tasks),
-        "selection_accuracy": {n: values for n, values in selecting.items() if n != "oracle" and None not in values},
-        "parameters": tasks[-1]["parameters"] if tasks else None,
-        "sparsity": [t["sparsity"] for t in tasks if t["sparsity"] is not None],
-        "confusion": tasks[-1]["confusion"] if tasks else {},
-        "entropy": tasks[-1]["entropy"] if tasks else {},
-        "seconds": {k: round(v, 3) for k, v in {**seconds, "total": sum(seconds.values())}.items()},
-        "backbone_forwards": manifest["backbone_forwards"],
+        "selection_accuracy": {n: of for n, of in selecting.items() if n != "oracle" and None not in of},
+        "parameters": last.parameters or None,
+        "sparsity": [task.sparsity for task in tasks if task.sparsity is not None],
+        "confusion": last.confusion,
+        "entropy": last.entropy,
+        "seconds": _rounded_seconds(manifest.seconds),
+        "backbone_forwards": manifest.backbone_forwards,
         "glossary": GLOSSARY,
     }
 
 
-def _without_tasks(record: dict[str, Any], first: int) -> dict[str, Any]:
+def _rounded_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    return {phase: round(value, 3) for phase, value in {**seconds, "total": sum(seconds.values())}.items()}
+
+
+def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
     """A task's record without its columns for the tasks before ``first``."""
-    results = {name: {**r, "per_task": r["per_task"][first:]} for name, r in record["results"].items()}
-    return {**record, "results": results}
+    results = {name: {**result, "per_task": result["per_task"][first:]} for name, result in record.results.items()}
+    return replace(record, results=results)
 
 
-def write_run_json(paths: RunPaths, manifest: dict[str, Any]) -> dict[str, Any]:
+def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
     """Replace the run's JSON, and the CSV of its curves; return what the JSON holds."""
     values = run_json(manifest)
     write_json(paths.file(".json"), values)
@@ -150,16 +135,6 @@ def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
         log.info("No picture of the curves: it needs matplotlib (pip install matplotlib)")
     except UserError as error:
         log.warning("No picture of the curves: %s", error)
-
-
-def belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
-    """Whether the JSON at ``paths`` (if any) is of the run with this identity."""
-    if not paths.file(".json").exists():
-        return not paths.file(".log").exists()
-    try:
-        return read_json(paths.file(".json")).get("identity") == identity
-    except ConfigError:
-        return False
 
 
 def summary_table(run: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.config import Config
 from utils.errors import ConfigError, UserError
+from utils.runs.manifest import TaskRecord
 
 MEASURES = ("top1", "top5", "selection_accuracy")
 
@@ -34,7 +35,7 @@ def _summary_writer() -> Any:
 class Tracker:
     """Takes the records of the tasks so far, as often as there is a new one. This one does nothing with them."""
 
-    def update(self, records: Sequence[dict[str, Any]]) -> None:
+    def update(self, records: Sequence[TaskRecord]) -> None:
         """``records`` are those of all tasks so far, the newest last."""
 
     def close(self) -> None:
@@ -53,14 +54,14 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path) -> None:
         self.folder, self._writer, self._written = folder, None, 0
 
-    def update(self, records: Sequence[dict[str, Any]]) -> None:
+    def update(self, records: Sequence[TaskRecord]) -> None:
         try:
             if self._writer is None:
                 for old in self.folder.glob("events.out.tfevents.*"):
                     old.unlink()
                 self._writer = _summary_writer()(str(self.folder))
             for task, record in enumerate(records[self._written :], start=self._written + 1):
-                for selection, result in record["results"].items():
+                for selection, result in record.results.items():
                     for measure in MEASURES:
                         if result.get(measure) is not None:
                             self._writer.add_scalar(f"{measure}/{selection}", result[measure], task)

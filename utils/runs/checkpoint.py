@@ -14,6 +14,7 @@ import os
 import re
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from utils.errors import CheckpointError
 from utils.files import atomic_write, free_name, remove_partials, sha256_of_file, write_json
+from utils.runs.manifest import FORMAT, RunManifest
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "run.manifest"  # JSON; not named so, for scripts that collect the JSON files below a log folder
-FORMAT = 1
 MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
 MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
 
@@ -45,7 +46,7 @@ class CheckpointFolder:
     def manifest_path(self) -> Path:
         return self.folder / MANIFEST
 
-    def read_manifest(self) -> dict[str, Any] | None:
+    def read_manifest(self) -> RunManifest | None:
         """``run.manifest``, or None if there is none.
 
         Raises:
@@ -53,30 +54,34 @@ class CheckpointFolder:
         """
         path = self.manifest_path
         try:
-            manifest = json.loads(path.read_bytes())
+            values = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, then start again") from error
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({_first_line(error)}); {HINT_RESTORE}") from error
-        if not isinstance(manifest, dict) or "identity" not in manifest:
+        if not isinstance(values, dict) or "identity" not in values:
             raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {HINT_RESTORE}")
-        if manifest.get("format") != FORMAT:
+        if values.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; use the version that "
+                f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; use the version that "
                 "wrote it, or another checkpoint_dir"
             )
-        if (recorded := manifest.pop("sha256", None)) != (found := _sha256_of_values(manifest)):
+        if (recorded := values.pop("sha256", None)) != (found := _sha256_of_values(values)):
             raise CheckpointError(
                 f"{path} is damaged or was edited: its SHA-256 is {found[:12]}…, it says {str(recorded)[:12]}…; "
                 f"{HINT_RESTORE}"
             )
-        return manifest
+        try:
+            return RunManifest.from_json(values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); {HINT_RESTORE}") from None
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
+    def write_manifest(self, manifest: RunManifest) -> None:
         """Replace ``run.manifest``: from here on a start of the same run goes on from ``manifest``."""
-        write_json(self.manifest_path, {**manifest, "sha256": _sha256_of_values(manifest)})
+        values = manifest.to_json()
+        write_json(self.manifest_path, {**values, "sha256": _sha256_of_values(values)})
 
     def run_files(self) -> list[Path]:
         """The files here that belong to some run, ours or the release's; the manifest first."""
@@ -117,33 +122,33 @@ class CheckpointFolder:
         remove_partials(self.folder, rf"(task\d+\.pth|classifier\d+\.pth|{re.escape(MANIFEST)})")
 
     def commit(
-        self, manifest: dict[str, Any], state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
-    ) -> dict[str, Any]:
+        self, manifest: RunManifest, state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
+    ) -> RunManifest:
         """Save what task ``task`` changed, then the manifest that names it; return that manifest."""
-        files = {name: sha for name, sha in manifest["files"].items() if not name.startswith("classifier")}
+        files = {name: sha for name, sha in manifest.files.items() if not name.startswith("classifier")}
         files |= self._save_module(task, module)
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
-        manifest = {**manifest, "files": files}
+        manifest = replace(manifest, files=files)
         self.write_manifest(manifest)
         self.remove_old_classifiers(manifest)
         return manifest
 
-    def remove_old_classifiers(self, manifest: dict[str, Any]) -> None:
+    def remove_old_classifiers(self, manifest: RunManifest) -> None:
         """Remove every classifier but the one that ``manifest``, which is on disk, names."""
         for path in self.run_files():
-            if CLASSIFIER_FILE.fullmatch(path.name) and path.name not in manifest["files"]:
+            if CLASSIFIER_FILE.fullmatch(path.name) and path.name not in manifest.files:
                 path.unlink(missing_ok=True)
 
     def commit_all(
-        self, manifest: dict[str, Any], state: dict[str, Tensor], modules: list[dict[str, Tensor] | None]
-    ) -> dict[str, Any]:
+        self, manifest: RunManifest, state: dict[str, Tensor], modules: list[dict[str, Tensor] | None]
+    ) -> RunManifest:
         """``commit`` for all tasks at once: a run that grew in memory, not here."""
         files: dict[str, str] = {}
         for task, module in enumerate(modules):
             files |= self._save_module(task, module)
-        return self.commit({**manifest, "files": files}, state, None, len(modules) - 1)
+        return self.commit(replace(manifest, files=files), state, None, len(modules) - 1)
 
-    def copy_aside(self, manifest: dict[str, Any]) -> Path:
+    def copy_aside(self, manifest: RunManifest) -> Path:
         """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
         folder = self.folder.resolve()
         aside = _name_aside(folder)
@@ -153,9 +158,9 @@ class CheckpointFolder:
         os.replace(copy.folder, aside)
         return aside
 
-    def copy_files(self, source: "CheckpointFolder", manifest: dict[str, Any]) -> None:
+    def copy_files(self, source: "CheckpointFolder", manifest: RunManifest) -> None:
         """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
-        for name in manifest["files"]:
+        for name in manifest.files:
             try:
                 content = (source.folder / name).read_bytes()
             except OSError as error:
@@ -176,11 +181,11 @@ class CheckpointFolder:
         atomic_write(self.folder / name, buffer.getbuffer())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()  # of what was meant, not of what the disk made of it
 
-    def load(self, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
         modules = []
         state: dict[str, Tensor] = {}
-        for name, expected in manifest["files"].items():
+        for name, expected in manifest.files.items():
             path = self.folder / name
             try:
                 found = sha256_of_file(path)

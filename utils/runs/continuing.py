@@ -8,14 +8,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from utils.config import Config
-from utils.data.tasks import LearnedClasses, TaskStream, learned_by
+from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.runs.checkpoint import CLASSIFIER_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
+from utils.runs.manifest import BaseFacts, RunManifest, TaskRecord
 
 log = logging.getLogger(__name__)
 
@@ -37,23 +38,23 @@ class SavedRun:
     """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: RunManifest
     tasks: int
     sha256: str
 
     @property
     def learned(self) -> LearnedClasses:
-        return learned_by(self.manifest, self.tasks)
+        return self.manifest.learned(self.tasks)
 
 
-def read_run(checkpoint: CheckpointFolder) -> dict[str, Any]:
+def read_run(checkpoint: CheckpointFolder) -> RunManifest:
     """The manifest of a run that has learned something.
 
     Raises:
         CheckpointError: there is none; the message says what is there instead.
     """
     manifest = checkpoint.read_manifest()
-    if manifest is not None and manifest["tasks"]:
+    if manifest is not None and manifest.tasks:
         return manifest
     folder = checkpoint.folder
     if manifest is not None:
@@ -83,39 +84,39 @@ def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) ->
     """
     checkpoint = CheckpointFolder(Path(config.continue_from).expanduser())
     manifest = read_run(checkpoint)
-    if config.seed != (manifest["seed"],):
+    if config.seed != (manifest.seed,):
         raise ConfigError(
-            f"seed {list(config.seed)} is not the seed of the run in {config.continue_from!r}, {manifest['seed']}: a "
-            f"continued run goes on with that; set seed={manifest['seed']}"
+            f"seed {list(config.seed)} is not the seed of the run in {config.continue_from!r}, {manifest.seed}: a "
+            f"continued run goes on with that; set seed={manifest.seed}"
         )
-    earlier = manifest.get("base")
+    earlier = manifest.base
     own = checkpoint.folder.resolve() == Path(config.checkpoint_dir).expanduser().resolve()
-    if own and earlier and identity(earlier["sha256"]) == manifest["identity"]:
-        return SavedRun(Path(earlier["folder"]), manifest, earlier["tasks"], earlier["sha256"])
-    if manifest["status"] != "finished":
+    if own and earlier and identity(earlier.sha256) == manifest.identity:
+        return SavedRun(Path(earlier.folder), manifest, earlier.tasks, earlier.sha256)
+    if not manifest.finished:
         raise CheckpointError(
-            f"the run in {config.continue_from!r} has learned {len(manifest['tasks'])} of "
-            f"{len(manifest['task_sizes'])} tasks; finish it with its own config first, then continue"
+            f"the run in {config.continue_from!r} has learned {len(manifest.tasks)} of "
+            f"{len(manifest.task_sizes)} tasks; finish it with its own config first, then continue"
         )
-    base = SavedRun(checkpoint.folder, manifest, len(manifest["tasks"]), _sha256(manifest))
+    base = SavedRun(checkpoint.folder, manifest, len(manifest.tasks), _sha256(manifest))
     _check_fits(config, base, identity(base.sha256))
     return base
 
 
 def _check_fits(config: Config, base: SavedRun, new: dict[str, Any]) -> None:
-    old = base.manifest["identity"]
+    old = base.manifest.identity
     for key in _MUST_EQUAL:
         if old[key] != new[key]:
             advice = f"set {key}={old[key]}"
             if key == "weights_sha256":
-                advice = f"use the weights of {base.manifest['backbone']['name']} that it was trained on"
+                advice = f"use the weights of {base.manifest.backbone['name']} that it was trained on"
             raise ConfigError(
                 f"{key} {new[key]!r} is not that of the run in {config.continue_from!r}, {old[key]!r}; what it has "
                 f"learned fits that alone: {advice}"
             )
 
 
-def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: dict[str, Any], stream: TaskStream) -> dict[str, Any]:
+def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: RunManifest, stream: TaskStream) -> RunManifest:
     """Copy the base's files to ``checkpoint`` and return the ``manifest`` of a run that begins with its tasks.
 
     Nothing of the base is changed or lost: if it lies in ``checkpoint``, a copy is set aside.
@@ -134,23 +135,26 @@ def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: dict[str, Any]
         log.info("A copy of the run that is continued is in %s", folder)
     else:
         checkpoint.copy_files(source, saved)
-    records, first = saved["tasks"], base.tasks
+    first = base.tasks
     if tests_old(base, stream):
-        first = max((i + 1 for i, record in enumerate(records) if not record["results"]), default=0)
-    nothing: dict[str, Any] = {"results": {}, "confusion": {}, "entropy": {}}
-    return {
-        **manifest,
-        "files": {n: s for n, s in saved["files"].items() if MODULE_FILE.fullmatch(n) or CLASSIFIER_FILE.fullmatch(n)},
-        "tasks": [record if i >= first else {**record, **nothing} for i, record in enumerate(records)],
-        "base": {
-            "folder": str(folder.resolve()),
-            "tasks": base.tasks,
-            "classes": len(base.learned.class_names),
-            "sha256": base.sha256,
-            "evaluation": "old and new classes" if tests_old(base, stream) else "new classes alone",
-            "reported_from_task": first,
-        },
-    }
+        first = max((i + 1 for i, record in enumerate(saved.tasks) if not record.results), default=0)
+    return replace(
+        manifest,
+        files={n: s for n, s in saved.files.items() if MODULE_FILE.fullmatch(n) or CLASSIFIER_FILE.fullmatch(n)},
+        tasks=tuple(record if i >= first else _untested(record) for i, record in enumerate(saved.tasks)),
+        base=BaseFacts(
+            folder=str(folder.resolve()),
+            tasks=base.tasks,
+            classes=len(base.learned.class_names),
+            sha256=base.sha256,
+            evaluation="old and new classes" if tests_old(base, stream) else "new classes alone",
+            reported_from_task=first,
+        ),
+    )
+
+
+def _untested(record: TaskRecord) -> TaskRecord:
+    return replace(record, results={}, confusion={}, entropy={})
 
 
 def tests_old(base: SavedRun, stream: TaskStream) -> bool:
@@ -174,6 +178,6 @@ def tests_old(base: SavedRun, stream: TaskStream) -> bool:
     return not lacking
 
 
-def _sha256(manifest: dict[str, Any]) -> str:
-    facts = {"files": manifest["files"], **learned_by(manifest).as_manifest()}
+def _sha256(manifest: RunManifest) -> str:
+    facts = {"files": manifest.files, **manifest.learned().as_json()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()
