@@ -15,7 +15,8 @@ from PIL import Image
 from utils.config import Config
 from utils.data.datasets import EXPECTED_COUNTS, load_dataset
 from utils.data.folders import data_folder, list_images, split_folders, subfolders
-from utils.data.images import HINT_REPLACE, UnreadableImage, decode
+from utils.data.images import HINT_REPLACE, decode
+from utils.data.modes import UnreadableImage
 from utils.data.splits import Dataset, Split
 from utils.errors import DataError
 from utils.hardware import available_cpus

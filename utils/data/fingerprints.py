@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from utils.data.images import content_of_file
+from utils.data.modes import kind_sentences, row_content
 from utils.data.splits import Dataset, ImageArray, ImageFiles
 from utils.errors import DataError
-from utils.files import sha256_of_file, write_json
+from utils.files import write_json
 from utils.progress import progress
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> dict[str, str]:
@@ -21,15 +26,19 @@ def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> dict[str, str]:
     """
     index = _HashIndex(cache_dir / "hashes" if cache_dir else None, data)
     found = {}
+    kinds: list[str] = []
     try:
         for name in ("train", "test"):
             split = data.split(name)
             digest = hashlib.sha256()
             for key, content in zip(split.keys, index.hashes(split), strict=True):
-                digest.update(f"{key}\x00{content}\n".encode("utf-8", "surrogateescape"))
+                kinds += filter(None, content.partition(":")[2].split(","))
+                digest.update(f"{key}\x00{row_content(content)}\n".encode("utf-8", "surrogateescape"))
             found[name] = digest.hexdigest()
     finally:
         index.save()  # also when it is stopped: what is hashed need not be hashed again
+    for sentence in kind_sentences(kinds):
+        log.info("Images: %s", sentence)
     return found
 
 
@@ -38,7 +47,8 @@ class _HashIndex:
 
     def __init__(self, folder: Path | None, data: Dataset) -> None:
         roots = "|".join(str(s.root.resolve()) for s in (data.train, data.test) if isinstance(s, ImageFiles))
-        name = hashlib.sha256(roots.encode("utf-8", "surrogateescape")).hexdigest()[:16] + ".json"
+        name = hashlib.sha256(roots.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        name += "-2.json"  # 2: contents with the kinds of pictures
         self.path = folder / name if folder else None
         self.started_ns = time.time_ns()
         self.changed = False
@@ -84,6 +94,6 @@ def _stat(path: str) -> list[int]:
 
 def _stat_and_hash(path: str) -> list[Any]:
     try:
-        return [*_stat(path), sha256_of_file(Path(path))]
+        return [*_stat(path), content_of_file(Path(path))]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or remove it") from None

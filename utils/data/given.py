@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.data.images import open_image
+from utils.data.images import open_image, rgb_of
 from utils.data.splits import Split
 from utils.errors import DataError
 from utils.hardware import available_cpus
@@ -44,7 +44,7 @@ def as_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (str, Path)):
         return open_image(Path(source))
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return rgb_of(source)
     if not isinstance(source, Tensor):
         raise DataError(f"an image is a path, a PIL image or a tensor, got {type(source).__name__}")
     if source.ndim != 3 or source.shape[0] != 3:
@@ -94,7 +94,7 @@ def loaded_ahead(
         except DataError as error:
             return error
 
-    waiting: deque = deque()
+    waiting: deque[tuple[Path, Future[Loaded | DataError]]] = deque()
     with ThreadPoolExecutor(max_workers=available_cpus()) as pool:
         for path in paths:
             waiting.append((path, pool.submit(attempt, path)))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.images import HINT_REPLACE, UnreadableImage, decode
+from utils.data.images import HINT_REPLACE, MAX_PIXELS, decode
+from utils.data.modes import UnreadableImage
 from utils.errors import DataError
 
 
@@ -42,10 +43,12 @@ class ImageFiles(Split):
         root: the split's folder.
         files: paths relative to ``root``, beginning with the class.
         labels: the class of each file.
+        max_pixels: larger images are refused.
     """
 
-    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int]) -> None:
+    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int], max_pixels: int = MAX_PIXELS) -> None:
         self.root, self.keys, self.labels = root, tuple(files), np.asarray(labels, dtype=np.int64)
+        self.max_pixels = max_pixels
 
     def path(self, index: int) -> Path:
         return self.root / self.keys[index]
@@ -53,7 +56,7 @@ class ImageFiles(Split):
     def load(self, index: int) -> Image.Image:
         path = self.path(index)
         try:
-            return decode(path)
+            return decode(path, self.max_pixels)
         except UnreadableImage as error:
             folder = Path(self.keys[index]).parent.as_posix()
             raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {HINT_REPLACE}") from None
@@ -71,7 +74,7 @@ class ImageArray(Split):
 
     def content_hashes(self) -> list[str]:
         """The SHA-256 of every image's pixels, in order."""
-        return [hashlib.sha256(np.ascontiguousarray(image)).hexdigest() for image in self.pixels]
+        return [hashlib.sha256(image.tobytes()).hexdigest() for image in self.pixels]
 
 
 @dataclass(frozen=True)

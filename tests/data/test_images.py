@@ -1,0 +1,334 @@
+"""Every mode that Pillow opens, from pictures whose right answer is known."""
+
+import io
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from utils.data.given import as_image
+from utils.data.images import MAX_PIXELS, content_of_file, decode, image_suffixes, is_image, kinds_of_file
+from utils.data.modes import KINDS, UnreadableImage, kind_sentences, row_content
+from utils.files import sha256_of_file
+
+WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
+RNG = np.random.default_rng(0)
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def decoded(path: Path) -> list:
+    """The pixels of the first line, as tuples."""
+    image = decode(path)
+    assert image.mode == "RGB"
+    return [image.getpixel((x, 0)) for x in range(image.width)]
+
+
+def line(values: list, dtype: str = "uint8") -> Image.Image:
+    return Image.fromarray(np.array([values], dtype=dtype))
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(bits: int, colour: int, row: bytes, *chunks: bytes) -> bytes:
+    """A PNG of one line by the letter of the specification: Pillow writes only some of these."""
+    width = len(row) * 8 // (bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour])
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# -- what convert("RGB") keeps stays as it makes it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
+def test_ordinary_pictures_are_what_pillow_makes_of_them(tmp_path, mode, suffix):
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    try:
+        image.save(path)
+    except (OSError, KeyError):
+        pytest.skip("this format does not hold this mode")
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(path)), expected)
+    if mode != "CMYK":
+        assert kinds_of_file(path) == []
+    assert row_content(content_of_file(path)) == sha256_of_file(path)  # such data keep the banks that they have
+
+
+def test_cyan_ink_is_cyan_also_as_adobe_inverts_it(tmp_path):
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    assert decoded(save(tmp_path / "a.tif", cyan))[0] == (0, 255, 255)
+    (r, g, b) = decoded(save(tmp_path / "a.jpg", cyan, quality=95))[8]
+    assert r < 6 and g > 249 and b > 249
+    assert kinds_of_file(tmp_path / "a.jpg") == ["cmyk"]
+
+
+def test_lab_is_the_colour_that_it_stands_for(tmp_path):
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.profileToProfile(Image.new("RGB", (4, 4), (200, 30, 60)), *profiles, outputMode="LAB")
+    assert np.allclose(decoded(save(tmp_path / "a.tif", lab))[0], (200, 30, 60), atol=4)
+
+
+# -- transparency is laid on white ------------------------------------------------------------------------------------
+
+
+def test_transparent_pixels_are_laid_on_white_whatever_colour_hides_below(tmp_path):
+    image = Image.new("RGBA", (3, 1))
+    for x, pixel in enumerate([(255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128)]):
+        image.putpixel((x, 0), pixel)
+    path = save(tmp_path / "a.png", image)
+    assert decoded(path) == [RED, WHITE, (127, 127, 127)]
+    assert kinds_of_file(path) == ["alpha"]
+    assert decoded(save(tmp_path / "a.webp", image, lossless=True, exact=True)) == [RED, WHITE, (127, 127, 127)]
+    assert decoded(save(tmp_path / "a.tif", image)) == [RED, WHITE, (127, 127, 127)]
+
+
+def test_a_fully_opaque_alpha_channel_changes_no_pixel(tmp_path):
+    pixels = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert("RGBA")
+    np.testing.assert_array_equal(np.asarray(decode(save(tmp_path / "a.png", image))), pixels)
+
+
+def test_grey_with_alpha(tmp_path):
+    image = Image.new("LA", (2, 1))
+    image.putpixel((0, 0), (10, 255))
+    assert decoded(save(tmp_path / "a.png", image)) == [(10, 10, 10), WHITE]
+
+
+def test_premultiplied_grey(tmp_path):
+    straight = Image.new("LA", (1, 1), (100, 128)).convert("La")
+    (level, _, _) = as_image(straight).getpixel((0, 0))
+    assert abs(level - (100 * 128 + 255 * 127) / 255) < 2
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])], ids=["one entry", "an alpha for each entry"])
+def test_a_palette_with_transparent_entries(tmp_path, transparency):
+    image = line([0, 1, 2]).convert("P")
+    image.putpalette([*RED, *BLACK, 0, 0, 255])
+    path = save(tmp_path / "a.png", image, transparency=transparency)
+    assert decoded(path) == [RED, WHITE, (0, 0, 255)]
+    assert kinds_of_file(path) == ["alpha"]
+
+
+def test_a_transparent_gif(tmp_path):
+    image = line([0, 1]).convert("P")
+    image.putpalette([*RED, 0, 0, 255])
+    assert decoded(save(tmp_path / "a.gif", image, transparency=1)) == [RED, WHITE]
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "expected"),
+    [
+        (1, b"\x50", 1, [0, 255, 0, 255, 0, 0, 0, 0]),  # white is transparent, and white it stays
+        (1, b"\x50", 0, [255] * 8),
+        (2, b"\x1b", 2, [0, 85, 255, 255]),
+        (4, b"\x1a", 10, [17, 255]),
+        (8, b"\x01\x02", 2, [1, 255]),
+        (16, b"\x01\x01\x03\x04", 0x0304, [1, 255]),
+    ],
+)
+def test_the_grey_that_a_png_calls_transparent_is_white(tmp_path, bits, row, key, expected):
+    path = written(tmp_path / "a.png", png(bits, 0, row, chunk(b"tRNS", struct.pack(">H", key))))
+    assert decoded(path) == [(level,) * 3 for level in expected]
+    assert "alpha" in kinds_of_file(path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "row"), [(8, bytes([1, 2, 3, 1, 2, 4])), (16, bytes([1, 0, 2, 0, 3, 0, 1, 0, 2, 0, 4, 0]))]
+)
+def test_the_colour_that_a_png_calls_transparent_is_white(tmp_path, bits, row):
+    key = struct.pack(">HHH", *([1, 2, 3] if bits == 8 else [256, 512, 768]))
+    path = written(tmp_path / "a.png", png(bits, 2, row, chunk(b"tRNS", key)))
+    assert decoded(path) == [WHITE, (1, 2, 4)]
+
+
+# -- more than 8 bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    path = save(tmp_path / f"a.{suffix}", line([0, 300, 32768, 65535], "uint16"))
+    assert decoded(path) == [(v, v, v) for v in (0, 1, 128, 255)]
+    assert kinds_of_file(path) == ["deep"]
+
+
+def test_16_bit_colour_keeps_its_high_bytes(tmp_path):
+    path = written(tmp_path / "a.png", png(16, 2, bytes([255, 255, 128, 0, 0, 255])))
+    assert decoded(path) == [(255, 128, 0)]
+    assert kinds_of_file(path) == ["deep"]
+
+
+def tiff(bits: int, photometric: int, data: bytes, width: int, sample_format: int = 1) -> bytes:
+    """A TIFF of one line, little-endian."""
+    tags = [(256, 3, width), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    tags += [(277, 3, 1), (278, 3, 1), (279, 4, len(data)), (339, 3, sample_format)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    padded = data + b"\0" * (len(data) % 2)
+    return b"II*\0" + struct.pack("<I", 8 + len(padded)) + padded + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_tiff_in_which_zero_is_white(tmp_path):
+    path = written(tmp_path / "a.tif", tiff(16, 0, struct.pack("<3H", 0, 32768, 65535), 3))
+    assert decoded(path) == [WHITE, (127, 127, 127), BLACK]
+
+
+def test_12_bit_tiff(tmp_path):
+    path = written(tmp_path / "a.tif", tiff(12, 1, bytes([0xFF, 0xF0, 0x00]), 2))
+    assert decoded(path) == [WHITE, BLACK]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([0, 7, 255], "int32", [0, 7, 255]),
+        ([0, 0.5, 1], "float32", [0, 128, 255]),
+        ([0, 7.4, 255], "float32", [0, 7, 255]),
+    ],
+)
+def test_32_bit_values_that_can_be_levels_are_read(tmp_path, values, dtype, expected):
+    path = save(tmp_path / "a.tif", line(values, dtype))
+    assert decoded(path) == [(v, v, v) for v in expected]
+    assert kinds_of_file(path) == ["integer" if dtype == "int32" else "float"]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "words"),
+    [
+        ([0, 1000], "int32", "integers from 0 to 1000"),
+        ([-1, 5], "int32", "integers from -1 to 5"),
+        ([-0.5, 1], "float32", "floating-point numbers from -0.5 to 1"),
+        ([0, 1e9], "float32", "from 0 to 1e"),
+        ([0, np.nan], "float32", "not finite"),
+    ],
+)
+def test_values_without_a_scale_are_refused_in_one_line(tmp_path, values, dtype, words):
+    with pytest.raises(UnreadableImage, match=words):
+        decode(save(tmp_path / "a.tif", line(values, dtype)))
+
+
+def test_an_image_in_memory_is_read_as_its_file_is(tmp_path):
+    for number, image in enumerate(
+        [line([0, 65535], "uint16"), Image.new("RGBA", (2, 1)), line([0.0, 1.0], "float32")]
+    ):
+        path = save(tmp_path / f"{number}.tif", image)
+        assert as_image(image).tobytes() == decode(path).tobytes() == as_image(Image.open(path)).tobytes()
+
+
+# -- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_lossy_is_counted_in_words(tmp_path):
+    image = Image.new("RGBA", (2, 2))
+    save(tmp_path / "turned.jpg", Image.new("RGB", (2, 2)), exif=struct.pack("6s", b"Exif\0\0") + exif_turned())
+    save(tmp_path / "moving.gif", Image.new("L", (2, 2)), save_all=True, append_images=[Image.new("L", (2, 2), 9)])
+    paths = [save(tmp_path / f"{i}.png", image) for i in range(2)] + [tmp_path / "turned.jpg", tmp_path / "moving.gif"]
+    sentences = kind_sentences(kind for path in paths for kind in kinds_of_file(path))
+    assert sentences == [
+        "2 images with transparency: laid on white",
+        f"1 image {KINDS['frames']}",
+        f"1 image {KINDS['rotated']}",
+    ]
+
+
+def exif_turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+def test_only_pictures_that_are_decoded_anew_get_new_rows_in_a_bank(tmp_path):
+    transparent = save(tmp_path / "a.png", Image.new("RGBA", (2, 2)))
+    inks = save(tmp_path / "a.jpg", Image.new("CMYK", (2, 2)))
+    assert content_of_file(transparent) == row_content(content_of_file(transparent))
+    assert content_of_file(transparent) == f"{sha256_of_file(transparent)}:alpha"
+    assert content_of_file(inks) == f"{sha256_of_file(inks)}:cmyk"
+    assert row_content(content_of_file(inks)) == sha256_of_file(inks)
+
+
+# -- files that are none, or too much ---------------------------------------------------------------------------------
+
+
+def test_the_limit_of_pixels_and_its_key_are_named(tmp_path):
+    path = save(tmp_path / "a.png", Image.new("RGB", (20, 10)))
+    assert decode(path, max_pixels=200).size == (20, 10)
+    with pytest.raises(UnreadableImage, match=r"20 × 10 = 200 pixels are above max_pixels 199; raise that key"):
+        decode(path, max_pixels=199)
+
+
+def test_pillows_own_limit_names_the_key_and_a_higher_one_is_obeyed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    path = save(tmp_path / "a.png", Image.new("RGB", (20, 10)))
+    with pytest.raises(UnreadableImage, match=r"exceeds limit of 100 pixels.*max_pixels"):
+        decode(path)
+    assert decode(path, max_pixels=MAX_PIXELS + 1).size == (20, 10)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_pngs_with_large_texts_and_profiles_are_read(tmp_path, name):
+    packed = zlib.compress(b"x" * 3_000_000)
+    body = {b"zTXt": b"k\0\0" + packed, b"iTXt": b"k\0\1\0\0\0" + packed, b"iCCP": b"k\0\0" + packed}[name]
+    path = written(tmp_path / "a.png", png(8, 2, bytes(RED), chunk(name, body)))
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(path)
+    assert decoded(path) == [RED]
+    assert is_image(path)
+
+
+def test_a_decoder_is_never_a_program_that_the_file_starts(tmp_path):
+    path = written(tmp_path / "a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        decode(path)
+    assert ".eps" not in image_suffixes()
+
+
+def test_suffixes_are_those_that_pillow_decodes():
+    assert {".jpg", ".jfif", ".gif", ".tga", ".jp2", ".pfm", ".qoi", ".psd", ".webp", ".ico"} <= image_suffixes()
+    assert not {".pdf", ".mpg", ".h5", ".grib", ".emf"} & image_suffixes()
+
+
+def test_threads_decode_to_the_same_pixels(tmp_path):
+    pixels = [RNG.integers(0, 256, (30, 30, 4), dtype=np.uint8) for _ in range(8)]
+    paths = [save(tmp_path / f"{i}.png", Image.fromarray(image)) for i, image in enumerate(pixels)]
+    expected = [decode(path).tobytes() for path in paths]
+    wrong: list[int] = []
+
+    def work() -> None:
+        for _ in range(20):
+            wrong.extend(i for i, path in enumerate(paths) if decode(path).tobytes() != expected[i])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+def test_our_own_bug_is_no_damaged_file(tmp_path, monkeypatch):
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    path = save(tmp_path / "a.png", Image.new("RGB", (2, 2)))
+    monkeypatch.setattr("utils.data.images.to_rgb", bug)
+    with pytest.raises(ZeroDivisionError):
+        decode(path)
+
+
+def test_a_file_object_is_an_image_that_pillow_opened():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (1, 1)).save(buffer, "PNG")
+    assert as_image(Image.open(buffer)).getpixel((0, 0)) == WHITE
