@@ -171,7 +171,7 @@ def test_hashes_of_unchanged_files_are_remembered(
             os.utime(split.path(row), (1e9, 1e9))
     monkeypatch.setattr(fingerprints.time, "time_ns", lambda: os.stat(tmp_path).st_ctime_ns + 10**13)
     first = fingerprint_splits(data, tmp_path / "cache")
-    monkeypatch.setattr(fingerprints, "sha256_of_file", lambda path: pytest.fail(f"{path} was hashed again"))
+    monkeypatch.setattr(fingerprints, "content_of_file", lambda path: pytest.fail(f"{path} was hashed again"))
     assert fingerprint_splits(data, tmp_path / "cache") == first
 
 
