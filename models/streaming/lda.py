@@ -116,11 +116,11 @@ class StreamingLDA:
 
     def _solve(self) -> tuple[Tensor, Tensor]:
         """``w = Σ⁻¹μ`` and ``b = −½ μᵀΣ⁻¹μ``: ``(dim, rows), (rows,)``."""
-        weight = torch.cholesky_solve(self.means.T, torch.linalg.cholesky(self._covariance()))
+        weight = torch.cholesky_solve(self.means.T, torch.linalg.cholesky(self.covariance()))
         return weight, -0.5 * (self.means.T * weight).sum(dim=0)
 
-    def _covariance(self) -> Tensor:
-        """Shrunk covariance ``(dim, dim)``; the identity (nearest mean) while no row has two different images."""
+    def covariance(self) -> Tensor:
+        """Shrunk covariance within rows ``(dim, dim)``; the identity while no row has two different images."""
         freedom = int(self.images.sum()) - int((self.images > 0).sum())
         mean_square = self.means.square().mean() if len(self.means) else 0.0
         if freedom < 1 or self.scatter.diagonal().mean() / freedom <= NO_SPREAD * mean_square:

@@ -63,13 +63,41 @@ class RandomRidge:
         Raises:
             NumericError: a feature is NaN or infinite.
         """
+        self._learn(features, rows, total_rows)
+
+    def update_leaving_one_out(self, features: Tensor, rows: Tensor, total_rows: int) -> Tensor:
+        """Learn one task as ``update`` does, and score each of its images by a regression without that image.
+
+        The regression on all other images so far, of every task, under the same λ; in closed form:
+        ``(ŷ − H·y) / (1 − H)`` with ``H = hᵀ(G + λI)⁻¹h`` of the image.
+
+        Shape: ``(images, dim), (images,) -> (images, rows)`` float64.
+        """
+        hidden, targets, own, factor = self._learn(features, rows, total_rows)
+        if own is None:  # Gram form: LLᵀ = G + λI, so H = |L⁻¹h|²
+            leverage = torch.linalg.solve_triangular(factor, hidden.T, upper=False).square().sum(dim=0)
+            least = self.ridge / (self.ridge + hidden.square().sum(dim=1))  # 1 − H is never less, but for rounding
+            residual, rest = targets - hidden @ self.weight, (1 - leverage).maximum(least)
+        else:  # with h = Rᵀa and aᵀa = 1: 1 − H = λ·aᵀ(RRᵀ + λI)⁻¹a, and y − ŷ = λ·aᵀ(RRᵀ + λI)⁻¹B; λ cancels
+            solved = torch.cholesky_solve(own.T, factor)  # (k, images)
+            residual, rest = solved.T @ self.statistic_targets, (own.T * solved).sum(dim=0)
+        return targets - residual / rest[:, None]
+
+    def _learn(self, features: Tensor, rows: Tensor, total_rows: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Learn one task.
+
+        Returns:
+            Its random features ``(images, width)``, its one-hot targets ``(images, rows)``, in root form the images in
+            the root's coordinates (see ``_accumulate``), and the Cholesky factor of the system that was solved.
+        """
         rows = rows.to(self.device)
-        hidden = self._expand(finite_float64(features, self.device))  # (images, width)
-        targets = F.one_hot(rows, total_rows).double()  # (images, rows)
+        hidden = self._expand(finite_float64(features, self.device))
+        targets = F.one_hot(rows, total_rows).double()
         self.images = grown(self.images, total_rows) + torch.bincount(rows, minlength=total_rows)
         self.held_out_error = self.held_out_error + self._held_out_errors(hidden, targets)
-        self._accumulate(hidden, targets)
-        self.weight = self._solve()
+        own = self._accumulate(hidden, targets)
+        self.weight, factor = self._solve()
+        return hidden, targets, own, factor
 
     def scores(self, features: Tensor) -> Tensor:
         """``Wᵀh`` in float32: ``(samples, dim) -> (samples, rows)``; ``-inf`` for rows without images."""
@@ -92,30 +120,40 @@ class RandomRidge:
         fit, judge = order[:count], order[count:]
         return ridge_path_errors(hidden[fit], targets[fit], hidden[judge], targets[judge])
 
-    def _accumulate(self, hidden: Tensor, targets: Tensor) -> None:
-        """Add ``(images, width)`` and ``(images, rows)`` to the statistics."""
+    def _accumulate(self, hidden: Tensor, targets: Tensor) -> Tensor | None:
+        """Add ``(images, width)`` and ``(images, rows)`` to the statistics.
+
+        Returns:
+            In root form ``a`` ``(images, k)`` of unit length with ``hidden = a @ R``; in Gram form None.
+        """
         cross = F.pad(self.statistic_targets, (0, targets.shape[1] - self.statistic_targets.shape[1]))
         if self._is_gram:
             self.statistic = torch.addmm(self.statistic, hidden.T, hidden)
             self.statistic_targets = torch.addmm(cross, hidden.T, targets)
-            return
+            return None
         root, root_targets = torch.cat([self.statistic, hidden]), torch.cat([cross, targets])
         if len(root) > self.width // 4:  # from here on one Cholesky of G is cheaper
             self.statistic, self.statistic_targets = root.T @ root, root.T @ root_targets
-        else:
-            rotation, self.statistic = torch.linalg.qr(root)
-            self.statistic_targets = rotation.T @ root_targets
+            return None
+        rotation, self.statistic = torch.linalg.qr(root)
+        self.statistic_targets = rotation.T @ root_targets
+        return rotation[len(rotation) - len(hidden) :]
 
     @property
     def _is_gram(self) -> bool:
         return len(self.statistic) == self.width
 
-    def _solve(self) -> Tensor:
-        """``W = (G + λI)⁻¹C``; in root form the same as ``Rᵀ(RRᵀ + λI)⁻¹B``: ``(width, rows)``."""
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        """``W = (G + λI)⁻¹C`` ``(width, rows)``; in root form the same as ``Rᵀ(RRᵀ + λI)⁻¹B``.
+
+        Returns:
+            ``W``, and the Cholesky factor of ``G + λI`` or ``RRᵀ + λI``.
+        """
         kernel = self.statistic.clone() if self._is_gram else self.statistic @ self.statistic.T
         kernel.diagonal().add_(max(self.ridge, smallest_ridge(kernel)))
-        solution = torch.cholesky_solve(self.statistic_targets, torch.linalg.cholesky(kernel))
-        return solution if self._is_gram else self.statistic.T @ solution
+        factor = torch.linalg.cholesky(kernel)
+        solution = torch.cholesky_solve(self.statistic_targets, factor)
+        return (solution if self._is_gram else self.statistic.T @ solution), factor
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of ``STATE``, all that prediction and further learning need."""

@@ -83,6 +83,24 @@ def test_one_eigendecomposition_serves_all_ridges(images):
     )
 
 
+# as above: root form, the change from root to Gram form with the newest task, Gram form
+@pytest.mark.parametrize("width", [400, 120, 20])
+@pytest.mark.parametrize("best", [1e-8, 1e-3, 1e2])
+def test_an_image_left_out_is_scored_by_the_regression_on_all_others(data, width, best):
+    first, (features, labels) = parts(data)
+    model = RandomRidge(DIM, width, 0)
+    model.update(*first, 2)
+    model.held_out_error = 1e9 * (torch.tensor(RIDGES) != best)  # this λ wins, whatever the second task adds
+    scores = model.update_leaving_one_out(features, labels, ROWS)
+    assert model.ridge == best
+    hidden, targets = (data[0] @ model.projection).relu().double(), F.one_hot(data[1], ROWS).double()
+    for image, answer in zip(torch.isin(data[1], torch.tensor([2, 3])).nonzero().flatten(), scores, strict=True):
+        others = torch.arange(48) != image
+        kernel = hidden[others] @ hidden[others].T + best * torch.eye(47)
+        expected = hidden[image] @ hidden[others].T @ torch.linalg.solve(kernel, targets[others])
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_ridge_is_the_best_on_a_held_out_fifth_of_the_task(data):
     features, labels = parts(data)[0]  # 24 images
     model = RandomRidge(DIM, 40, seed=3)
