@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from utils.config import Config, load_config
 from utils.errors import UserError
 from utils.grid import make_grid
+from utils.reference import methods_help
 
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
 
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code: 0, 1 if --check-data finds problems, 2 after a fault that the user
     can mend, 128 + signal when stopped."""
     parser = Parser(
-        description="Learn classes task after task on a frozen ViT. Without arguments: a demo that needs no download."
+        description="Learn classes task after task on a frozen ViT. Without arguments: a demo that needs no download.",
+        epilog=f"{methods_help()}\n\nAll keys: docs/config.md",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of the file")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.vit import load_backbone, resolve_device
-from models import LEARNERS, make_learner, training_features
+from models import make_learner, training_features
 from models.evaluation import evaluate
 from models.task_data import BankTask
 from utils.config import Config
@@ -70,7 +70,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     setup = prepare(config, ONE_RANK)
-    return plan(setup, wanted_features(config), with_modules=LEARNERS[config.model_name].augmented)
+    return plan(setup, wanted_features(config), with_modules=config.method.modular)
 
 
 # -- what all seeds share ---------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def prepare(config: Config, ranks: Ranks, loaded: Setup | None = None) -> Setup:
     data = loaded.data if loaded else load_dataset(config)
     if config.continue_from is None:
         make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
-    elif not LEARNERS[config.model_name].continual:
+    elif not config.method.continual:
         raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
     if config.num_workers is not None and config.num_workers > available_cpus():
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
@@ -237,13 +237,6 @@ def _log_base(base: SavedRun, facts: BaseFacts) -> None:
 
 # -- a sweep -----------------------------------------------------------------------------------------------------------
 
-# cells that differ in nothing else share data and backbone
-_LEARNER_KEYS = (
-    *("init_cls", "increment", "shuffle", "seed", "model_name", "mlp_ratio", "se_ratio", "l1", "flow"),
-    *("epochs", "batch_size", "optimizer", "scheduler", "lr", "weight_decay", "milestones", "train_views"),
-    *("augment_seed", "new_rows", "old_rows", "sigma", "continue_from", "log_dir", "checkpoint_dir"),
-)
-
 
 def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, Any]]:
     """Run every cell under every seed; what an earlier start finished is kept. Return what the runs' JSONs hold.
@@ -284,8 +277,7 @@ def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, A
 def _prepare_cell(config: Config, ranks: Ranks, before: Setup | None) -> Setup:
     """The setup of a cell, with data and backbone of the cell before it where they are the same."""
     if before is not None:
-        same = replace(before.config, **{key: getattr(config, key) for key in _LEARNER_KEYS}) == config
-        return prepare(config, ranks, loaded=before if same else None)
+        return prepare(config, ranks, loaded=before if config.shares_backbone_with(before.config) else None)
     return prepare(config, ranks)
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,9 +52,6 @@ class Learner(ABC):
 
     The learner owns all that training changes; the trainer owns data, results and files.
     """
-
-    continual: ClassVar[bool] = True  # False: sees earlier tasks' data again, an upper bound
-    augmented: ClassVar[bool] = False  # True: trains on the augmented views (``TaskData.epoch``)
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         self.config, self.dim, self.device, self.seed = config, dim, device, seed

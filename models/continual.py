@@ -266,7 +266,7 @@ class ContinualClassifier:
             raise DataError("there is no image to learn from")
         if bad := [label for label in labels if not isinstance(label, str) or not label]:
             raise DataError(f"labels are class names, got {bad[0]!r}")
-        if not self.learner.continual:
+        if not self.config.method.continual:
             raise ConfigError(f"{self.config.model_name} needs the data of all tasks; it cannot learn a task alone")
         if self._learned.domains and domain is None:
             raise DataError("the run is domain-incremental: name the new images' domain, learn(..., domain=<name>)")

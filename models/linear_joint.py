@@ -5,8 +5,6 @@ upper bound for what a linear classifier can do on these features ("joint traini
 literature, e.g. De Lange et al., "A Continual Learning Survey", TPAMI 2021, Section 6).
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +13,11 @@ from models.base import Learner, Prediction, TaskData
 from models.streaming.lda import finite_float64, float64_device
 from utils.config import Config
 from utils.errors import NumericError
+from utils.methods import Method
 
+METHOD = Method(
+    "linear_joint", "logistic regression on the images of all tasks at once: an upper bound", continual=False
+)
 L2 = 1e-3  # weight of ½‖W‖² beside the mean cross-entropy; makes the optimum finite
 MAX_STEPS = 200  # of L-BFGS
 FLAT = 1e-5  # largest entry of the gradient at which it stops
@@ -28,8 +30,6 @@ class LinearJoint(Learner):
         weight: ``(dim, rows)``, for features as they come: the standardisation is folded in.
         bias: ``(rows,)``.
     """
-
-    continual: ClassVar[bool] = False
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)

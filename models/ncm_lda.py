@@ -11,6 +11,9 @@ from torch import Tensor
 from models.base import Learner, Prediction, TaskData
 from models.streaming.lda import StreamingLDA
 from utils.config import Config
+from utils.methods import Method
+
+METHOD = Method("ncm_lda", "streamed class means in the metric of one shared covariance")
 
 
 class NcmLda(Learner):

@@ -12,7 +12,9 @@ from torch import Tensor
 from models.base import Learner, Prediction, TaskData
 from models.streaming.ridge import RandomRidge
 from utils.config import Config
+from utils.methods import Method
 
+METHOD = Method("ranpac", "ridge regression on 10,000 random features, without first-session adaptation")
 RANDOM_FEATURES = 10_000  # the paper's M
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from models.base import Learner, Prediction, TaskData
 from models.streaming.lda import finite_float64, float64_device
 from utils.config import Config
+from utils.methods import Method
+
+METHOD = Method("simplecil", "cosine similarity to the class means; nothing is trained")
 
 
 class SimpleCIL(Learner):

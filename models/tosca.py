@@ -19,9 +19,38 @@ from models.streaming.ridge import RandomRidge
 from models.training import check_finite, shuffled_epochs, train
 from utils.config import Config
 from utils.errors import NumericError
+from utils.methods import Method, Selection
 from utils.progress import progress
 from utils.seeds import derive_seed
 
+METHOD = Method(
+    "tosca",
+    "a LuCA module for each task; one is chosen for each image (the paper)",
+    selections=(
+        Selection(
+            "batch",
+            "batch (class order)",
+            "one module for 48 consecutive test images, by their mean entropy: the release's evaluation; in class "
+            "order the order itself tells the task",
+            ordered=True,
+        ),
+        Selection(
+            "sample",
+            "sample",
+            "the module of lowest entropy for each image by itself: no task identity at inference",
+        ),
+        Selection(
+            "lda",
+            "lda",
+            "for each image by itself, the task of the best class under a linear discriminant analysis of the frozen "
+            "feature; its module answers among the task's own classes",
+        ),
+        Selection("ridge", "ridge", "the same with ridge regression on 1,000 random features of the frozen feature"),
+    ),
+    views="augmented",
+    modular=True,
+    reads=("training", "module"),
+)
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
 ROUTER_WIDTH = 1_000  # random features of the ``ridge`` router: RanPAC's 10,000 would cost more than all the rest
 EVALUATION_BYTES = 64 << 20  # about what the stacked modules may hold of intermediate values at a time
@@ -47,7 +76,6 @@ class TOSCA(Learner):
         routers: ``lda`` and ``ridge``, which read the frozen feature.
     """
 
-    augmented = True
     modules: dict[str, Tensor]
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:

@@ -3,19 +3,16 @@
 import dataclasses
 import difflib
 import json
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from utils.errors import ConfigError
+from utils.keys import REQUIRED, Key, shown
+from utils.methods import DATASETS, FLOWS, METHODS, SELECTIONS, Method
 
-DATASETS = ("cifar224", "cub", "imageneta", "imagenetr", "omnibenchmark", "vtab", "objectnet", "imagefolder", "digits")
-LEARNERS = ("tosca", "simplecil", "ncm_lda", "ranpac", "linear_joint")
-FLOWS = ("tosca", "tosca_r", "adapter", "calibrator")
 BACKBONE_ALIASES = {
     "vit_base_patch16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
     "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
@@ -24,9 +21,9 @@ BACKBONE_ALIASES = {
 }
 
 
-def _key(default: Any = dataclasses.MISSING, *, doc: str, low: float | None = None, above: float | None = None) -> Any:
-    """A config key: its default (none: the key is required), its line in the README, its lower bound."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "above": above})
+def _key(default: Any = REQUIRED, **about: Any) -> Any:
+    """A field of ``Config`` with its default and what else ``Key`` says about it."""
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,71 +35,138 @@ class Config:
     """
 
     # -- the release's keys -------------------------------------------------------------------------------------
-    prefix: str = _key("", doc="goes in front of the log's file name")
-    dataset: Literal[DATASETS] = _key(doc="which data; see [The data](#the-data)")
-    shuffle: bool = _key(True, doc="draw the class order from the seed; false: sorted folder order")
-    init_cls: int | None = _key(None, doc="classes of the first task; required but for `scenario: domain`", low=1)
-    increment: int | None = _key(None, doc="classes of each later task; required but for `scenario: domain`", low=1)
-    model_name: Literal[LEARNERS] = _key("tosca", doc="the method")
-    backbone_type: str = _key(doc="any timm ViT by name, or one of PILOT's names")
-    pretrained: bool = _key(True, doc="false: a random ViT (only sensible in tests)")
+    prefix: str = _key("", doc="goes in front of the log's file name", affects="place")
+    dataset: str = _key(doc="which data set", affects="data", choices=DATASETS)
+    shuffle: bool = _key(True, doc="draw the class order from the seed; false: sorted folder order", affects="stream")
+    init_cls: int | None = _key(
+        None, doc="classes of the first task; required but for `scenario: domain`", low=1, affects="stream"
+    )
+    increment: int | None = _key(
+        None, doc="classes of each later task; required but for `scenario: domain`", low=1, affects="stream"
+    )
+    model_name: str = _key("tosca", doc="the method", affects="method", choices=tuple(METHODS))
+    backbone_type: str = _key(
+        doc="any timm ViT by name, or one of PILOT's names", affects="backbone", recorded_as="weights_sha256"
+    )
+    pretrained: bool = _key(
+        True, doc="false: a random ViT (only sensible in tests)", affects="backbone", recorded_as="weights_sha256"
+    )
     device: tuple[str, ...] = _key(
-        ("0",), doc='`["0"]`: the first accelerator, else the CPU; `"-1"` or `"cpu"`: the CPU'
+        ("0",), doc='`["0"]`: the first accelerator, else the CPU; `"-1"` or `"cpu"`: the CPU', affects="speed"
     )
     seed: tuple[int, ...] = _key(
-        (1993,), doc="one run for each seed: class order, initialisation, batches, views", low=0
+        (1993,),
+        doc="one run for each seed: class order, initialisation, batches, views",
+        low=0,
+        affects="stream",
+        recorded_as="seed",
     )
-    mlp_ratio: int = _key(16, doc="the adapter's bottleneck is the feature width divided by this", low=1)
-    se_ratio: int = _key(16, doc="the same for the calibrator", low=1)
-    l1: float = _key(0.0005, doc="weight of the L1 penalty on all LuCA parameters", low=0)
-    flow: Literal[FLOWS] = _key("tosca", doc="how adapter and calibrator are joined")
-    epochs: int = _key(20, doc="passes over the training images of a task", low=1)
-    batch_size: int = _key(48, doc="images in a training step", low=1)
-    optimizer: Literal["sgd", "adam", "adamw"] = _key("sgd", doc="`sgd` has momentum 0.9")
-    scheduler: Literal["cosine", "steplr", "constant"] = _key("cosine", doc="stepped once an epoch")
-    lr: float = _key(0.025, doc="initial learning rate", above=0)
-    weight_decay: float = _key(0.0, doc="as in torch's optimizers", low=0)
-    milestones: tuple[int, ...] = _key((10, 15), doc="epochs at which `steplr` divides the rate by ten", low=1)
+    mlp_ratio: int = _key(
+        16, doc="the adapter's bottleneck is the feature width divided by this", low=1, affects="module"
+    )
+    se_ratio: int = _key(16, doc="the same for the calibrator", low=1, affects="module")
+    l1: float = _key(0.0005, doc="weight of the L1 penalty on all LuCA parameters", low=0, affects="training")
+    flow: str = _key("tosca", doc="how adapter and calibrator are joined", affects="module", choices=FLOWS)
+    epochs: int = _key(20, doc="passes over the training images of a task", low=1, affects="training")
+    batch_size: int = _key(48, doc="images in a training step", low=1, affects="training")
+    optimizer: str = _key("sgd", doc="`sgd` has momentum 0.9", affects="training", choices=("sgd", "adam", "adamw"))
+    scheduler: str = _key(
+        "cosine", doc="stepped once an epoch", affects="training", choices=("cosine", "steplr", "constant")
+    )
+    lr: float = _key(0.025, doc="initial learning rate", above=0, affects="training")
+    weight_decay: float = _key(0.0, doc="as in torch's optimizers", low=0, affects="training")
+    milestones: tuple[int, ...] = _key(
+        (10, 15), doc="epochs at which `steplr` divides the rate by ten", low=1, affects="training"
+    )
 
     # -- this project's keys ------------------------------------------------------------------------------------
-    selection: Literal["batch", "sample", "lda", "ridge"] = _key(
-        "sample", doc="which answer the `CNN` lines of the log give; every run computes them all"
+    selection: str = _key(
+        "sample",
+        doc="which answer the `CNN` lines of the log give; every run computes them all",
+        affects="words",
+        choices=tuple(SELECTIONS),
     )
-    data_path: str | None = _key(None, doc="the data's folder; else `$TOSCA_DATA/<dataset>`")
-    backbone_weights: str | None = _key(None, doc="a local .pth, .safetensors or .npz in place of the model hub")
-    image_size: int = _key(224, doc="side of the square that the backbone sees, in pixels", low=1)
-    normalize: bool = _key(False, doc="subtract the backbone's mean and divide by its std")
+    data_path: str | None = _key(
+        None, doc="the data's folder; else `$TOSCA_DATA/<dataset>`", affects="data", recorded_as="images_sha256"
+    )
+    backbone_weights: str | None = _key(
+        None,
+        doc="a local .pth, .safetensors or .npz in place of the model hub",
+        affects="backbone",
+        recorded_as="weights_sha256",
+    )
+    image_size: int = _key(224, doc="side of the square that the backbone sees, in pixels", low=1, affects="backbone")
+    normalize: bool = _key(False, doc="subtract the backbone's mean and divide by its std", affects="backbone")
     train_views: int | None = _key(
-        None, doc="augmented views of each training image; by default one for each epoch; 0: the test transform", low=0
+        None,
+        doc="augmented views of each training image; by default one for each epoch; 0: the test transform",
+        low=0,
+        affects="views",
+        recorded_as="views",
     )
-    augment_seed: int | None = _key(None, doc="seed of the views; by default the run's seed", low=0)
+    augment_seed: int | None = _key(
+        None, doc="seed of the views; by default the run's seed", low=0, affects="views", recorded_as="augment_seed"
+    )
     cache_dir: str | None = _key(
-        None, doc="the feature bank; by default the user's cache folder; `none`: in memory, for this run alone"
+        None,
+        doc="the feature bank; by default the user's cache folder; `none`: in memory, for this run alone",
+        affects="place",
     )
-    precision: Literal["auto", "fp32", "bf16"] = _key("auto", doc="of the backbone; `auto`: bf16 where it is native")
+    precision: str = _key(
+        "auto",
+        doc="of the backbone; `auto`: bf16 where it is native",
+        affects="backbone",
+        recorded_as="precision",
+        choices=("auto", "fp32", "bf16"),
+    )
     feature_batch_size: int | None = _key(
-        None, doc="images in one forward pass; by default chosen by the device", low=1
+        None, doc="images in one forward pass; by default chosen by the device", low=1, affects="speed"
     )
-    num_workers: int | None = _key(None, doc="processes that load images; by default from the CPU count", low=0)
-    check_images: bool = _key(False, doc="decode every image once before anything else")
-    checkpoint_dir: str = _key("tosca", doc="where modules are saved")
-    log_dir: str = _key("logs", doc="where logs, JSON files and pictures go")
-    new_rows: Literal["zeros", "prototypes"] = _key("zeros", doc="how new classes' classifier rows start")
-    old_rows: Literal["train", "freeze"] = _key("train", doc="whether the rows of earlier classes go on training")
-    sigma: Literal["learned"] | float = _key(
-        "learned", doc="scale of the cosine logits: learned, or a fixed number", above=0
+    num_workers: int | None = _key(
+        None, doc="processes that load images; by default from the CPU count", low=0, affects="speed"
     )
-    scenario: Literal["class", "domain"] = _key(
-        "class", doc="tasks bring new classes, or the same classes in new domains"
+    check_images: bool = _key(False, doc="decode every image once before anything else", affects="speed")
+    checkpoint_dir: str = _key("tosca", doc="where modules are saved", affects="place")
+    log_dir: str = _key("logs", doc="where logs, JSON files and pictures go", affects="place")
+    new_rows: str = _key(
+        "zeros", doc="how new classes' classifier rows start", affects="training", choices=("zeros", "prototypes")
+    )
+    old_rows: str = _key(
+        "train",
+        doc="whether the rows of earlier classes go on training",
+        affects="training",
+        choices=("train", "freeze"),
+    )
+    sigma: str | float = _key(
+        "learned",
+        doc="scale of the cosine logits: learned, or a fixed number",
+        above=0,
+        affects="training",
+        choices=("learned",),
+    )
+    scenario: str = _key(
+        "class",
+        doc="tasks bring new classes, or the same classes in new domains",
+        affects="data",
+        choices=("class", "domain"),
     )
     continue_from: str | None = _key(
-        None, doc="a checkpoint folder on top of which the classes of this data are learned"
+        None,
+        doc="a checkpoint folder on top of which the classes of this data are learned",
+        affects="stream",
+        recorded_as="base",
     )
-    tracker: Literal["none", "tensorboard"] = _key("none", doc="also write the curves for a tracker")
+    tracker: str = _key(
+        "none", doc="also write the curves for a tracker", affects="words", choices=("none", "tensorboard")
+    )
+
+    # -- what the method declares (utils/methods.py); flat in the JSON --------------------------------------------
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(Config).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        for name, key in KEYS.items():
+            object.__setattr__(self, name, key.checked(getattr(self, name)))
+        object.__setattr__(self, "own", _checked_own(self.method, self.own))
         if "/" in self.prefix or "\\" in self.prefix:
             raise ConfigError(f"prefix must not contain a path separator, got {self.prefix!r}; log_dir sets the folder")
         for name in ("data_path", "backbone_weights", "cache_dir", "checkpoint_dir", "log_dir", "continue_from"):
@@ -132,6 +196,16 @@ class Config:
             raise ConfigError("backbone_type must name a timm model, got ''")
 
     @property
+    def method(self) -> Method:
+        """What the learner's file declares about the method."""
+        return METHODS[self.model_name]
+
+    @property
+    def keys(self) -> dict[str, Key]:
+        """All keys that this config has: the shared ones, then those of its method."""
+        return {**KEYS, **{key.name: key for key in self.method.keys}}
+
+    @property
     def backbone_name(self) -> str:
         """The timm name, pre-training tag included, behind ``backbone_type``."""
         return BACKBONE_ALIASES.get(self.backbone_type, self.backbone_type)
@@ -141,56 +215,48 @@ class Config:
         """Augmented views of each training image; 0 means the test transform."""
         return min(self.epochs, self.epochs if self.train_views is None else self.train_views)
 
+    def shares_backbone_with(self, other: "Config") -> bool:
+        """Whether data and backbone that were loaded for ``other`` serve this config."""
+        return all(getattr(self, n) == getattr(other, n) for n, key in KEYS.items() if not key.shares_the_backbone)
+
     def view_seed(self, seed: int) -> int:
         """Where the random numbers of the views of a run under ``seed`` come from."""
         return seed if self.augment_seed is None else self.augment_seed
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready values, tuples as lists; ``Config(**config.as_dict())`` is the same config."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """JSON-ready values, flat, tuples as lists; ``make_config(config.as_dict())`` is the same config."""
+        values = {**{name: getattr(self, name) for name in KEYS}, **self.own}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``, lists as tuples and integers as floats where that is what is asked for."""
-    limits = {field.name: field.metadata for field in dataclasses.fields(Config)}[name]
-    item_kind = kind
-    if get_origin(kind) is tuple:
-        item_kind = get_args(kind)[0]
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(
-            _checked_item(name, str(v) if _is_plain_int(v) and item_kind is str else v, item_kind, limits)
-            for v in items
+def _shared_keys() -> dict[str, Key]:
+    """The fields of ``Config`` as keys."""
+    kinds = get_type_hints(Config)
+    fields = [field for field in dataclasses.fields(Config) if field.name != "own"]
+    return {field.name: Key(field.name, kinds[field.name], field.default, **field.metadata) for field in fields}
+
+
+KEYS: Mapping[str, Key] = _shared_keys()  # what every config has
+
+
+def known_key(name: str) -> Key | None:
+    """The key of that name, be it shared or a method's own."""
+    own = (key for method in METHODS.values() for key in method.keys)
+    return KEYS.get(name) or next((key for key in own if key.name == name), None)
+
+
+def _checked_own(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's own keys with their values, as given or by default."""
+    keys = {key.name: key for key in method.keys}
+    if foreign := [name for name in given if name not in keys]:
+        owners = [m.name for m in METHODS.values() if foreign[0] in {key.name for key in m.keys}]
+        raise ConfigError(
+            f"key {foreign[0]!r} belongs to {' and '.join(owners)}, but model_name is {method.name!r}: remove the key "
+            f"or set model_name={owners[0]}"
         )
-    return _checked_item(name, value, item_kind, limits)
-
-
-def _checked_item(name: str, value: Any, kind: Any, limits: Any) -> Any:
-    options = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) not in (None, Literal) else (kind,)
-    choices = [c for option in options if get_origin(option) is Literal for c in get_args(option)]
-    types = [option for option in options if get_origin(option) is None]
-    if isinstance(value, str) and value in choices:
-        return value
-    if value is None and NoneType in types:
-        return None
-    if float in types and _is_plain_int(value):
-        try:
-            value = float(value)
-        except OverflowError:
-            raise ConfigError(f"{name} must be a finite number, got an integer of {len(str(value))} digits") from None
-    if type(value) not in types:
-        raise ConfigError(f"{name} must be {_allowed(choices, types)}, got {_shown(value)}{_nearest(value, choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value}")
-    if isinstance(value, str) and not value.isprintable():
-        raise ConfigError(f"{name} must be printable text, got {_shown(value)}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if limits["low"] is not None and value < limits["low"]:
-            raise ConfigError(f"{name} must be at least {limits['low']}, got {_shown(value)}")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise ConfigError(f"{name} must be above {limits['above']}, got {_shown(value)}")
-        if abs(value) >= 2**63:
-            raise ConfigError(f"{name} is out of range, got {_shown(value)}")
-    return value
+    if absent := [key.name for key in method.keys if key.required and key.name not in given]:
+        raise ConfigError(f"required key {absent[0]!r} of {method.name} is missing")
+    return {name: key.checked(given.get(name, key.default)) for name, key in keys.items()}
 
 
 def _check_path(name: str, value: str | None) -> None:
@@ -199,37 +265,18 @@ def _check_path(name: str, value: str | None) -> None:
     try:
         Path(value or "").expanduser()
     except RuntimeError:
-        raise ConfigError(f"{name}: the home folder at the start of {_shown(value)} is not known") from None
-
-
-def _is_plain_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _allowed(choices: Sequence[str], types: Sequence[type]) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    return " or ".join([*(["one of " + ", ".join(choices)] if choices else []), *(words[t] for t in types)])
-
-
-def _nearest(value: Any, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{name}: the home folder at the start of {shown(value)} is not known") from None
 
 
 def parse_value(key: str, text: str) -> Any:
     """The value of ``key=text`` on the command line: JSON where the key is not plain text, ``a,b`` for lists."""
-    kind = get_type_hints(Config).get(key)
-    if kind is str or get_origin(kind) is Literal:
+    known = known_key(key)
+    if known is not None and known.is_text:
         return text
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except (json.JSONDecodeError, RecursionError):
-        if get_origin(kind) is tuple and "," in text:
+        if known is not None and known.is_list and "," in text:
             return [parse_value(key, part) for part in text.split(",") if part]
         return text
 
@@ -269,19 +316,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def make_config(values: dict[str, Any], source: str = "config") -> Config:
     """Check ``values`` into a ``Config``; ``source`` stands in front of every error."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+    for name, value in values.items():
+        if known_key(name) is None:
+            near = _nearest_key(name)
             raise ConfigError(
-                f"{source}: unknown key {key!r} (value {_shown(value)}); the nearest known key is {near!r}"
+                f"{source}: unknown key {name!r} (value {shown(value)}); the nearest known key is {near!r}"
             )
-    if absent := [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]:
+    if absent := [name for name, key in KEYS.items() if key.required and name not in values]:
         raise ConfigError(f"{source}: required key {absent[0]!r} is missing")
+    shared = {name: value for name, value in values.items() if name in KEYS}
+    own = {name: value for name, value in values.items() if name not in KEYS}
     try:
-        return Config(**values)
+        return Config(**shared, own=own)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _nearest_key(name: str) -> str:
+    own = [key.name for method in METHODS.values() for key in method.keys]
+    return difflib.get_close_matches(name, [*KEYS, *own], n=1, cutoff=0.0)[0]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -300,21 +353,3 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"{override!r}: {error}") from None
     return make_config(values, str(path))
-
-
-def key_table() -> list[str]:
-    """The README's table of keys: Markdown rows, the header's two first."""
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(Config):
-        required = field.default is dataclasses.MISSING
-        default = "required" if required else f"`{json.dumps(field.default, ensure_ascii=False)}`"
-        choices = [c for option in _options(get_type_hints(Config)[field.name]) for c in get_args(option)]
-        allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
-        rows.append(f"| `{field.name}` | {default} | {field.metadata['doc']}{allowed} |")
-    return rows
-
-
-def _options(kind: Any) -> list[Any]:
-    """The ``Literal`` types among the types that a key may have."""
-    parts = [kind] if get_origin(kind) is Literal else get_args(kind)
-    return [part for part in parts if get_origin(part) is Literal]

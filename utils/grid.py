@@ -4,16 +4,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
-from utils.config import Config, load_config
+from utils.config import Config, known_key, load_config
 from utils.errors import ConfigError
-
-# they say where, how fast or in which words a run is done: runs that differ in them alone are one run
-_NOT_SWEPT = (
-    *("prefix", "selection", "cache_dir", "num_workers", "feature_batch_size", "check_images", "tracker"),
-    *("checkpoint_dir", "log_dir"),
-)
 
 
 @dataclass(frozen=True)
@@ -42,11 +36,11 @@ def make_grid(path: Path, overrides: Sequence[str], sweep: Sequence[str]) -> lis
     cells: dict[str, Cell] = {}
     for values in itertools.product(*(values for _, values in swept)):
         config = load_config(path, [*overrides, *(f"{k}={v}" for k, v in zip(keys, values, strict=True))])
-        name = ",".join(f"{key}={_shown(getattr(config, key))}" for key in keys)
+        name = ",".join(f"{key}={_shown(config.as_dict()[key])}" for key in keys)
         if name in cells:
             raise ConfigError(f"--sweep gives {name} twice")
-        folders = {key: str(Path(getattr(config, key)) / name) for key in ("log_dir", "checkpoint_dir")}
-        cells[name] = Cell(name, replace(config, **folders))
+        log_dir, checkpoint_dir = (str(Path(folder) / name) for folder in (config.log_dir, config.checkpoint_dir))
+        cells[name] = Cell(name, replace(config, log_dir=log_dir, checkpoint_dir=checkpoint_dir))
     return list(cells.values())
 
 
@@ -54,9 +48,10 @@ def _values(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     if not equals or not all(values.split(",")):
         raise ConfigError(f"--sweep {text!r} is not key=v1,v2, for example flow=tosca,tosca_r")
-    if get_origin(get_type_hints(Config).get(key)) is tuple:
+    known = known_key(key)
+    if known is not None and known.is_list:
         raise ConfigError(f"--sweep {key!r}: {key} is a list, whose commas part its items; give {text} as an override")
-    if key in _NOT_SWEPT:
+    if known is not None and not known.changes_the_run:
         raise ConfigError(f"--sweep {key!r}: {key} does not change what a run computes; set it with {key}=<value>")
     return key, values.split(",")
 

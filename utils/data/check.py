@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from utils.config import Config
-from utils.data.datasets import EXPECTED_COUNTS, load_dataset
+from utils.data.datasets import DATASETS, load_dataset
 from utils.data.folders import data_folder, list_images, split_folders, subfolders
 from utils.data.images import HINT_REPLACE, decode
 from utils.data.modes import UnreadableImage
@@ -116,7 +116,7 @@ def _judge_copies(same: Sequence[Scanned], findings: Findings) -> None:
 
 
 def _compare_counts(findings: Findings, config: Config) -> None:
-    expected = EXPECTED_COUNTS.get(config.dataset)
+    expected = DATASETS[config.dataset].expected
     train, test = (findings.images[split] for split in ("train", "test"))
     found = (len(train), sum(train.values()), sum(test.values()))
     if expected and found != expected and config.continue_from is None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from utils.methods import SELECTIONS
+
 GLOSSARY = {
     "Ā": "average accuracy: the mean over tasks of the top-1 accuracy on all test images of the classes seen so far, "
     "measured after each task (%)",
@@ -15,22 +17,21 @@ GLOSSARY = {
     "accuracy), in percentage points",
     "selection accuracy": "the share of test images for which the module of their own task was chosen (%)",
     "oracle": "the accuracy when each image's true task chooses the module: what a perfect selection would give (%)",
-    "batch": "one module for 48 consecutive test images, by their mean entropy: the release's evaluation; in class "
-    "order the order itself tells the task",
-    "sample": "the module of lowest entropy for each image by itself: no task identity at inference",
-    "lda": "for each image by itself, the task of the best class under a linear discriminant analysis of the frozen "
-    "feature; its module answers among the task's own classes",
-    "ridge": "the same with ridge regression on 1,000 random features of the frozen feature",
+    **{selection.name: selection.definition for selection in SELECTIONS.values()},
 }
-# how every log line, table and picture names a selection; only "batch" depends on the order of the test set
-SELECTION_NAMES = {
-    "batch": "batch (class order)",
-    "batch_shuffled": "batch (shuffled test set)",
-    "sample": "sample",
-    "lda": "lda",
-    "ridge": "ridge",
-    "oracle": "oracle (true task)",
-}
+
+
+def _selection_names() -> dict[str, str]:
+    names = {}
+    for selection in SELECTIONS.values():
+        names[selection.name] = selection.title
+        if selection.ordered:
+            names[f"{selection.name}_shuffled"] = f"{selection.name} (shuffled test set)"
+    return {**names, "oracle": "oracle (true task)"}
+
+
+# how every log line, table and picture names a selection
+SELECTION_NAMES = _selection_names()
 
 
 def selection_name(selection: str) -> str:

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import read_json
+from utils.config import KEYS, read_json
 from utils.errors import ConfigError, UserError
-
-# keys of a run's identity that only TOSCA reads: for a baseline they are neither shown nor a difference
-_ONLY_TOSCA = {
-    *("flow", "l1", "mlp_ratio", "se_ratio", "new_rows", "old_rows", "sigma", "views", "augment_seed"),
-    *("epochs", "batch_size", "optimizer", "scheduler", "lr", "weight_decay", "milestones"),
-}
+from utils.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -27,11 +22,13 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run's numbers depend on."""
+        """What the run's numbers depend on: without the keys that its method does not read."""
         identity: dict[str, Any] = self.values["identity"]
-        if identity["model_name"] == "tosca":
+        method = METHODS.get(identity["model_name"])
+        if method is None:
             return identity
-        return {key: value for key, value in identity.items() if key not in _ONLY_TOSCA}
+        ignored = {key.identity_name for key in KEYS.values() if method.ignores(key)}
+        return {name: value for name, value in identity.items() if name not in ignored}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from utils.config import FLOWS, LEARNERS
+from utils.methods import FLOWS, METHODS
 from utils.results.cells import Cell, MeanStd, Row, Selections, Table, interval_text, number_text
 from utils.results.escape import plain_name
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES, mean_std, selection_name
@@ -144,7 +144,7 @@ def make_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
 def _place(run: Run) -> tuple[Any, ...]:
     """Where a run stands: by data set, split, method, flow, then everything else, then seed."""
     i = run.identity
-    method = LEARNERS.index(i["model_name"]) if i["model_name"] in LEARNERS else len(LEARNERS)
+    method = list(METHODS).index(i["model_name"]) if i["model_name"] in METHODS else len(METHODS)
     flow = FLOWS.index(i["flow"]) if i.get("flow") in FLOWS else len(FLOWS)
     others = tuple((key, _order(run.settings[key])) for key in sorted(run.settings))
     split = i["dataset"], i["scenario"], i["init_cls"], i["increment"]

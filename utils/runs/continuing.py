@@ -16,14 +16,10 @@ from utils.config import Config
 from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.runs.checkpoint import CLASSIFIER_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
+from utils.runs.identity import fixed_once_saved
 from utils.runs.manifest import BaseFacts, RunManifest, TaskRecord
 
 log = logging.getLogger(__name__)
-
-# what modules and classifier were made for; the rest (epochs, rate, views …) a new task may choose for itself
-_MUST_EQUAL = (
-    "model_name", "flow", "mlp_ratio", "se_ratio", "image_size", "normalize", "precision", "weights_sha256",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) ->
 
 def _check_fits(config: Config, base: SavedRun, new: dict[str, Any]) -> None:
     old = base.manifest.identity
-    for key in _MUST_EQUAL:
+    for key in fixed_once_saved(config):
         if old[key] != new[key]:
             advice = f"set {key}={old[key]}"
             if key == "weights_sha256":

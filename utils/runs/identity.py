@@ -4,26 +4,31 @@ from typing import Any
 
 from utils.config import Config
 
-# keys that change where a run happens or what it prints, but not what it computes
-_NOT_IDENTITY = (
-    "prefix", "device", "seed", "selection", "data_path", "backbone_weights", "pretrained", "cache_dir", "precision",
-    "feature_batch_size", "num_workers", "check_images", "checkpoint_dir", "log_dir", "tracker", "augment_seed",
-    "train_views", "continue_from", "backbone_type",
-)  # fmt: skip
-
 
 def run_identity(
     config: Config, seed: int, *, weights_sha256: str, precision: str, images_sha256: dict[str, str]
 ) -> dict[str, Any]:
-    """What makes two runs the same run: the config that matters, the data, the weights, the seed."""
-    settings = {k: v for k, v in config.as_dict().items() if k not in _NOT_IDENTITY}
-    augment_seed = config.view_seed(seed) if config.views else None
+    """What makes two runs the same run: every key that changes what is computed, or what was found behind it.
+
+    Where a key only names something (weights, images) or leaves it open (``precision: auto``), what was found stands
+    here: the same weights under another name make the same run.
+    """
+    values = config.as_dict()
+    settings = {n: values[n] for n, key in config.keys.items() if key.changes_the_run and key.recorded_as is None}
     return {
         **settings,
         "views": config.views,
-        "augment_seed": augment_seed,
+        "augment_seed": config.view_seed(seed) if config.views else None,
         "precision": precision,
         "seed": seed,
         "weights_sha256": weights_sha256,
         "images_sha256": images_sha256,
     }
+
+
+def fixed_once_saved(config: Config) -> list[str]:
+    """The entries of a run's identity in which a run that continues a saved one must agree with it.
+
+    Modules and classifier were made for them; the rest (epochs, rate, views …) a new task may choose for itself.
+    """
+    return list(dict.fromkeys(key.identity_name for key in config.keys.values() if key.must_agree))
