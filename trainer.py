@@ -138,8 +138,7 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
     ):
         checkpoint.remove_partials()
         remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv)")
-        continual = LEARNERS[setup.config.model_name].continual
-        manifest = find_earlier_start(setup, seed, paths, checkpoint, continual=continual, fresh=fresh)
+        manifest = find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
         report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
         with (
             logging_to(paths.file(".log")),

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def find_earlier_start(
-    setup: Setup, seed: int, paths: RunPaths, checkpoint: CheckpointFolder, *, continual: bool, fresh: bool
+    setup: Setup, seed: int, paths: RunPaths, checkpoint: CheckpointFolder, *, fresh: bool
 ) -> RunManifest:
     """Return the manifest to go on from, which is on disk; that of a new run where there is none of this run.
 
@@ -26,7 +26,6 @@ def find_earlier_start(
         seed: which of them this is.
         paths: where the run's report goes.
         checkpoint: where its modules go.
-        continual: what the manifest of a new run says of its method.
         fresh: take nothing from an earlier start.
 
     Raises:
@@ -46,7 +45,7 @@ def find_earlier_start(
         for moved in paths.move_aside():
             log.info("Moved the report of an earlier run to %s", moved)
     if manifest is None:
-        manifest = _new_manifest(setup, seed, identity, checkpoint, continual=continual)
+        manifest = _new_manifest(setup, seed, identity, checkpoint)
         checkpoint.write_manifest(manifest)
     checkpoint.remove_old_classifiers(manifest)  # an earlier start may have been killed before it could
     return manifest
@@ -62,9 +61,7 @@ def _report_belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
         return False
 
 
-def _new_manifest(
-    setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder, *, continual: bool
-) -> RunManifest:
+def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder) -> RunManifest:
     """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
     backbone, stream = setup.backbone, setup.stream(seed)
     manifest = RunManifest(
@@ -89,7 +86,7 @@ def _new_manifest(
         task_sizes=tuple(stream.task_sizes),
         row_class=tuple(stream.row_class.tolist()),
         domains=tuple(stream.domains),
-        continual=continual,
+        continual=setup.config.method.continual,
     )
     return adopt(setup.base, checkpoint, manifest, stream) if setup.base else manifest
 
