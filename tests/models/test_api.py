@@ -1,5 +1,7 @@
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from models import ContinualClassifier
 from tests.conftest import ROOT, tiny_config
 from utils.data.given import as_image
 from utils.errors import BackboneError, CheckpointError, ConfigError, DataError, UserError
+from utils.runs.checkpoint import CheckpointFolder
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +56,15 @@ def test_answers_are_consistent_with_each_other(model, run_of_four):
     assert answers.module.tolist() == answers.entropies.argmin(dim=1).tolist()
     torch.testing.assert_close(answers.margin, (answers.entropies[:, 0] - answers.entropies[:, 1]).abs())
     torch.testing.assert_close(answers.entropy, answers.entropies.amin(dim=1))
+
+
+def test_the_precision_is_that_of_the_run_whatever_this_machine_would_choose(run_of_four, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)  # auto would be bf16 here
+    saved = CheckpointFolder(shutil.copytree(run_of_four.checkpoints, tmp_path / "tosca"))
+    manifest = saved.read_manifest()
+    assert manifest.backbone["precision"] == "fp32"
+    saved.write_manifest(replace(manifest, config={**manifest.config, "precision": "auto"}))
+    assert ContinualClassifier.load(saved.folder).backbone.precision == "fp32"
 
 
 def test_each_image_is_one_backbone_pass(model, run_of_four):
