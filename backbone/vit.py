@@ -1,20 +1,16 @@
-"""The frozen timm ViT: uint8 images in, final [CLS] features out. It is loaded once and never trained."""
+"""The frozen timm ViT: uint8 images in, final features out. It is loaded once and never trained."""
 
 import hashlib
 import logging
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from backbone.create import BUNDLED, create_model, with_tag
+from backbone.forward import make_features
+from backbone.weights import load_weights
 from utils.config import Config
 from utils.errors import BackboneError
 
@@ -29,6 +25,9 @@ class Backbone:
         weights_sha256: over names, shapes and values of all weights as loaded (after any resizing of positions).
         feature_dim: width of a feature.
         precision: ``fp32`` or ``bf16``.
+        features: the forward pass, an ``nn.Module``; calling the backbone calls it.
+        variant: what else a feature's bits depend on, part of the identity of banks and runs. It is empty for fp32
+            and for models that run under autocast, so that their banks stay valid.
     """
 
     def __init__(self, model: nn.Module, *, name: str, device: torch.device, precision: str, normalize: bool) -> None:
@@ -36,16 +35,10 @@ class Backbone:
         self.feature_dim: int = model.num_features if not hasattr(model, "head_hidden_size") else model.head_hidden_size
         self.parameters = sum(p.numel() for p in model.parameters())
         self.weights_sha256 = _sha256(model)
-        self.cls_only = supports_cls_only(model)
-        if precision == "bf16":  # autocast would cast these weights anew in every batch; the products are the same
-            for module in model.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(torch.bfloat16)
-        self.model = model.to(device)
-        cfg = model.pretrained_cfg
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(cfg.get("mean", (0.0,) * 3), device=device).view(shape)
-        self._std = torch.tensor(cfg.get("std", (1.0,) * 3), device=device).view(shape)
+        self.model = model
+        self.features = make_features(model, precision=precision, normalize=normalize).to(device)
+        numerics = self.features.numerics
+        self.variant: dict[str, str] = {"numerics": numerics} if numerics else {}
 
     def __str__(self) -> str:
         return (
@@ -56,56 +49,8 @@ class Backbone:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 on any device -> ``(images, feature_dim)`` float32 on the backbone's device."""
-        pixels = images.to(self.device, non_blocking=True).float() / 255
-        if self.normalize:
-            pixels = (pixels - self._mean) / self._std
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with autocast:
-            features = cls_features(self.model, pixels) if self.cls_only else plain_features(self.model, pixels)
-        return features.float()
-
-
-def plain_features(model: nn.Module, pixels: Tensor) -> Tensor:
-    """timm's own path: ``(images, 3, S, S) -> (images, dim)``."""
-    return model.forward_head(model.forward_features(pixels), pre_logits=True)
-
-
-def supports_cls_only(model: nn.Module) -> bool:
-    """Whether ``cls_features`` computes exactly what ``plain_features`` does: a plain ViT read at its class token."""
-    if type(model) is not VisionTransformer or model.cls_token is None or model.global_pool != "token":
-        return False
-    if getattr(model, "attn_pool", None) is not None or len(model.blocks) == 0:
-        return False
-    block = model.blocks[-1]
-    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
-
-
-def cls_features(model: VisionTransformer, pixels: Tensor) -> Tensor:
-    """``plain_features`` with the last block computed for the class token alone, 7 % less work in a ViT-B.
-
-    Nothing reads the other tokens after the last block, so only their keys and values are needed there.
-    """
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # (images, tokens, dim)
-    x = model.blocks[:-1](x)
-    return model.forward_head(model.norm(_cls_block(model.blocks[-1], x)), pre_logits=True)
-
-
-def _cls_block(block: Block, x: Tensor) -> Tensor:
-    """The class token's output of a timm ``Block``: ``(images, tokens, dim) -> (images, 1, dim)``."""
-    attn, y = block.attn, block.norm1(x)
-    width = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-
-    def heads(tokens: Tensor, rows: slice) -> Tensor:  # -> (images, heads, tokens, head_dim)
-        projected = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
-        return projected.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
-
-    q = attn.q_norm(heads(y[:, :1], slice(0, width)))
-    k = attn.k_norm(heads(y, slice(width, 2 * width)))
-    v = heads(y, slice(2 * width, 3 * width))
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
-    x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return x + block.ls2(block.mlp(block.norm2(x)))
+        features: Tensor = self.features(images.to(self.device, non_blocking=True))
+        return features
 
 
 def load_backbone(config: Config, device: torch.device) -> Backbone:
@@ -122,13 +67,13 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
             + (f"; timm has for example {', '.join(near)}" if near else "; timm.list_models('vit*') lists the names")
         )
     if not config.pretrained and not config.backbone_weights:
-        model = _create(name, config.image_size)
+        model = create_model(name, config.image_size)
     elif config.backbone_weights or name in BUNDLED:
-        model = _create(name, config.image_size)
-        _load_file(model, Path(config.backbone_weights or BUNDLED[name]["weights"]))
+        model = create_model(name, config.image_size)
+        load_weights(model, Path(config.backbone_weights or BUNDLED[name]["weights"]))
     else:
         name = with_tag(name)
-        model = _create(name, config.image_size, pretrained=True)
+        model = create_model(name, config.image_size, pretrained=True)
     if not hasattr(model, "forward_head"):
         raise BackboneError(f"backbone_type {config.backbone_type!r} has no forward_head(); choose a timm ViT")
     model.eval().requires_grad_(False)
@@ -139,94 +84,6 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
         precision=resolve_precision(config.precision, device),
         normalize=config.normalize,
     )
-
-
-def with_tag(name: str) -> str:
-    """``name`` with the pre-training tag that timm takes where none is given: which weights those are, in words."""
-    cfg = None if "." in name else timm.models.get_pretrained_cfg(name)
-    return f"{name}.{cfg.tag}" if cfg is not None and cfg.tag else name
-
-
-# The small ViT that ships with the repository, for a first run without a model hub (assets/README.md).
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUNDLED: dict[str, dict[str, Any]] = {
-    "glyphs_vit": {
-        "weights": _ASSETS / "glyphs_vit.safetensors",
-        "build": {
-            "model_name": "vit_tiny_patch16_224",
-            "patch_size": 8,
-            "embed_dim": 128,
-            "depth": 4,
-            "num_heads": 4,
-        },
-    }
-}
-
-
-def _create(name: str, image_size: int, pretrained: bool = False) -> nn.Module:
-    build = BUNDLED[name]["build"] if name in BUNDLED else {"model_name": name}
-    with torch.random.fork_rng(devices=[]), _quiet():
-        torch.default_generator.manual_seed(0)  # a random ViT (pretrained: false) is the same one in every run
-        try:
-            model = _build({**build, "pretrained": pretrained, "num_classes": 0}, image_size)
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if pretrained:
-                raise BackboneError(
-                    f"the weights of {name!r} cannot be had from the model hub ({type(error).__name__}: {first}). "
-                    "Two ways out: run once on a machine with internet and copy its hub cache here (HF_HOME), or "
-                    "download the weights and set backbone_weights=<file>.pth, .safetensors or .npz"
-                ) from error
-            raise BackboneError(f"{name!r} cannot be built for image_size {image_size}: {first}") from error
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and min(grid) < 1:
-        raise BackboneError(f"image_size {image_size} is smaller than one patch of {name!r}")
-    return model
-
-
-def _build(options: dict[str, Any], image_size: int) -> nn.Module:
-    try:
-        return timm.create_model(**options, img_size=image_size)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        return timm.create_model(**options)  # takes any size
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _load_file(model: nn.Module, path: Path) -> None:
-    """Load a local file through timm, which resizes the position grid where the image size differs."""
-    if not path.is_file():
-        raise BackboneError(f"backbone_weights {str(path)!r} is not a file")
-    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors", ".npz"):
-        raise BackboneError(f"backbone_weights {str(path)!r}: give a .pth, .safetensors or .npz file")
-    # each architecture of timm keeps the filter that its own downloads pass in its module, under this name
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    try:
-        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=filter_fn)
-    except KeyError as error:  # an .npz without an array that the model needs
-        raise BackboneError(f"backbone_weights {str(path)!r}: key {error} is missing") from error
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise BackboneError(
-            f"backbone_weights {str(path)!r} does not fit or cannot be read: {' '.join(lines)[:600]}"
-        ) from error
-    if result is None:  # .npz: timm raises where something is missing
-        return
-    if result.missing_keys:
-        raise BackboneError(
-            f"backbone_weights {str(path)!r} lacks {len(result.missing_keys)} keys of {type(model).__name__}: "
-            f"{', '.join(result.missing_keys[:8])}; it belongs to another architecture"
-        )
-    heads = ("head.", "head_dist.", "fc.", "pre_logits.", "classifier.")
-    if extra := [key for key in result.unexpected_keys if not key.startswith(heads)]:
-        log.warning("backbone_weights %s: %d keys not used: %s", path, len(extra), ", ".join(extra[:8]))
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

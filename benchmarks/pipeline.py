@@ -6,7 +6,7 @@
 features on disk: all that a first run does before it learns, but for importing libraries and loading weights.
 *Backbone alone*: the same number of forward passes at the same precision on uint8 tensors that are ready in memory, at
 the best of several batch sizes, with all threads inside the products or with one pass a thread, whichever is faster;
-once with the last block for the class token alone, as the pipeline does it, and once with timm's plain forward pass.
+once by the backbone's own forward pass, as the pipeline does it, and once by timm's (in bf16 under autocast).
 Rounds of all three alternate, and the ratio is of the medians. Without ``--data``: synthetic JPEGs of 500 x 375.
 """
 
@@ -17,14 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from backbone.vit import Backbone, load_backbone, resolve_device
+from backbone.forward import PlainFeatures
+from backbone.vit import Backbone, load_backbone, resolve_device, resolve_precision
 from benchmarks.images import machine, make_jpegs
-from utils.config import make_config
+from utils.config import Config, make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset
@@ -62,6 +64,14 @@ def alone_seconds(backbone: Backbone, images: Tensor, forwards: int, threaded: b
     threads = forward_threads(backbone.device)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return seconds_of(lambda: list(pool.map(backbone, [images] * count)))
+
+
+def plain_backbone(config: Config) -> Backbone:
+    """The same backbone on timm's own forward pass, in bf16 under autocast."""
+    backbone = load_backbone(replace(config, precision="fp32"), resolve_device(config))
+    half = resolve_precision(config.precision, backbone.device) == "bf16"
+    backbone.features = PlainFeatures(backbone.model, normalize=config.normalize, autocast=half).to(backbone.device)
+    return backbone
 
 
 def best_way(backbone: Backbone, image_size: int) -> tuple[Tensor, bool]:
@@ -111,13 +121,11 @@ def main() -> None:
             f"best alone: batches of {len(ready)}, {'one pass a thread' if threaded else 'threads inside'}", flush=True
         )
         taken: dict[str, list[float]] = {"pipeline": [], "alone": [], "timm's plain forward pass alone": []}
-        can_skip = backbone.cls_only
+        plain = plain_backbone(config)
         for _ in range(args.rounds):
             taken["pipeline"].append(pipeline_seconds(data, backbone, args.image_size, forwards))
             taken["alone"].append(alone_seconds(backbone, ready, forwards, threaded))
-            backbone.cls_only = False
-            taken["timm's plain forward pass alone"].append(alone_seconds(backbone, ready, forwards, threaded))
-            backbone.cls_only = can_skip
+            taken["timm's plain forward pass alone"].append(alone_seconds(plain, ready, forwards, threaded))
     median = {name: statistics.median(seconds) for name, seconds in taken.items()}
     for name, seconds in median.items():
         print(f"{name}: {seconds:.1f} s for {forwards} forwards; pipeline / this: {median['pipeline'] / seconds:.3f}")

@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from backbone.vit import Backbone, plain_features, resolve_device, resolve_precision, supports_cls_only
+from backbone.forward import plain_features, supports_cls_only
+from backbone.vit import Backbone, resolve_device, resolve_precision
 from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")

@@ -1,0 +1,257 @@
+"""The forward pass of a frozen timm ViT: ``(images, 3, S, S)`` uint8 in, ``(images, dim)`` float32 features out.
+
+Three ways, each an ``nn.Module`` that can be compiled and exported:
+
+* ``PlainFeatures``: timm's own path for any model; in bf16 under autocast.
+* ``ClassTokenFeatures``: fp32, a plain ViT read at its class token; the last block is computed for that token alone.
+* ``ProductFeatures``: bf16, a plain ViT. The matrix products and the attention are bf16, while the residual stream
+  and the statistics of every LayerNorm on it stay fp32. Autocast converts at every operation; here a value is
+  converted once, where a product reads it.
+"""
+
+from typing import cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+HALF = torch.bfloat16
+
+
+def make_features(model: nn.Module, *, precision: str, normalize: bool) -> nn.Module:
+    """The fastest forward pass that computes what ``model`` does at ``precision``. It takes over ``model``."""
+    if precision == "bf16":
+        if is_plain_vit(model):
+            return ProductFeatures(cast(VisionTransformer, model), normalize=normalize)
+        return PlainFeatures(model, normalize=normalize, autocast=True)
+    if supports_cls_only(model):
+        return ClassTokenFeatures(cast(VisionTransformer, model), normalize=normalize)
+    return PlainFeatures(model, normalize=normalize)
+
+
+def is_plain_vit(model: nn.Module) -> bool:
+    """Whether ``model`` is a ViT of unchanged pre-norm blocks, pooled without parameters of the pooling's own."""
+    if type(model) is not VisionTransformer or getattr(model, "attn_pool", None) is not None or not len(model.blocks):
+        return False
+    return model.global_pool in ("token", "avg", "avgmax", "max") and all(_is_plain_block(b) for b in model.blocks)
+
+
+def supports_cls_only(model: nn.Module) -> bool:
+    """Whether ``cls_features`` computes exactly what ``plain_features`` does: a plain ViT read at its class token."""
+    if type(model) is not VisionTransformer or model.cls_token is None or model.global_pool != "token":
+        return False
+    if getattr(model, "attn_pool", None) is not None or len(model.blocks) == 0:
+        return False
+    return _is_plain_block(model.blocks[-1])
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+
+
+def plain_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    """timm's own path: ``(images, 3, S, S) -> (images, dim)``."""
+    return cast(Tensor, model.forward_head(model.forward_features(pixels), pre_logits=True))
+
+
+def cls_features(model: VisionTransformer, pixels: Tensor) -> Tensor:
+    """``plain_features`` with the last block computed for the class token alone, 7 % less work in a ViT-B.
+
+    Nothing reads the other tokens after the last block, so only their keys and values are needed there.
+    """
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # (images, tokens, dim)
+    x = model.blocks[:-1](x)
+    x = cls_block(model.blocks[-1], x, torch.float32)
+    return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
+
+
+def cls_block(block: Block, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The class token's output of a timm ``Block``: ``(images, tokens, dim) -> (images, 1, dim)``.
+
+    Args:
+        block: its attention and MLP have weights of ``dtype``, its norms those of ``x``.
+        x: the residual stream.
+        dtype: of the products.
+    """
+    attn, y = block.attn, block.norm1(x).to(dtype)
+    width = attn.num_heads * attn.head_dim
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+
+    def heads(tokens: Tensor, rows: slice) -> Tensor:  # -> (images, heads, tokens, head_dim)
+        projected = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
+        return projected.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+
+    q = attn.q_norm(heads(y[:, :1], slice(0, width)))
+    k = attn.k_norm(heads(y, slice(width, 2 * width)))
+    v = heads(y, slice(2 * width, 3 * width))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
+    x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
+    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x).to(dtype))))
+
+
+class Pixels(nn.Module):
+    """``(images, 3, S, S)`` uint8 -> float32 in [0, 1], or with ``normalize`` by the model's mean and std."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, *, normalize: bool) -> None:
+        super().__init__()
+        self.normalize = normalize
+        config = model.pretrained_cfg
+        for name, default in (("mean", 0.0), ("std", 1.0)):
+            values = torch.tensor(config.get(name, (default,) * 3), dtype=torch.float32)  # type: ignore[union-attr]
+            self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.float() / 255
+        return (pixels - self.mean) / self.std if self.normalize else pixels
+
+
+class PlainFeatures(nn.Module):
+    """timm's own forward pass, for any model. ``numerics`` names what sets its rows apart from fp32: nothing."""
+
+    numerics = ""
+
+    def __init__(self, model: nn.Module, *, normalize: bool, autocast: bool = False) -> None:
+        super().__init__()
+        self.pixels, self.autocast = Pixels(model, normalize=normalize), autocast
+        for module in model.modules() if autocast else ():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):  # autocast would convert these weights in every batch
+                module.to(HALF)
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = self.pixels(images)
+        if not self.autocast:
+            return plain_features(self.model, pixels).float()
+        with torch.autocast(images.device.type, HALF):
+            return plain_features(self.model, pixels).float()
+
+
+class ClassTokenFeatures(nn.Module):
+    """fp32, the last block for the class token alone."""
+
+    numerics = ""
+
+    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+        super().__init__()
+        self.pixels, self.model = Pixels(model, normalize=normalize), model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cls_features(self.model, self.pixels(images))
+
+
+class ProductFeatures(nn.Module):
+    """bf16 products around an fp32 residual stream, without autocast.
+
+    What a frozen model allows is done once. Layer scales go into the weights of the product before them, and the
+    scaling of pixels into the patch embedding; so a patch enters its product as whole numbers, pixel - 128, which
+    bf16 holds exactly, in one pass over the image. The bias of the keys is dropped: it adds the same number to all
+    logits of a query, which softmax ignores, but large biases cost the keys their last bits.
+    """
+
+    numerics = "bf16-products"  # part of a bank's identity: rows differ in their last bits from those of autocast
+
+    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+        super().__init__()
+        self.model, self.embed = model, _embedding(model, normalize=normalize)
+        self.cls_only = supports_cls_only(model)
+        for block in model.blocks:
+            _drop_key_bias(block.attn)
+            _fold_scale(block, "ls1", block.attn.proj)
+            _fold_scale(block, "ls2", getattr(block.mlp, "fc2", None))
+            block.attn.to(HALF)
+            block.mlp.to(HALF)
+
+    def forward(self, images: Tensor) -> Tensor:
+        model = self.model
+        x = model.norm_pre(self.embed(images))  # (images, tokens, dim) float32, as the residual stream stays
+        for block in model.blocks[:-1] if self.cls_only else model.blocks:
+            x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
+            x = x.add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
+        if self.cls_only:
+            x = cls_block(model.blocks[-1], x, HALF)
+        return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
+
+
+def _drop_key_bias(attn: Attention) -> None:
+    if attn.qkv.bias is not None and isinstance(attn.k_norm, nn.Identity):
+        width = attn.num_heads * attn.head_dim
+        attn.qkv.bias.data[width : 2 * width] = 0
+
+
+def _fold_scale(block: nn.Module, name: str, product: nn.Module | None) -> None:
+    """Move a layer scale into the product whose output it scales, where that is a plain linear layer."""
+    scale = getattr(block, name)
+    if type(product) is nn.Linear and not isinstance(scale, nn.Identity):
+        product.weight.data.mul_(scale.gamma[:, None])
+        if product.bias is not None:
+            product.bias.data.mul_(scale.gamma)
+        setattr(block, name, nn.Identity())
+
+
+def _embedding(model: VisionTransformer, *, normalize: bool) -> nn.Module:
+    patch = model.patch_embed
+    simple = (
+        type(patch) is timm.layers.PatchEmbed
+        and isinstance(patch.norm, nn.Identity)
+        and not patch.dynamic_img_pad
+        and patch.img_size is not None
+        and patch.proj.kernel_size == patch.proj.stride
+        and patch.proj.padding == (0, 0)
+    )
+    return PatchProduct(model, normalize=normalize) if simple else AnyEmbedding(model, normalize=normalize)
+
+
+class AnyEmbedding(nn.Module):
+    """timm's own embedding of any kind, such as a ResNet's stem, under autocast."""
+
+    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+        super().__init__()
+        self.pixels, self.model = Pixels(model, normalize=normalize), model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, HALF):
+            patches = self.model.patch_embed(self.pixels(images))
+        return cast(Tensor, self.model._pos_embed(patches.float()))
+
+
+class PatchProduct(nn.Module):
+    """Patches, class and register tokens with their positions: uint8 -> ``(images, tokens, dim)`` float32."""
+
+    weight: Tensor  # (dim, 3 * patch * patch) bf16
+    prefix: Tensor  # (1, class and register tokens, dim)
+    position: Tensor  # (1, patches, dim), the patch embedding's bias included
+
+    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+        super().__init__()
+        patch, pixels = model.patch_embed, Pixels(model, normalize=normalize)
+        self.patch, self.grid, self.image = patch.patch_size, patch.grid_size, patch.img_size
+        zero, one = (pixels(torch.full((1, 3, 1, 1), value, dtype=torch.uint8)) for value in (128, 129))
+        weight = patch.proj.weight.float()
+        bias = (weight * zero).sum(dim=(1, 2, 3))  # of a patch whose pixels are all 128
+        if patch.proj.bias is not None:
+            bias = bias + patch.proj.bias
+        step = pixels.std.new_tensor(255).reciprocal() / (pixels.std if normalize else torch.ones_like(one))
+        tokens = [t for t in (model.cls_token, model.reg_token) if t is not None]
+        prefix = torch.cat(tokens, dim=1) if tokens else weight.new_zeros(1, 0, len(weight))
+        position = weight.new_zeros(1, 1, len(weight)) if model.pos_embed is None else model.pos_embed
+        if model.pos_embed is not None and not model.no_embed_class:
+            count = prefix.shape[1]
+            prefix, position = prefix + position[:, :count], position[:, count:]
+        self.register_buffer("weight", (weight * step).flatten(1).to(HALF), persistent=False)
+        self.register_buffer("prefix", prefix.detach().clone(), persistent=False)
+        self.register_buffer("position", (position + bias).detach().clone(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != tuple(self.image):
+            raise ValueError(f"the backbone takes images of {self.image} pixels, got {tuple(images.shape[-2:])}")
+        (rows, columns), (height, width) = self.grid, self.patch
+        centred = images[..., : rows * height, : columns * width].to(HALF).sub_(128)
+        patches = centred.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))  # (n, 3, rows, h, columns, w)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (images, patches, 3 * h * w)
+        tokens = F.linear(patches, self.weight) + self.position
+        return torch.cat([self.prefix.expand(len(images), -1, -1), tokens], dim=1)
