@@ -9,36 +9,38 @@ Three ways, each an ``nn.Module`` that can be compiled and exported:
   converted once, where a product reads it.
 """
 
-from typing import cast
+from typing import Any, ClassVar, cast
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 HALF = torch.bfloat16
+TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
 
 
-def make_features(model: nn.Module, *, precision: str, normalize: bool) -> nn.Module:
+def make_features(model: TimmModel, *, precision: str, normalize: bool) -> "Features":
     """The fastest forward pass that computes what ``model`` does at ``precision``. It takes over ``model``."""
     if precision == "bf16":
         if is_plain_vit(model):
-            return ProductFeatures(cast(VisionTransformer, model), normalize=normalize)
+            return ProductFeatures(model, normalize=normalize)
         return PlainFeatures(model, normalize=normalize, autocast=True)
     if supports_cls_only(model):
-        return ClassTokenFeatures(cast(VisionTransformer, model), normalize=normalize)
+        return ClassTokenFeatures(model, normalize=normalize)
     return PlainFeatures(model, normalize=normalize)
 
 
-def is_plain_vit(model: nn.Module) -> bool:
+def is_plain_vit(model: TimmModel) -> bool:
     """Whether ``model`` is a ViT of unchanged pre-norm blocks, pooled without parameters of the pooling's own."""
     if type(model) is not VisionTransformer or getattr(model, "attn_pool", None) is not None or not len(model.blocks):
         return False
     return model.global_pool in ("token", "avg", "avgmax", "max") and all(_is_plain_block(b) for b in model.blocks)
 
 
-def supports_cls_only(model: nn.Module) -> bool:
+def supports_cls_only(model: TimmModel) -> bool:
     """Whether ``cls_features`` computes exactly what ``plain_features`` does: a plain ViT read at its class token."""
     if type(model) is not VisionTransformer or model.cls_token is None or model.global_pool != "token":
         return False
@@ -47,16 +49,16 @@ def supports_cls_only(model: nn.Module) -> bool:
     return _is_plain_block(model.blocks[-1])
 
 
-def _is_plain_block(block: nn.Module) -> bool:
+def _is_plain_block(block: TimmModel) -> bool:
     return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
-def plain_features(model: nn.Module, pixels: Tensor) -> Tensor:
+def plain_features(model: TimmModel, pixels: Tensor) -> Tensor:
     """timm's own path: ``(images, 3, S, S) -> (images, dim)``."""
     return cast(Tensor, model.forward_head(model.forward_features(pixels), pre_logits=True))
 
 
-def cls_features(model: VisionTransformer, pixels: Tensor) -> Tensor:
+def cls_features(model: TimmModel, pixels: Tensor) -> Tensor:
     """``plain_features`` with the last block computed for the class token alone, 7 % less work in a ViT-B.
 
     Nothing reads the other tokens after the last block, so only their keys and values are needed there.
@@ -67,7 +69,7 @@ def cls_features(model: VisionTransformer, pixels: Tensor) -> Tensor:
     return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
 
 
-def cls_block(block: Block, x: Tensor, dtype: torch.dtype) -> Tensor:
+def cls_block(block: TimmModel, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The class token's output of a timm ``Block``: ``(images, tokens, dim) -> (images, 1, dim)``.
 
     Args:
@@ -81,7 +83,8 @@ def cls_block(block: Block, x: Tensor, dtype: torch.dtype) -> Tensor:
 
     def heads(tokens: Tensor, rows: slice) -> Tensor:  # -> (images, heads, tokens, head_dim)
         projected = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
-        return projected.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+        by_head: Tensor = projected.unflatten(-1, (attn.num_heads, attn.head_dim))
+        return by_head.transpose(1, 2)
 
     q = attn.q_norm(heads(y[:, :1], slice(0, width)))
     k = attn.k_norm(heads(y, slice(width, 2 * width)))
@@ -97,25 +100,32 @@ class Pixels(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, *, normalize: bool) -> None:
+    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
         config = model.pretrained_cfg
         for name, default in (("mean", 0.0), ("std", 1.0)):
-            values = torch.tensor(config.get(name, (default,) * 3), dtype=torch.float32)  # type: ignore[union-attr]
+            values = torch.tensor(config.get(name, (default,) * 3), dtype=torch.float32)
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.float() / 255
-        return (pixels - self.mean) / self.std if self.normalize else pixels
+        pixels: Tensor = images.float() / 255
+        if self.normalize:
+            pixels = (pixels - self.mean) / self.std
+        return pixels
 
 
-class PlainFeatures(nn.Module):
-    """timm's own forward pass, for any model. ``numerics`` names what sets its rows apart from fp32: nothing."""
+class Features(nn.Module):
+    """A forward pass. ``numerics`` names it where its rows differ in their last bits from those of older releases."""
 
-    numerics = ""
+    numerics: ClassVar[str] = ""
+    model: TimmModel
 
-    def __init__(self, model: nn.Module, *, normalize: bool, autocast: bool = False) -> None:
+
+class PlainFeatures(Features):
+    """timm's own forward pass, for any model; in bf16 under autocast."""
+
+    def __init__(self, model: TimmModel, *, normalize: bool, autocast: bool = False) -> None:
         super().__init__()
         self.pixels, self.autocast = Pixels(model, normalize=normalize), autocast
         for module in model.modules() if autocast else ():
@@ -131,12 +141,10 @@ class PlainFeatures(nn.Module):
             return plain_features(self.model, pixels).float()
 
 
-class ClassTokenFeatures(nn.Module):
+class ClassTokenFeatures(Features):
     """fp32, the last block for the class token alone."""
 
-    numerics = ""
-
-    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
         self.pixels, self.model = Pixels(model, normalize=normalize), model
 
@@ -144,7 +152,7 @@ class ClassTokenFeatures(nn.Module):
         return cls_features(self.model, self.pixels(images))
 
 
-class ProductFeatures(nn.Module):
+class ProductFeatures(Features):
     """bf16 products around an fp32 residual stream, without autocast.
 
     What a frozen model allows is done once. Layer scales go into the weights of the product before them, and the
@@ -153,9 +161,11 @@ class ProductFeatures(nn.Module):
     logits of a query, which softmax ignores, but large biases cost the keys their last bits.
     """
 
-    numerics = "bf16-products"  # part of a bank's identity: rows differ in their last bits from those of autocast
+    numerics: ClassVar[str] = (
+        "bf16-products"  # part of a bank's identity: rows differ in their last bits from those of autocast
+    )
 
-    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
         self.model, self.embed = model, _embedding(model, normalize=normalize)
         self.cls_only = supports_cls_only(model)
@@ -177,13 +187,13 @@ class ProductFeatures(nn.Module):
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
 
 
-def _drop_key_bias(attn: Attention) -> None:
+def _drop_key_bias(attn: TimmModel) -> None:
     if attn.qkv.bias is not None and isinstance(attn.k_norm, nn.Identity):
         width = attn.num_heads * attn.head_dim
         attn.qkv.bias.data[width : 2 * width] = 0
 
 
-def _fold_scale(block: nn.Module, name: str, product: nn.Module | None) -> None:
+def _fold_scale(block: TimmModel, name: str, product: nn.Module | None) -> None:
     """Move a layer scale into the product whose output it scales, where that is a plain linear layer."""
     scale = getattr(block, name)
     if type(product) is nn.Linear and not isinstance(scale, nn.Identity):
@@ -193,10 +203,10 @@ def _fold_scale(block: nn.Module, name: str, product: nn.Module | None) -> None:
         setattr(block, name, nn.Identity())
 
 
-def _embedding(model: VisionTransformer, *, normalize: bool) -> nn.Module:
+def _embedding(model: TimmModel, *, normalize: bool) -> nn.Module:
     patch = model.patch_embed
     simple = (
-        type(patch) is timm.layers.PatchEmbed
+        type(patch) is PatchEmbed
         and isinstance(patch.norm, nn.Identity)
         and not patch.dynamic_img_pad
         and patch.img_size is not None
@@ -209,7 +219,7 @@ def _embedding(model: VisionTransformer, *, normalize: bool) -> nn.Module:
 class AnyEmbedding(nn.Module):
     """timm's own embedding of any kind, such as a ResNet's stem, under autocast."""
 
-    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
         self.pixels, self.model = Pixels(model, normalize=normalize), model
 
@@ -226,7 +236,7 @@ class PatchProduct(nn.Module):
     prefix: Tensor  # (1, class and register tokens, dim)
     position: Tensor  # (1, patches, dim), the patch embedding's bias included
 
-    def __init__(self, model: VisionTransformer, *, normalize: bool) -> None:
+    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
         patch, pixels = model.patch_embed, Pixels(model, normalize=normalize)
         self.patch, self.grid, self.image = patch.patch_size, patch.grid_size, patch.img_size

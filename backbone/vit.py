@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.create import BUNDLED, create_model, with_tag
-from backbone.forward import make_features
+from backbone.forward import TimmModel, make_features
 from backbone.weights import load_weights
 from utils.config import Config
 from utils.errors import BackboneError
@@ -30,7 +30,7 @@ class Backbone:
             and for models that run under autocast, so that their banks stay valid.
     """
 
-    def __init__(self, model: nn.Module, *, name: str, device: torch.device, precision: str, normalize: bool) -> None:
+    def __init__(self, model: TimmModel, *, name: str, device: torch.device, precision: str, normalize: bool) -> None:
         self.name, self.device, self.precision, self.normalize = name, device, precision, normalize
         self.feature_dim: int = model.num_features if not hasattr(model, "head_hidden_size") else model.head_hidden_size
         self.parameters = sum(p.numel() for p in model.parameters())

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.forward import HALF, PlainFeatures, cls_features, make_features, supports_cls_only
+from backbone.forward import HALF, PlainFeatures, TimmModel, cls_features, make_features, supports_cls_only
 from backbone.vit import load_backbone
 from benchmarks.images import machine
 from utils.config import make_config
@@ -39,12 +39,12 @@ class AutocastFeatures(PlainFeatures):
             return super().forward(images)
         pixels = self.pixels(images)
         with torch.autocast(images.device.type, HALF):
-            return cls_features(self.model, pixels).float()  # type: ignore[arg-type]
+            return cls_features(self.model, pixels).float()
 
 
-def products(model: nn.Module, images: int, dtype: torch.dtype) -> Callable[[], object]:
+def products(model: TimmModel, images: int, dtype: torch.dtype) -> Callable[[], object]:
     """All matrix products of a forward pass over ``images`` images: the last block's for the class token alone."""
-    blocks, tokens = list(model.blocks), model.pos_embed.shape[1]  # type: ignore[union-attr,arg-type]
+    blocks, tokens = list(model.blocks), model.pos_embed.shape[1]
     calls: list[tuple[Tensor, Tensor]] = []
     for number, block in enumerate(blocks):
         layers = [m for m in block.modules() if isinstance(m, nn.Linear)]
@@ -56,9 +56,9 @@ def products(model: nn.Module, images: int, dtype: torch.dtype) -> Callable[[], 
     return lambda: [F.linear(x, weight) for x, weight in calls]
 
 
-def attentions(model: nn.Module, images: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def attentions(model: TimmModel, images: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """One block's attention, in the ways that were tried."""
-    attn, tokens = model.blocks[0].attn, model.pos_embed.shape[1]  # type: ignore[index,union-attr]
+    attn, tokens = model.blocks[0].attn, model.pos_embed.shape[1]
     shape = (images, tokens, 3, attn.num_heads, attn.head_dim)
     qkv = torch.randn(shape, device=attn.qkv.weight.device).to(dtype)
 
@@ -74,7 +74,8 @@ def attentions(model: nn.Module, images: int, dtype: torch.dtype) -> dict[str, C
         q, k, v = (t.flatten(0, 1) for t in qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0))
         scale = 1 / math.sqrt(q.shape[-1])
         weights = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale).softmax(dim=-1)
-        return torch.bmm(weights, v).unflatten(0, (images, -1)).transpose(1, 2).flatten(2)
+        out: Tensor = torch.bmm(weights, v).unflatten(0, (images, -1)).transpose(1, 2).flatten(2)
+        return out
 
     return {"attention, strided": strided, "attention, contiguous": contiguous, "attention, bmm + softmax": batched}
 

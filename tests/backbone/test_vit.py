@@ -1,5 +1,6 @@
 """The frozen ViT: the [CLS]-only last block against timm's own forward pass, precision and devices."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from backbone.forward import plain_features, supports_cls_only
+from backbone.forward import PlainFeatures, ProductFeatures, cls_features, plain_features, supports_cls_only
 from backbone.vit import Backbone, resolve_device, resolve_precision
 from tests.conftest import tiny_config
 
@@ -107,6 +108,70 @@ def test_bf16_is_close_to_fp32_and_comes_back_as_float32(kind: str) -> None:
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert not torch.equal(found, expected)
+
+
+PRODUCTS = {
+    **CLASS_TOKEN,
+    "mean of tokens": PLAIN["mean of tokens"],
+    "no class token": PLAIN["no class token"],
+    "positions that are computed": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
+    "a stem of convolutions": ("vit_tiny_r_s16_p8_224", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
+    "an image that patches do not fill": ("vit_tiny_patch16_224", {"img_size": 40}),
+}
+
+
+def _exact_and_half(kind: str, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, Backbone]:
+    model = _model(*PRODUCTS[kind])
+    for parameter in model.parameters():
+        parameter.data.mul_(0.2)  # so that rounding, and no saturated softmax, is what sets bf16 apart
+    images = _images(model, 8)
+    pixels = (images / 255 - 0.5) / 0.5 if normalize else images / 255
+    expected = plain_features(model, pixels)
+    backbone = _backbone(model, "bf16", normalize)
+    return expected, backbone(images), backbone
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", PRODUCTS)
+@torch.inference_mode()
+def test_bf16_products_give_timms_feature_but_for_their_rounding(kind: str, normalize: bool) -> None:
+    expected, found, backbone = _exact_and_half(kind, normalize)
+    assert isinstance(backbone.features, ProductFeatures) and found.dtype == torch.float32
+    centred = expected - expected.mean(dim=0)  # what tells the images apart, not what all features share
+    error = (found - expected).norm() / max(centred.norm(), 0.1 * expected.norm())
+    assert error < 0.05
+
+
+@torch.inference_mode()
+def test_large_biases_of_the_keys_cost_bf16_products_nothing() -> None:
+    model = _model(*CLASS_TOKEN["plain"])
+    for block in model.blocks:  # they add one number to all logits of a query: softmax ignores it
+        block.attn.qkv.bias.data[48:96] += 300
+    images = _images(model, 16)
+    expected = plain_features(model, images / 255)
+    autocast = PlainFeatures(copy.deepcopy(model), normalize=False, autocast=True)(images)
+    products = _backbone(model, "bf16")(images)
+    assert (products - expected).norm() < 0.5 * (autocast - expected).norm()
+
+
+def test_rows_of_bf16_products_have_an_identity_of_their_own_and_all_others_keep_theirs() -> None:
+    assert _backbone(_model(*CLASS_TOKEN["plain"]), "bf16").variant == {"numerics": "bf16-products"}
+    assert _backbone(_model(*CLASS_TOKEN["plain"])).variant == {}
+    assert _backbone(_model(*PLAIN["eva"]), "bf16").variant == {}
+
+
+@torch.inference_mode()
+def test_fp32_features_are_those_of_the_class_token_path_to_the_bit() -> None:
+    model = _model(*CLASS_TOKEN["layer scale"])
+    images = _images(model)
+    assert torch.equal(_backbone(model)(images), cls_features(model, images.float() / 255))
+
+
+def test_an_image_of_another_size_is_refused_with_both_sizes() -> None:
+    backbone = _backbone(_model(*CLASS_TOKEN["plain"]), "bf16")
+    with pytest.raises(ValueError, match=r"\(32, 32\).*\(48, 32\)"):
+        backbone(torch.zeros(1, 3, 48, 32, dtype=torch.uint8))
 
 
 @torch.inference_mode()

@@ -43,6 +43,7 @@ class Pixels:
     precision: str = "fp32"
     normalize: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    variant: dict[str, str] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)
     kill_at: int | None = None  # the process dies in this forward pass
 
@@ -137,7 +138,14 @@ def _filled(data: Dataset, cache_dir: Path, extractor: Pixels | None = None, **o
 
 
 @pytest.mark.parametrize(
-    "changed", [{"weights_sha256": "2" * 64}, {"precision": "bf16"}, {"normalize": True}, {"name": "other"}]
+    "changed",
+    [
+        {"weights_sha256": "2" * 64},
+        {"precision": "bf16"},
+        {"normalize": True},
+        {"name": "other"},
+        {"variant": {"numerics": "other"}},
+    ],
 )
 def test_another_backbone_never_reads_these_features(data: Dataset, tmp_path: Path, changed: dict) -> None:
     _filled(data, tmp_path)

@@ -61,6 +61,7 @@ class FeatureExtractor(Protocol):
     parameters: int
     normalize: bool
     device: torch.device
+    variant: dict[str, str]  # what else a row's bits depend on; empty where earlier banks stay valid
 
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 -> ``(images, feature_dim)`` float32."""
@@ -292,6 +293,7 @@ class FeatureBank:
             "image_size": self.image_size,
             "normalize": self.extractor.normalize,
             "precision": self.extractor.precision,
+            **self.extractor.variant,
         }
 
     def describe(self, split: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Setup:
             precision=self.backbone.precision,
             images_sha256=self.fingerprints,
         )
+        identity = {**identity, **self.backbone.variant}
         return identity if base_sha256 is None else {**identity, "base": base_sha256}
 
     def checkpoint(self, seed: int) -> CheckpointFolder:
