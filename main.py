@@ -1,36 +1,24 @@
 """Train and evaluate TOSCA or a baseline: python main.py --config=exps/tosca_cifar.json [key=value ...]"""
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
+from utils.cli import Parser, exit_process, run_command
 from utils.config import Config, load_config
-from utils.errors import UserError
 from utils.grid import make_grid
 from utils.reference import methods_help
 
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM, such as a cluster sends before it takes the machine away: the run ends as it does on Ctrl-C."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help shows the usage\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit code: 0, 1 if --check-data finds problems, 2 after a fault that the user
-    can mend, 128 + signal when stopped."""
+    """Run the command line; return the exit code (``utils.cli``), or 1 if --check-data finds problems."""
+    return run_command(Path(sys.argv[0]).name, lambda: _run(_parser().parse_intermixed_args(argv)), needs_output=False)
+
+
+def _parser() -> Parser:
     parser = Parser(
         description="Learn classes task after task on a frozen ViT. Without arguments: a demo that needs no download.",
         epilog=f"{methods_help()}\n\nAll keys: docs/config.md",
@@ -51,21 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check-data", action="store_true", help="decode every image once and say what is wrong with the data; stop"
     )
     parser.add_argument("--json", action="store_true", help="with --check-data: everything found, as JSON")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        with sigterm_as_exception():
-            return _run(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # foreseen nowhere else, such as an input/output error of a disk
-        if error.errno is None:
-            raise
-        print(f"{parser.prog}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{parser.prog}: stopped; start the same command again to go on", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Stopped) else signal.SIGINT)
+    return parser
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -97,22 +71,5 @@ def _check_data(config: Config, *, as_json: bool) -> int:
     return 0 if findings.good else 1
 
 
-@contextmanager
-def sigterm_as_exception() -> Iterator[None]:
-    """Within, SIGTERM raises ``Stopped``."""
-
-    def stop(*_: Any) -> NoReturn:
-        raise Stopped
-
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -1,13 +1,13 @@
 """Classify images with a saved run: python predict.py --checkpoint tosca photo.jpg folder/ ... (or - for a list)"""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.cli import Parser, exit_process, run_command
 from utils.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -16,23 +16,20 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.top_k < 1:
-            raise UserError(f"--top-k must be at least 1, got {args.top_k}")
-        check_paths(args.paths)
-        return run(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    """Run the command line; return the exit code."""
+    hint = "what was printed is complete"
+    return run_command("predict.py", lambda: _checked_run(_parser().parse_args(argv)), hint=hint)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _checked_run(args: argparse.Namespace) -> int:
+    if args.top_k < 1:
+        raise UserError(f"--top-k must be at least 1, got {args.top_k}")
+    check_paths(args.paths)
+    return run(args)
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="predict.py",
         description="Classify images with a saved run, each by itself (sample selection).",
         epilog="Exit code: 0; 1 if an image could not be read (it is named, the rest goes on); 2 for a wrong call.",
@@ -140,4 +137,4 @@ def answers(paths: Sequence[Path], predictions: "Predictions") -> Iterator["Answ
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

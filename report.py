@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.cli import Parser, exit_process, run_command
 from utils.errors import UserError
 from utils.files import atomic_write, output_file
 from utils.results import page, render
@@ -18,8 +19,14 @@ from utils.results.tables import Section, make_sections
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Mean ± std over seeds of all runs found, as tables (terminal, Markdown, LaTeX, CSV) and pictures."
+    """Run the command line; return the exit code."""
+    return run_command("report.py", lambda: _report(_parser().parse_args(argv)), needs_output=False)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="report.py",
+        description="Mean ± std over seeds of all runs found, as tables (terminal, Markdown, LaTeX, CSV) and pictures.",
     )
     parser.add_argument("places", nargs="*", type=Path, metavar="FOLDER or JSON", help="where runs are (default: logs)")
     parser.add_argument("--out", type=Path, default=Path("tables"), help="folder of the files (default: tables)")
@@ -32,16 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"only these rows of the tables: {', '.join(SELECTION_NAMES)}",
     )
     parser.add_argument("--no-pictures", action="store_true", help="tables only")
-    args = parser.parse_args(argv)
-    try:
-        _report(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> int:
     runs, skipped = read_runs(args.places or [Path("logs")])
     runs, old = newest_of_each(runs)
     sections, empty = make_sections(runs)
@@ -69,6 +70,7 @@ def _report(args: argparse.Namespace) -> None:
     if page_file:
         _write(page_file, "--html", page.as_html(sections, args.selection, pictures, notes, tables))
         print(f"Page: {args.html}")
+    return 0
 
 
 def _styled() -> bool:
@@ -93,4 +95,4 @@ def _write(path: Path, option: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from utils.errors import BankError, UserError
+from utils.cli import Parser, exit_process, run_command
+from utils.errors import BankError
 from utils.features.bank import LOCK, MANIFEST, default_cache_dir
 from utils.files import FolderLock, human_size
 
@@ -87,27 +87,31 @@ def _empty(bank: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.features", description="See and remove feature banks.")
+    """Run the command line; return the exit code."""
+    return run_command("python -m utils.features", lambda: _run(_parser().parse_args(argv)))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m utils.features", description="See and remove feature banks.")
     parser.add_argument("--cache-dir", type=Path, default=None, metavar="DIR", help="where the banks are")
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="every bank with its size and what it holds")
     actions.add_parser("remove", help="remove banks by name").add_argument("names", nargs="+", metavar="NAME")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
     cache_dir = args.cache_dir.expanduser() if args.cache_dir else default_cache_dir()
-    try:
-        if args.action == "remove":
-            for name, freed in remove(cache_dir, args.names):
-                print(f"Removed {name} ({human_size(freed)})")
-        else:
-            found = banks(cache_dir)
-            for bank in found:
-                print(describe(bank))
-            print(f"{len(found)} banks in {cache_dir}, {human_size(sum(map(size_of, found)))}")
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    if args.action == "remove":
+        for name, freed in remove(cache_dir, args.names):
+            print(f"Removed {name} ({human_size(freed)})")
+        return 0
+    found = banks(cache_dir)
+    for bank in found:
+        print(describe(bank))
+    print(f"{len(found)} banks in {cache_dir}, {human_size(sum(map(size_of, found)))}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

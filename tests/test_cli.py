@@ -1,0 +1,150 @@
+"""The frame of every command: closed and full output, any encoding, Ctrl-C twice, faults and bugs.
+
+Small commands run in processes of their own, since what Python does while it exits is part of the promise.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import main
+import predict
+import report
+from tests.conftest import ROOT
+from utils.cli import run_command
+from utils.errors import UserError
+from utils.features import __main__ as features
+
+FRAME = "import sys, time, atexit\nfrom utils.cli import exit_process, run_command\n"
+
+
+def start(action: str, options: str = "", **environment: str) -> subprocess.Popen:
+    """A process that runs ``action``, the body of a command, in the frame."""
+    body = "".join(f"    {line}\n" for line in action.splitlines())
+    program = f"{FRAME}def action():\n{body}    return 0\nexit_process(run_command('prog', action{options}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+MANY_LINES = "for number in range(200_000):\n    print(number)"
+
+
+@pytest.mark.parametrize(("options", "code"), [("", 1), (", needs_output=False", 0)])
+def test_output_closed_early_ends_quietly_or_is_not_needed(options, code):
+    process = start(MANY_LINES, options)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", code)
+
+
+@pytest.mark.parametrize("options", ["", ", needs_output=False"])
+def test_a_full_disk_under_the_output_is_one_line_and_no_success(options):
+    program = (
+        f"{FRAME}def action():\n    print('text')\n    return 0\nexit_process(run_command('prog', action{options}))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == "prog: error: standard output cannot be written (No space left on device)\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_character_that_the_encoding_lacks_is_written_as_an_escape(encoding):
+    process = start("print('Ā = 9')\nprint('next')\nprint('σ', file=sys.stderr)", PYTHONIOENCODING=encoding)
+    out, err = process.communicate(timeout=60)
+    assert out == "\\u0100 = 9\nnext\n"
+    assert "Traceback" not in err
+    assert process.returncode == 0
+
+
+def test_a_closed_error_output_stops_nothing():
+    process = start("for _ in range(100_000):\n    print('progress', file=sys.stderr)\nprint('done')")
+    process.stderr.close()
+    assert process.stdout.read() == "done\n"
+    assert process.wait(60) == 0
+
+
+CLEANING_UP = """
+try:
+    print('working', flush=True)
+    time.sleep(60)
+finally:
+    print('cleaning', flush=True)
+    time.sleep(60)
+"""
+SHUTTING_DOWN = """
+atexit.register(lambda: (print('last', flush=True), time.sleep(60)))
+print('working', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_the_first_one_is_answered_ends_it_without_a_word(number):
+    process = start(CLEANING_UP)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "cleaning\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 128 + number
+
+
+def test_ctrl_c_while_python_shuts_down_is_quiet():
+    process = start(SHUTTING_DOWN)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "last\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert err == "\nprog: stopped; start the same command again to go on\n"
+    assert process.returncode == 130
+
+
+def failing(error: BaseException):
+    def action() -> int:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EACCES])
+def test_what_the_machine_refuses_is_one_line(number, capsys):
+    assert run_command("prog", failing(OSError(number, "said so", "/disk/file"))) == 2
+    assert capsys.readouterr().err == "prog: error: /disk/file: said so\n"
+
+
+@pytest.mark.parametrize("error", [OSError("no number"), FileNotFoundError(errno.ENOENT, "x"), ValueError("x")])
+def test_a_bug_of_ours_is_no_fault_of_the_user(error):
+    with pytest.raises(type(error)):
+        run_command("prog", failing(error))
+
+
+def test_debugging_shows_the_traceback_of_a_users_fault_too(monkeypatch, capsys):
+    assert run_command("prog", failing(UserError("wrong"))) == 2
+    assert capsys.readouterr().err == "prog: error: wrong\n"
+    monkeypatch.setenv("TOSCA_DEBUG", "1")
+    assert run_command("prog", failing(UserError("wrong"))) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, predict, report, features])
+def test_every_command_answers_a_mistake_in_one_line(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--nonsense"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1
+    assert "--help shows the usage" in lines[0]
