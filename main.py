@@ -29,9 +29,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--sweep",
         nargs="+",
+        action="extend",
         default=[],
         metavar="key=v1,v2",
-        help="run every combination of these values, each in a folder of its own; the same command again goes on",
+        help="run every combination of these values, each in a folder of its own; the same command again goes on; "
+        "may be given several times",
     )
     parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, stop")

@@ -223,6 +223,8 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _log_header(setup: Setup, seed: int, stream: TaskStream) -> None:
     log.info("Config: %s", setup.config.as_dict())
+    for line in setup.config.remarks:
+        log.info("Config: %s", line)
     log.info("Backbone: %s", setup.backbone)
     log.info("Seed %d, class order: %s", seed, list(stream.class_names))
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from utils.config import KEYS, load_config, make_config
+from utils.config import KEYS, known_key, load_config, make_config
 from utils.errors import ConfigError
+from utils.foreign import UNUSED_KEYS
 
 REQUIRED = {"dataset": "cub", "init_cls": 10, "increment": 10, "backbone_type": "vit_base_patch16_224"}
 EXPERIMENTS = sorted((ROOT / "exps").glob("*.json"))
@@ -292,3 +293,70 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_imported(tmp_path):
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "2 False"
     assert len(found.stderr.strip().splitlines()) == 1 and "'epochs'" in found.stderr
+
+
+# -- ranges, foreign keys, bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "seeds"),
+    [
+        ("seed=1993-1997", (1993, 1994, 1995, 1996, 1997)),
+        ("seed=7-7", (7,)),
+        ("seed=1-3,9", (1, 2, 3, 9)),
+        ('seed=["1-2", 5]', (1, 2, 5)),
+    ],
+)
+def test_a_range_stands_for_its_numbers(tmp_path, override, seeds):
+    assert load_config(write(tmp_path, REQUIRED), [override]).seed == seeds
+    value = override.partition("=")[2]
+    if "," not in value:
+        assert make_config({**REQUIRED, "seed": value}).seed == seeds
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1997-1993", "'1997-1993' is not a range: give the smaller number first"),
+        ("0-99999", "at most 1000"),
+        ("1-3-5", "must be a whole number, got '1-3-5'"),
+        (["1-3", 2], r"repeats a value"),
+        ("4294967290-4294967299", r"below 2\*\*32"),
+    ],
+)
+def test_a_range_that_is_none_is_explained(value, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config({**REQUIRED, "seed": value})
+
+
+def test_keys_of_pilot_that_mean_nothing_here_are_accepted_with_a_line_each():
+    config = make_config({**REQUIRED, "memory_size": 0, "fixed_memory": False, "init_lr": 0.1, "tuned_epoch": 5})
+    assert config == make_config(REQUIRED)
+    assert not {"memory_size", "init_lr"} & config.as_dict().keys()
+    assert config.remarks == [
+        "memory_size has no effect here: no old images are kept",
+        "fixed_memory has no effect here: no old images are kept",
+        "init_lr has no effect here: the first task trains as the others do, lr=0.025",
+        "tuned_epoch has no effect here: the number of epochs is epochs=20",
+    ]
+
+
+@pytest.mark.parametrize("name", UNUSED_KEYS)
+def test_every_foreign_key_has_a_line_and_is_no_key_of_ours(name):
+    (line,) = make_config({**REQUIRED, name: None}).remarks
+    assert line.startswith(f"{name} has no effect here: ") and "{" not in line
+    assert known_key(name) is None
+
+
+@pytest.mark.parametrize(
+    "key", [k for k in KEYS.values() if k.kind in (int, int | None, tuple[int, ...])], ids=lambda key: key.name
+)
+def test_a_huge_number_is_one_line_or_bounded_by_the_data(key):
+    """``init_cls``, ``increment`` and the ratios are bounded by what they divide, once the data are known."""
+    if key.name in ("init_cls", "increment", "mlp_ratio", "se_ratio"):
+        assert make_config({**REQUIRED, key.name: 10**15})
+        return
+    for huge in (9 * 10**18, 10**30):
+        with pytest.raises(ConfigError, match=rf"{key.name}|seed must be") as caught:
+            make_config({**REQUIRED, key.name: huge})
+        assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 
 from utils.config import KEYS
 from utils.methods import METHODS
-from utils.reference import affects_table, key_tables
+from utils.reference import affects_table, key_tables, unused_keys_table
 from utils.results.metrics import GLOSSARY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +21,7 @@ def test_every_config_key_stands_in_its_page_with_its_default_and_meaning():
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert tables in page
     assert affects_table() in page
+    assert unused_keys_table() in page
 
 
 @pytest.mark.parametrize("term", GLOSSARY)

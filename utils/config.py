@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from utils.errors import ConfigError
+from utils.foreign import BACKBONE_ALIASES, UNUSED_KEYS
+from utils.json_files import read_json, unique_keys
 from utils.keys import REQUIRED, Key, shown
 from utils.methods import DATASETS, FLOWS, METHODS, SELECTIONS, Method
-
-BACKBONE_ALIASES = {
-    "vit_base_patch16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
-    "pretrained_vit_b16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
-}
 
 
 def _key(default: Any = REQUIRED, **about: Any) -> Any:
@@ -67,8 +62,8 @@ class Config:
     se_ratio: int = _key(16, doc="the same for the calibrator", low=1, affects="module")
     l1: float = _key(0.0005, doc="weight of the L1 penalty on all LuCA parameters", low=0, affects="training")
     flow: str = _key("tosca", doc="how adapter and calibrator are joined", affects="module", choices=FLOWS)
-    epochs: int = _key(20, doc="passes over the training images of a task", low=1, affects="training")
-    batch_size: int = _key(48, doc="images in a training step", low=1, affects="training")
+    epochs: int = _key(20, doc="passes over the training images of a task", low=1, high=100_000, affects="training")
+    batch_size: int = _key(48, doc="images in a training step", low=1, high=1_000_000, affects="training")
     optimizer: str = _key("sgd", doc="`sgd` has momentum 0.9", affects="training", choices=("sgd", "adam", "adamw"))
     scheduler: str = _key(
         "cosine", doc="stepped once an epoch", affects="training", choices=("cosine", "steplr", "constant")
@@ -76,7 +71,7 @@ class Config:
     lr: float = _key(0.025, doc="initial learning rate", above=0, affects="training")
     weight_decay: float = _key(0.0, doc="as in torch's optimizers", low=0, affects="training")
     milestones: tuple[int, ...] = _key(
-        (10, 15), doc="epochs at which `steplr` divides the rate by ten", low=1, affects="training"
+        (10, 15), doc="epochs at which `steplr` divides the rate by ten", low=1, high=100_000, affects="training"
     )
 
     # -- this project's keys ------------------------------------------------------------------------------------
@@ -95,12 +90,15 @@ class Config:
         affects="backbone",
         recorded_as="weights_sha256",
     )
-    image_size: int = _key(224, doc="side of the square that the backbone sees, in pixels", low=1, affects="backbone")
+    image_size: int = _key(
+        224, doc="side of the square that the backbone sees, in pixels", low=1, high=10_000, affects="backbone"
+    )
     normalize: bool = _key(False, doc="subtract the backbone's mean and divide by its std", affects="backbone")
     train_views: int | None = _key(
         None,
         doc="augmented views of each training image; by default one for each epoch; 0: the test transform",
         low=0,
+        high=100_000,
         affects="views",
         recorded_as="views",
     )
@@ -120,10 +118,10 @@ class Config:
         choices=("auto", "fp32", "bf16"),
     )
     feature_batch_size: int | None = _key(
-        None, doc="images in one forward pass; by default chosen by the device", low=1, affects="speed"
+        None, doc="images in one forward pass; by default chosen by the device", low=1, high=100_000, affects="speed"
     )
     num_workers: int | None = _key(
-        None, doc="processes that load images; by default from the CPU count", low=0, affects="speed"
+        None, doc="processes that load images; by default from the CPU count", low=0, high=10_000, affects="speed"
     )
     check_images: bool = _key(False, doc="decode every image once before anything else", affects="speed")
     checkpoint_dir: str = _key("tosca", doc="where modules are saved", affects="place")
@@ -162,6 +160,7 @@ class Config:
 
     # -- what the method declares (utils/methods.py); flat in the JSON --------------------------------------------
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    unused: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # names in UNUSED_KEYS that were given
 
     def __post_init__(self) -> None:
         for name, key in KEYS.items():
@@ -194,6 +193,11 @@ class Config:
             raise ConfigError(f'scenario "domain" needs dataset "imagefolder", got {self.dataset!r}')
         if not self.backbone_type:
             raise ConfigError("backbone_type must name a timm model, got ''")
+
+    @property
+    def remarks(self) -> list[str]:
+        """A line for each key that was given and has no effect here."""
+        return [f"{name} has no effect here: {UNUSED_KEYS[name].format(**self.as_dict())}" for name in self.unused]
 
     @property
     def method(self) -> Method:
@@ -232,7 +236,7 @@ class Config:
 def _shared_keys() -> dict[str, Key]:
     """The fields of ``Config`` as keys."""
     kinds = get_type_hints(Config)
-    fields = [field for field in dataclasses.fields(Config) if field.name != "own"]
+    fields = [field for field in dataclasses.fields(Config) if field.name not in ("own", "unused")]
     return {field.name: Key(field.name, kinds[field.name], field.default, **field.metadata) for field in fields}
 
 
@@ -274,50 +278,17 @@ def parse_value(key: str, text: str) -> Any:
     if known is not None and known.is_text:
         return text
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, RecursionError):
         if known is not None and known.is_list and "," in text:
             return [parse_value(key, part) for part in text.split(",") if part]
         return text
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in {name for name, _ in pairs[:i]})
-        raise ConfigError(f"key {twice!r} stands twice")
-    return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: not readable, not JSON (line and column are named), not an object, or a key given twice.
-    """
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; a config is a JSON text file") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; a config is one flat JSON object") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give --config=<file>.json, see exps/") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; keep one") from None
-    except ValueError as error:  # a number with more digits than Python converts
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is one flat JSON object {{...}}, got {type(values).__name__}")
-    return values
-
-
 def make_config(values: dict[str, Any], source: str = "config") -> Config:
     """Check ``values`` into a ``Config``; ``source`` stands in front of every error."""
     for name, value in values.items():
-        if known_key(name) is None:
+        if known_key(name) is None and name not in UNUSED_KEYS:
             near = _nearest_key(name)
             raise ConfigError(
                 f"{source}: unknown key {name!r} (value {shown(value)}); the nearest known key is {near!r}"
@@ -325,9 +296,10 @@ def make_config(values: dict[str, Any], source: str = "config") -> Config:
     if absent := [name for name, key in KEYS.items() if key.required and name not in values]:
         raise ConfigError(f"{source}: required key {absent[0]!r} is missing")
     shared = {name: value for name, value in values.items() if name in KEYS}
-    own = {name: value for name, value in values.items() if name not in KEYS}
+    unused = tuple(name for name in values if name in UNUSED_KEYS)
+    own = {name: value for name, value in values.items() if name not in (*KEYS, *unused)}
     try:
-        return Config(**shared, own=own)
+        return Config(**shared, own=own, unused=unused)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -10,6 +11,7 @@ from typing import Any, get_args, get_origin
 
 from utils.errors import ConfigError
 
+LONGEST_RANGE = 1_000  # numbers that one "a-b" may stand for
 REQUIRED: Any = dataclasses.MISSING  # the default of a key that every config must give
 
 # What a key may touch. Everything that depends on the kind of a key follows from this one word.
@@ -96,7 +98,9 @@ class Key:
         return self.kind is str
 
     def checked(self, value: Any) -> Any:
-        """Return ``value`` as this key has it: a plain value as a list of one, a list as a tuple, 1 as 1.0.
+        """Return ``value`` as this key has it: 1 as 1.0, a list as a tuple, a plain value as a list of one.
+
+        In lists of whole numbers ``"1993-1997"`` stands for all from the first to the last.
 
         Raises:
             ConfigError: a value of the wrong type, not among the choices, or out of range.
@@ -105,7 +109,21 @@ class Key:
             return self._checked_item(value, self.kind)
         kind = get_args(self.kind)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
+        if kind is int:
+            items = [number for item in items for number in self._expanded(item)]
         return tuple(self._checked_item(str(v) if kind is str and _is_int(v) else v, kind) for v in items)
+
+    def _expanded(self, item: Any) -> Sequence[Any]:
+        """The numbers of a range such as ``"1993-1997"``; anything else as it is."""
+        match = re.fullmatch(r"(\d{1,12})-(\d{1,12})", item) if isinstance(item, str) else None
+        if match is None:
+            return [item]
+        first, last = int(match[1]), int(match[2])
+        if not first <= last < first + LONGEST_RANGE:
+            raise ConfigError(
+                f"{self.name} {item!r} is not a range: give the smaller number first, and at most {LONGEST_RANGE}"
+            )
+        return range(first, last + 1)
 
     def _checked_item(self, value: Any, kind: Any) -> Any:
         options = get_args(kind) if isinstance(kind, UnionType) else (kind,)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 
 from utils.config import KEYS
+from utils.foreign import UNUSED_KEYS
 from utils.keys import AFFECTS, Key
 from utils.methods import METHODS
 
@@ -38,6 +39,12 @@ def affects_table() -> str:
         facts = (key.changes_the_run, key.changes_the_run, key.shares_the_backbone, key.must_agree)
         rows.append(f"| {word} | {meaning} | {' | '.join('yes' if fact else 'no' for fact in facts)} |")
     return "\n".join(rows) + "\n"
+
+
+def unused_keys_table() -> str:
+    """Return the foreign keys that are accepted without effect, in Markdown."""
+    rows = ["| key | what counts here |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {line} |" for name, line in UNUSED_KEYS.items())]) + "\n"
 
 
 def _as_json(key: Key) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import main
 import trainer
 from utils.errors import ConfigError, NumericError
 from utils.grid import make_grid
@@ -68,6 +69,16 @@ def test_a_mistake_on_the_command_line_is_exit_code_2(run_main, tmp_path, capsys
     assert outcome.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not outcome.checkpoints.exists()
+
+
+def test_a_repeated_flag_adds_to_the_sweep(config_file, monkeypatch):
+    def stop(path, overrides, sweep):
+        assert sweep == ["flow=tosca,tosca_r", "l1=0", "lr=1,2"]
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(main, "make_grid", stop)
+    flags = ["--sweep", "flow=tosca,tosca_r", "--sweep", "l1=0", "lr=1,2"]
+    assert main.main([f"--config={config_file}", *flags]) == 2
 
 
 # -- a real sweep -----------------------------------------------------------------------------------------------------

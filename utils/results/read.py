@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import KEYS, read_json
+from utils.config import KEYS
 from utils.errors import ConfigError, UserError
+from utils.json_files import read_json
 from utils.methods import METHODS
 
 

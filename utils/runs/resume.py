@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from utils.config import read_json
 from utils.errors import ConfigError
+from utils.json_files import read_json
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import adopt
 from utils.runs.manifest import RunManifest, versions
