@@ -23,11 +23,16 @@ class CosineClassifier(nn.Module):
         self.sigma = nn.Parameter(sigma)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.sigma * F.linear(F.normalize(z, dim=-1), F.normalize(self.weight, dim=-1))
+        return cosine_logits(z, F.normalize(self.weight, dim=-1), self.sigma)
 
     def grown(self, new_rows: Tensor) -> "CosineClassifier":
         """A new classifier with the same σ and the rows of this one followed by ``new_rows`` ``(new, dim)``."""
         return CosineClassifier(torch.cat([self.weight.detach(), new_rows]), self.sigma.detach().clone())
+
+
+def cosine_logits(z: Tensor, directions: Tensor, sigma: Tensor) -> Tensor:
+    """``σ · cos(z, w_r)`` for rows of length one: ``(..., dim), (rows, dim), () -> (..., rows)``."""
+    return sigma * F.linear(F.normalize(z, dim=-1), directions)
 
 
 def first_rows(count: int, dim: int, generator: torch.Generator) -> Tensor:

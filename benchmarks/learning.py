@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.images import machine, peak_bytes, resident_bytes
-from models.tosca import TOSCA, single_thread
+from models.tosca import TOSCA
 from models.training import shuffled_epochs, train
 from utils.config import Config, make_config
+from utils.hardware import single_thread
 
 TASKS, CLASSES_EACH, IMAGES, TEST_IMAGES, DIM, BATCH = 20, 5, 2500, 10_000, 768, 48
 CLASSES = TASKS * CLASSES_EACH
@@ -65,11 +66,9 @@ def steps_per_second(centres: Tensor) -> float:
 
 
 def _train(learner: TOSCA, task: ReadyTask) -> None:
-    luca = learner._fresh_luca(first=False, seed=1)
+    luca = learner.fresh_luca(task)
     with single_thread():
-        train(
-            luca, learner._grown_classifier(task), shuffled_epochs(task, learner.config, learner.seed), learner.config
-        )
+        train(luca, learner.grown_classifier(task), shuffled_epochs(task, learner.config, learner.seed), learner.config)
 
 
 def products_per_second() -> float:

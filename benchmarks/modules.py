@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from backbone.luca import make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import ROOT, forget_peak, machine, peak_bytes, resident_bytes
 from models.tosca import TOSCA
@@ -34,22 +35,12 @@ CONFIG = {
 def learner_with(modules: int) -> TOSCA:
     """A learner with that many random modules."""
     learner = TOSCA(make_config(CONFIG), DIM, torch.device("cpu"), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    learner.modules = {
-        name: p.detach() + 0.02 * torch.randn(modules, *p.shape, generator=generator)
-        for name, p in learner._luca.named_parameters()
-    }
-    rows = modules * CLASSES_EACH
-    learner.row_task = torch.arange(rows) // CLASSES_EACH
-    learner.classifier = learner._grown_classifier(_Rows(rows)).requires_grad_(False)
+    generator, rows = torch.Generator().manual_seed(0), modules * CLASSES_EACH
+    start = make_luca(DIM, mlp_ratio=16, se_ratio=16, flow=learner.config.flow, first=True, seed=0).state_dict()
+    learner.modules = {n: p + 0.02 * torch.randn(modules, *p.shape, generator=generator) for n, p in start.items()}
+    state = {"weight": torch.randn(rows, DIM, generator=generator), "row_task": torch.arange(rows) // CLASSES_EACH}
+    learner.load_state_dict({**learner.state_dict(), **state}, [learner.module_state(task) for task in range(modules)])
     return learner
-
-
-class _Rows:
-    index = first_row = 0
-
-    def __init__(self, new_rows: int) -> None:
-        self.new_rows = new_rows
 
 
 def best_seconds(work: object, repeats: int) -> float:
@@ -64,10 +55,10 @@ def best_seconds(work: object, repeats: int) -> float:
 
 def measure(modules: int) -> dict[str, float]:
     learner, features = learner_with(modules), torch.randn(SAMPLES, DIM)
-    learner.answer_by_sample(features[:1])  # what is imported and laid out once
+    learner.answer(features[:1])  # what is imported and laid out once
     forget_peak()
     before = resident_bytes()
-    seconds = best_seconds(lambda: learner.answer_by_sample(features), 5 if modules < 1000 else 3)
+    seconds = best_seconds(lambda: learner.answer(features), 5 if modules < 1000 else 3)
     return {"seconds": seconds, "bytes": max(0, peak_bytes() - before)}
 
 

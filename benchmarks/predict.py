@@ -24,7 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script: the project is one folder up
 
-from backbone.classifier import CosineClassifier  # noqa: E402
+from backbone.luca import make_luca  # noqa: E402
 from backbone.vit import load_backbone, resolve_device  # noqa: E402
 from models.continual import ContinualClassifier  # noqa: E402
 from models.tosca import TOSCA  # noqa: E402
@@ -41,12 +41,15 @@ def model_with_modules(config: Config, modules: int) -> ContinualClassifier:
     backbone = load_backbone(config, resolve_device(config))
     learner = TOSCA(config, backbone.feature_dim, backbone.device, seed=0)
     rows = modules * CLASSES_PER_TASK
-    lucas = [learner._fresh_luca(first=False, seed=task) for task in range(modules)]
-    states = [luca.state_dict() for luca in lucas]
-    learner.modules = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    weight = torch.randn(rows, backbone.feature_dim, generator=torch.Generator().manual_seed(0))
-    learner.classifier = CosineClassifier(weight, torch.tensor(10.0)).to(backbone.device).requires_grad_(False)
-    learner.row_task = torch.arange(rows, device=backbone.device) // CLASSES_PER_TASK
+    state = {
+        **learner.state_dict(),
+        "weight": torch.randn(rows, backbone.feature_dim, generator=torch.Generator().manual_seed(0)),
+        "sigma": torch.tensor(10.0),
+        "row_task": torch.arange(rows) // CLASSES_PER_TASK,
+    }
+    shape = {"mlp_ratio": config.mlp_ratio, "se_ratio": config.se_ratio, "flow": config.flow}
+    lucas = [make_luca(backbone.feature_dim, **shape, first=False, seed=task) for task in range(modules)]
+    learner.load_state_dict(state, [luca.state_dict() for luca in lucas])
     manifest = RunManifest(
         **{"identity": {}, "config": {}, "seed": 0, "backbone": {}, "data": {}, "versions": {}},
         tasks=(TaskRecord(),) * modules,

@@ -30,7 +30,8 @@ from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs, timed_process
-from models.tosca import class_means, entropy
+from models.modular import entropy
+from models.tosca import class_means
 from models.training import build_optimizer, l1_norm
 from utils.config import Config, load_config
 from utils.data.datasets import load_dataset

@@ -56,12 +56,12 @@ class TaskDiscriminants:
 @torch.no_grad()
 def luca_features(learner: TOSCA, task: int, features: Tensor) -> Tensor:
     """LuCA(h) of one module: ``(samples, dim) -> (samples, dim)``."""
-    return learner._forward_one({name: p[task] for name, p in learner.modules.items()}, features)
+    return learner.forward_modules({name: p[task : task + 1] for name, p in learner.modules.items()}, features)[0]
 
 
 def cosine_log_probabilities(learner: TOSCA, features: Tensor) -> Tensor:
     """log p(row | its task) from cosines to the prototypes at a fixed σ: ``(samples, dim) -> (samples, rows)``."""
-    rows, parts = learner.classifier.weight, []
+    rows, parts = learner.weight, []
     for task in range(learner.tasks):
         mine = rows[learner.row_task == task]
         cosine = F.normalize(luca_features(learner, task, features), dim=1) @ F.normalize(mine, dim=1).T

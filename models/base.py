@@ -1,13 +1,19 @@
 """What every learner offers to the trainer, and what the trainer offers to a learner."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from utils.config import Config
+from utils.errors import ConfigError
+from utils.methods import SELECTIONS
+from utils.runs.manifest import EpochStats
+
+OnEpoch = Callable[[int, EpochStats], None]  # is called after an epoch of training, with its number from 0
 
 
 class TaskData(Protocol):
@@ -40,42 +46,78 @@ class Prediction:
         scores: ``(samples, rows)`` logits over all rows so far; rows that cannot be chosen are ``-inf``.
         module: ``(samples,)`` the module (task) that was chosen, or None for a learner without modules.
         entropy: ``(samples,)`` the entropy of the chosen module's prediction in nats, or None.
+        entropies: ``(samples, modules)`` those of all modules; None where the selection does not look at them.
     """
 
     scores: Tensor
     module: Tensor | None = None
     entropy: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 class Learner(ABC):
     """A class-incremental method on frozen features.
 
-    The learner owns all that training changes; the trainer owns data, results and files.
+    The learner owns all that training changes; the trainer owns data, results and files. A method defines ``fit`` and
+    ``scores`` and names its state.
     """
+
+    # Attributes that prediction and further learning need: a tensor, saved under the attribute's name; an object with
+    # state_dict and load_state_dict, saved under its own names; or a dictionary of such objects, ``<key>.<its name>``.
+    state_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         self.config, self.dim, self.device, self.seed = config, dim, device, seed
         self.row_task = torch.empty(0, dtype=torch.long, device=device)  # (rows,) which task brought a row
+        self.tasks = 0  # learned so far
 
     @property
-    def tasks(self) -> int:
-        """Tasks learned so far."""
-        return int(self.row_task[-1]) + 1 if len(self.row_task) else 0
+    def selections(self) -> tuple[str, ...]:
+        """How ``answer`` can choose: the method's selections that look at one image at a time."""
+        names = (
+            selection if isinstance(selection, str) else selection.name for selection in self.config.method.selections
+        )
+        return tuple(name for name in names if not SELECTIONS[name].ordered)
 
-    def learn(self, task: TaskData) -> None:
+    def learn(self, task: TaskData, on_epoch: OnEpoch | None = None) -> None:
         """Learn the next task.
+
+        Args:
+            on_epoch: is called after each epoch of training, of a method that trains in epochs.
 
         Raises:
             NumericError: a loss or parameter became NaN or infinite; task, epoch, step and quantity are named.
         """
-        self._fit(task)
+        self.fit(task, on_epoch)
         self.row_task = torch.cat([self.row_task, torch.full((task.new_rows,), task.index, device=self.device)])
+        self.tasks = task.index + 1
 
     @abstractmethod
-    def _fit(self, task: TaskData) -> None:
+    def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         """Train on ``task``; ``row_task`` still holds the earlier rows only."""
 
     @abstractmethod
+    def scores(self, features: Tensor) -> Tensor:
+        """Score every row: ``(samples, dim) -> (samples, rows)``; a row that cannot be chosen has ``-inf``."""
+
+    def answer(self, features: Tensor, selection: str = "sample") -> Prediction:
+        """Answer each of ``(samples, dim)`` features by itself.
+
+        Raises:
+            ConfigError: a selection that this method does not have, or one that looks at several images.
+        """
+        self.check_selection(selection)
+        return Prediction(self.scores(features))
+
+    def check_selection(self, selection: str) -> None:
+        """Raise ConfigError for a selection that ``answer`` cannot use."""
+        if selection not in self.selections:
+            reason = f"{self.config.model_name} has none of that name"
+            if selection in SELECTIONS and SELECTIONS[selection].ordered:
+                reason = "one module answers for many consecutive images, so the answer would depend on their order"
+            known = ", ".join(self.selections)
+            raise ConfigError(f"selection {selection!r} cannot answer single images ({reason}); choose one of: {known}")
+
     def predict(
         self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
     ) -> dict[str, Prediction]:
@@ -85,24 +127,42 @@ class Learner(ABC):
         ``true_task`` ``(samples,)`` adds ``oracle``, and ``shuffled``, a permutation of the samples, adds
         ``batch_shuffled``: batch selection as if the samples came in that order.
         """
+        return {"sample": Prediction(self.scores(features))}
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors that prediction and further learning need, but for ``module_state``."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
-        """Restore ``state_dict`` and the ``module_state`` of every task."""
+        """Return all tensors that prediction and further learning need, but for the modules."""
+        state = {"row_task": self.row_task}
+        for name in self.state_names:
+            state |= _state_of(name, getattr(self, name))
+        return state
 
     def module_state(self, task: int) -> dict[str, Tensor] | None:
-        """The tensors that belong to one task alone and never change again, or None."""
+        """Return the tensors that belong to one task alone and never change again; None without modules."""
         return None
 
-    def sparsity(self) -> list[float] | None:
-        """For each task the share of its module's parameters with |θ| < 1e-3; None for a learner without modules."""
-        return None
+    def load_state_dict(self, state: Mapping[str, Tensor], modules: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        """Restore ``state_dict`` and, for a learner with modules, the ``module_state`` of every task."""
+        self.row_task = state["row_task"].to(self.device)
+        self.tasks = int(self.row_task[-1]) + 1 if len(self.row_task) else 0
+        for name in self.state_names:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, state[name].to(self.device))
+            elif isinstance(value, dict):
+                for key, part in value.items():
+                    start = f"{key}."
+                    part.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+            else:
+                value.load_state_dict(state)
 
     def parameter_counts(self) -> dict[str, int]:
-        """``luca_per_task``, ``classifier`` and ``trainable`` (what the last task trained)."""
-        rows = len(self.row_task) * self.dim
-        return {"luca_per_task": 0, "classifier": rows, "trainable": 0}
+        """Return ``luca_per_task``, ``classifier`` and ``trainable`` (what the last task trained)."""
+        return {"luca_per_task": 0, "classifier": len(self.row_task) * self.dim, "trainable": 0}
+
+
+def _state_of(name: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        return {f"{key}.{k}": tensor for key, part in value.items() for k, tensor in part.state_dict().items()}
+    return dict(value.state_dict())

@@ -25,9 +25,9 @@ from torch import Tensor
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models.base import Learner
 from models.evaluation import class_scores
+from models.modular import ModularLearner
 from models.registry import make_learner, training_features
 from models.task_data import BankTask
-from models.tosca import TOSCA
 from utils.config import Config, make_config
 from utils.data.given import GivenImages, Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.splits import Dataset, Split
@@ -150,13 +150,13 @@ class ContinualClassifier:
 
     @property
     def tasks(self) -> int:
-        """Tasks learned so far; with TOSCA, the number of modules."""
+        """Tasks learned so far; with modules, their number."""
         return self.learner.tasks
 
     @property
     def has_modules(self) -> bool:
-        """Whether a module of its own answers for each task: TOSCA, not the baselines."""
-        return isinstance(self.learner, TOSCA)
+        """Whether a module of its own answers for each task, as in TOSCA and in no baseline."""
+        return isinstance(self.learner, ModularLearner)
 
     # -- predicting ------------------------------------------------------------------------------------------------
 
@@ -223,16 +223,11 @@ class ContinualClassifier:
     @torch.no_grad()
     def classify_features(self, features: Tensor, top_k: int = 5) -> Predictions:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
-        module = entropies = None
-        if self.has_modules:
-            entropies, scores = self.learner.answer_by_sample(features)
-            module = entropies.argmin(dim=1).cpu()
-        else:
-            scores = self.learner.predict(features)["sample"].scores
-        row_class = torch.from_numpy(self._learned.row_class).to(scores.device)
-        probabilities = class_scores(scores, row_class).softmax(dim=1)
+        answer = self.learner.answer(features)
+        row_class = torch.from_numpy(self._learned.row_class).to(features.device)
+        probabilities = class_scores(answer.scores, row_class).softmax(dim=1)
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
-        entropies = None if entropies is None else entropies.cpu()
+        module, entropies = (None if t is None else t.cpu() for t in (answer.module, answer.entropies))
         return Predictions(self.class_names, best.indices.cpu(), best.values.cpu(), features.cpu(), module, entropies)
 
     def _answer(self, pixels: list[Tensor], top_k: int) -> Predictions | None:
@@ -338,7 +333,7 @@ def _grown_manifest(model: ContinualClassifier, images: int, content: str) -> Ru
     """The manifest after ``learn``: of a run of its own, which no config describes, with a task not tested."""
     old, learned = model._manifest, model._learned
     record = TaskRecord(
-        sparsity=model.learner.sparsity()[-1] if model.has_modules else None,
+        sparsity=model.learner.sparsity(model.tasks - 1) if isinstance(model.learner, ModularLearner) else None,
         parameters={"backbone": model.backbone.parameters, **model.learner.parameter_counts()},
     )
     data = {**old.data, "classes": len(learned.class_names), "train_images": old.data["train_images"] + images}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.base import Learner
+from models.modular import ModularLearner
 from utils.data.tasks import TaskStream
 from utils.features.bank import FeatureBank
 from utils.features.batches import TEST_VIEW
@@ -45,8 +46,7 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
             confusion[name] = metrics.confusion(true_task, module, len(seen))
         if prediction.entropy is not None:
             entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
-    of_tasks = learner.sparsity()
-    sparsity = of_tasks[task] if of_tasks else None
+    sparsity = learner.sparsity(task) if isinstance(learner, ModularLearner) else None
     return TaskRecord(results, confusion, entropy, sparsity)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import Learner, Prediction, TaskData
+from models.base import Learner, OnEpoch, TaskData
 from models.streaming.lda import finite_float64, float64_device
 from utils.config import Config
 from utils.errors import NumericError
@@ -31,11 +31,13 @@ class LinearJoint(Learner):
         bias: ``(rows,)``.
     """
 
+    state_names = ("weight", "bias")
+
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)
         self.weight, self.bias = torch.zeros(dim, 0, device=device), torch.zeros(0, device=device)
 
-    def _fit(self, task: TaskData) -> None:
+    def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         features, rows = task.seen()
         features = finite_float64(features, float64_device(self.device))
         weight, bias = fit_softmax(features, rows.to(features.device), task.first_row + task.new_rows)
@@ -43,20 +45,9 @@ class LinearJoint(Learner):
             raise NumericError(f"task {task.index}: the weights of the joint linear classifier are not finite")
         self.weight, self.bias = weight.float().to(self.device), bias.float().to(self.device)
 
-    def predict(
-        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
-        """Logits ``(samples, rows)`` under ``sample``."""
-        return {"sample": Prediction(features.float() @ self.weight + self.bias)}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """``row_task``, ``weight`` and ``bias``."""
-        return {"row_task": self.row_task, "weight": self.weight, "bias": self.bias}
-
-    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
-        """Restore ``state_dict``; there are no modules."""
-        for name in self.state_dict():
-            setattr(self, name, state[name].to(self.device))
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits."""
+        return features.float() @ self.weight + self.bias
 
     def parameter_counts(self) -> dict[str, int]:
         """``classifier``: weights and bias, all of them trained at every task."""

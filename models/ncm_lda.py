@@ -8,7 +8,7 @@ Adaptation", ICCV 2023, use it as "NA" (no adaptation). Training images pass the
 import torch
 from torch import Tensor
 
-from models.base import Learner, Prediction, TaskData
+from models.base import Learner, OnEpoch, TaskData
 from models.streaming.lda import StreamingLDA
 from utils.config import Config
 from utils.methods import Method
@@ -19,27 +19,18 @@ METHOD = Method("ncm_lda", "streamed class means in the metric of one shared cov
 class NcmLda(Learner):
     """Nearest class mean in the shared-covariance Mahalanobis metric."""
 
+    state_names = ("lda",)
+
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)
         self.lda = StreamingLDA(dim, device)
 
-    def _fit(self, task: TaskData) -> None:
+    def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         self.lda.update(task.test_view(), task.labels, task.first_row + task.new_rows)
 
-    def predict(
-        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
-        """Linear discriminants ``(samples, rows)`` under ``sample``."""
-        return {"sample": Prediction(self.lda.scores(features))}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """``row_task`` and the streamed statistics."""
-        return {"row_task": self.row_task, **self.lda.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
-        """Restore ``state_dict``; there are no modules."""
-        self.row_task = state["row_task"].to(self.device)
-        self.lda.load_state_dict(state)
+    def scores(self, features: Tensor) -> Tensor:
+        """Linear discriminants."""
+        return self.lda.scores(features)
 
     def parameter_counts(self) -> dict[str, int]:
         """``classifier``: a weight vector and a bias for each row. Nothing is trained by gradient."""

@@ -9,7 +9,7 @@ augmentation. The statistics, and how λ is chosen, are in ``models/ridge.py``.
 import torch
 from torch import Tensor
 
-from models.base import Learner, Prediction, TaskData
+from models.base import Learner, OnEpoch, TaskData
 from models.streaming.ridge import RandomRidge
 from utils.config import Config
 from utils.methods import Method
@@ -21,27 +21,18 @@ RANDOM_FEATURES = 10_000  # the paper's M
 class RanPAC(Learner):
     """Random projection, ReLU, and a ridge classifier from streamed statistics. No first-session adaptation."""
 
+    state_names = ("ridge",)
+
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)
         self.ridge = RandomRidge(dim, RANDOM_FEATURES, seed, device)
 
-    def _fit(self, task: TaskData) -> None:
+    def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         self.ridge.update(task.test_view(), task.labels, task.first_row + task.new_rows)
 
-    def predict(
-        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
-        """Regressed one-hot targets ``(samples, rows)`` under ``sample``."""
-        return {"sample": Prediction(self.ridge.scores(features))}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """``row_task`` and the streamed statistics; the projection comes from the seed."""
-        return {"row_task": self.row_task, **self.ridge.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Tensor], modules: list[dict[str, Tensor]]) -> None:
-        """Restore ``state_dict``; there are no modules."""
-        self.row_task = state["row_task"].to(self.device)
-        self.ridge.load_state_dict(state)
+    def scores(self, features: Tensor) -> Tensor:
+        """Regressed one-hot targets."""
+        return self.ridge.scores(features)
 
     def parameter_counts(self) -> dict[str, int]:
         """``classifier``: a weight for each random feature and row. Nothing is trained by gradient."""

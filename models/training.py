@@ -1,21 +1,22 @@
 """Training one LuCA and the classifier on a task: the loss and the loop of the paper's algorithm (section 3)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.classifier import CosineClassifier
-from models.base import TaskData
+from models.base import OnEpoch, TaskData
 from utils.config import Config
 from utils.errors import NumericError
+from utils.hardware import single_thread
+from utils.progress import progress
 from utils.runs.manifest import EpochStats
 from utils.seeds import derive_seed
 
 HINT_LOWER_LR = "lower lr or try another optimizer; earlier tasks are saved"
 Epoch = Iterable[tuple[Tensor, Tensor]]  # batches of features (images, dim) and rows (images,)
-OnEpoch = Callable[[int, EpochStats], None]  # is called with an epoch's number, from 0, and its means
 
 
 def train(
@@ -30,7 +31,7 @@ def train(
     """Train both in place.
 
     Loss: cross-entropy over all rows + l1 · Σ|θ| over all parameters of ``module``, biases and unused branches
-    included. The optimiser holds them, all classifier rows and σ.
+    included. The optimiser holds them, all classifier rows, and σ if it requires a gradient.
 
     Args:
         batches: the batches of each epoch.
@@ -40,9 +41,7 @@ def train(
     Raises:
         NumericError: a loss is NaN or infinite; epoch and step are named.
     """
-    parameters = [*module.parameters(), classifier.weight]
-    if config.sigma == "learned":
-        parameters.append(classifier.sigma)
+    parameters = [p for p in (*module.parameters(), *classifier.parameters()) if p.requires_grad]
     optimizer, schedule = build_optimizer(parameters, config)
     frozen = classifier.weight.detach()[:frozen_rows].clone()
     for epoch, steps in enumerate(batches):
@@ -62,6 +61,27 @@ def train(
         stats = EpochStats(checked_mean(torch.stack(losses), epoch), 100 * torch.cat(hits).double().mean().item())
         if on_epoch is not None:
             on_epoch(epoch, stats)
+
+
+def train_with_progress(
+    module: nn.Module,
+    classifier: CosineClassifier,
+    batches: Iterable[Epoch],
+    config: Config,
+    task: int,
+    frozen_rows: int = 0,
+    on_epoch: OnEpoch | None = None,
+) -> None:
+    """``train`` on one CPU thread, with a progress bar for ``task``."""
+    bar = progress(batches, total=config.epochs, desc=f"Task {task}", unit="epoch", leave=False)
+
+    def show(epoch: int, stats: EpochStats) -> None:
+        bar.set_postfix(loss=f"{stats.loss:.3f}", accuracy=f"{stats.accuracy:.1f}", refresh=False)
+        if on_epoch is not None:
+            on_epoch(epoch, stats)
+
+    with single_thread():
+        train(module, classifier, bar, config, frozen_rows=frozen_rows, on_epoch=show)
 
 
 def shuffled_epochs(task: TaskData, config: Config, seed: int) -> Iterator[Epoch]:

@@ -145,7 +145,7 @@ def test_entropy_is_over_rows(finished, domains_folder):
     folder, _ = finished
     model = ContinualClassifier.load(folder / "tosca")
     answers = model.predict(sorted((domains_folder / "test").rglob("*.png")))
-    chosen = model.learner.answer(answers.features, answers.module).softmax(dim=1)  # (images, 9 rows)
+    chosen = model.learner.answer(answers.features).scores.softmax(dim=1)  # (images, 9 rows)
     torch.testing.assert_close(answers.entropy, torch.special.entr(chosen).sum(dim=1), atol=1e-4, rtol=1e-4)
 
 

@@ -114,6 +114,22 @@ def forward_threads(device: "torch.device") -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One CPU thread inside a product for a while: small products cost more to hand out than they gain.
+
+    The count is the process's: it is changed for learning alone, never on the way to an answer.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def default_workers(local_ranks: int = 1) -> int:
     """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
     return max(0, min(available_cpus() // local_ranks - 1, 16))

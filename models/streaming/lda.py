@@ -8,6 +8,8 @@ the closed form of Chen et al., "Shrinkage Algorithms for MMSE Covariance Estima
 free of scale and of tuning, and a function of the streamed statistics alone.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,7 +133,7 @@ class StreamingLDA:
         """``images`` ``(rows,)``, ``means`` ``(rows, dim)`` and ``scatter`` ``(dim, dim)``."""
         return {"images": self.images, "means": self.means, "scatter": self.scatter}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what ``state_dict`` gave; other keys are left alone."""
         self.images, self.means, self.scatter = (state[k].to(self.device) for k in ("images", "means", "scatter"))
         self._discriminant = None

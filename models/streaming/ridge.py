@@ -7,6 +7,8 @@ Deviation: the paper takes λ from the newest task alone. Here the held-out erro
 costs one number for each λ, is less noisy for small tasks, and does not depend on the order of the tasks.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,7 +161,7 @@ class RandomRidge:
         """The tensors of ``STATE``, all that prediction and further learning need."""
         return {name: getattr(self, name) for name in STATE}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the ``state_dict`` of an object with the same dim, width and seed; other keys are left alone."""
         for name in STATE:
             setattr(self, name, state[name].to(self.device))

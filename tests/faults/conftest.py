@@ -142,14 +142,14 @@ def run(tmp_path: Path, data: Path, bank: Path, capsys: pytest.CaptureFixture[st
 
 def stop_at_task(patch: pytest.MonkeyPatch, task: int) -> None:
     """Ctrl-C when task number ``task`` begins."""
-    learn = TOSCA._fit
+    learn = TOSCA.fit
 
-    def fit(self: TOSCA, data: Any) -> None:
+    def fit(self: TOSCA, data: Any, on_epoch: Any) -> None:
         if data.index == task:
             raise KeyboardInterrupt
-        learn(self, data)
+        learn(self, data, on_epoch)
 
-    patch.setattr(TOSCA, "_fit", fit)
+    patch.setattr(TOSCA, "fit", fit)
 
 
 @pytest.fixture(scope="session")

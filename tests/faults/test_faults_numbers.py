@@ -7,8 +7,8 @@ import torch
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, make_luca
 from backbone.vit import Backbone
-from models import tosca, training
-from models.tosca import entropy
+from models import training
+from models.modular import entropy
 from utils.results import metrics
 
 
@@ -44,13 +44,13 @@ def test_losses_whose_sum_overflows_are_not_infinite():
 
 
 def test_nan_parameters_after_the_last_step_are_named(run, monkeypatch):
-    real = tosca.train
+    real = training.train
 
     def train(luca: torch.nn.Module, *args: object, **options: object) -> None:
         real(luca, *args, **options)
         luca.se[0].weight.data[0, 0] = float("nan")
 
-    monkeypatch.setattr(tosca, "train", train)
+    monkeypatch.setattr(training, "train", train)
     error = run().error
     assert "task 0, after its last step: LuCA.se.0.weight is not finite" in error
 

@@ -196,15 +196,15 @@ def test_two_moves_aside_in_a_second_get_two_names(half, monkeypatch):
 def test_several_seeds_side_by_side_resume_each(run):
     seeds = [3, 4]
     with pytest.MonkeyPatch.context() as patch:
-        real, calls = TOSCA._fit, [0]
+        real, calls = TOSCA.fit, [0]
 
-        def fit(self: Any, task: Any) -> None:
+        def fit(self: Any, task: Any, on_epoch: Any) -> None:
             calls[0] += 1
             if calls[0] == 5:  # the second task of the second seed
                 raise KeyboardInterrupt
-            real(self, task)
+            real(self, task, on_epoch)
 
-        patch.setattr(TOSCA, "_fit", fit)
+        patch.setattr(TOSCA, "fit", fit)
         assert run(seed=seeds).code == 130
     first = (run.checkpoints / "seed3" / checkpoint.MANIFEST).read_bytes()
     ending = run(seed=seeds)
@@ -226,7 +226,7 @@ def test_a_second_process_stops_at_once_and_names_the_first(run, tmp_path, share
             os.write(writer, b"x")
             time.sleep(60)
 
-        TOSCA._fit = wait
+        TOSCA.fit = wait
 
     first = run.in_a_process(prepare)
     os.read(reader, 1)

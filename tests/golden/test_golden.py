@@ -68,8 +68,7 @@ def learned_so_far(case: dict[str, Any], task: int) -> TOSCA:
     row_task = torch.repeat_interleave(torch.arange(task + 1), torch.tensor(FIRST_ROWS[: task + 2]).diff())
     state = {"weight": golden(case, "rows_end", task), "sigma": golden(case, "sigma_end", task)[0]}
     modules = [luca_state(case, "luca_end", t) for t in range(task + 1)]
-    routers = {f"{name}.{k}": v for name, router in learner.routers.items() for k, v in router.state_dict().items()}
-    learner.load_state_dict({**routers, **state, "row_task": row_task}, modules)
+    learner.load_state_dict({**learner.state_dict(), **state, "row_task": row_task}, modules)
     return learner
 
 

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,7 @@ from models.simplecil import SimpleCIL
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
 from tests.conftest import tiny_config
-from utils.errors import NumericError
+from utils.errors import ConfigError, NumericError
 from utils.methods import METHODS
 
 DIM, CPU = 6, torch.device("cpu")
@@ -51,8 +52,12 @@ def stream(features: Tensor, labels: Tensor, sizes: list[int], *, joint: bool) -
     return tasks
 
 
+def untaught(kind: type[Learner], dim: int = DIM) -> Learner:
+    return kind(tiny_config(model_name=sys.modules[kind.__module__].METHOD.name), dim, CPU, seed=0)
+
+
 def taught(kind: type[Learner], features: Tensor, labels: Tensor, sizes: list[int]) -> Learner:
-    learner = kind(tiny_config(), features.shape[1], CPU, seed=0)
+    learner = untaught(kind, features.shape[1])
     for task in stream(features, labels, sizes, joint=kind in JOINT):
         learner.learn(task)
     return learner
@@ -83,7 +88,7 @@ def test_separated_classes_are_learned_task_by_task(kind, data):
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_state_round_trip_is_bit_exact(kind, data):
     learner = taught(kind, *data, [2, 3])
-    copy = kind(tiny_config(), DIM, CPU, seed=0)
+    copy = untaught(kind)
     copy.load_state_dict(learner.state_dict(), [])
     assert torch.equal(answers(copy, data[0]), answers(learner, data[0]))
     assert copy.parameter_counts() == learner.parameter_counts()
@@ -93,7 +98,7 @@ def test_state_round_trip_is_bit_exact(kind, data):
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_a_restored_learner_learns_on_as_if_never_saved(kind, data):
     *first, last = stream(*data, [2, 1, 2], joint=kind in JOINT)
-    learner, copy = kind(tiny_config(), DIM, CPU, seed=0), kind(tiny_config(), DIM, CPU, seed=0)
+    learner, copy = untaught(kind), untaught(kind)
     for task in first:
         learner.learn(task)
     copy.load_state_dict(learner.state_dict(), [])
@@ -128,7 +133,7 @@ def test_a_feature_that_is_not_finite_is_refused(kind, data):
 @pytest.mark.parametrize("kind", [SimpleCIL, NcmLda, RanPAC])
 def test_a_row_without_images_cannot_win(kind):
     """As when a domain lacks a class."""
-    learner = kind(tiny_config(), 2, CPU, seed=0)
+    learner = untaught(kind, 2)
     learner.learn(Task(0, 0, 3, torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([0, 2])))
     scores = answers(learner, -torch.ones(1, 2))  # every cosine to an image is negative
     assert scores[0, 1] == -torch.inf and scores[0, [0, 2]].isfinite().all()
@@ -206,3 +211,13 @@ def test_joint_classifier_works_without_gradients_enabled(data):
 def test_parameter_counts(kind, classifier, trainable, data):
     counts = taught(kind, *data, [2, 3]).parameter_counts()
     assert counts == {"luca_per_task": 0, "classifier": classifier, "trainable": trainable}
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_baseline_answers_single_images_and_says_why_it_refuses_batch(kind, data):
+    learner = taught(kind, *data, [5])
+    assert torch.equal(learner.answer(data[0]).scores, answers(learner, data[0]))
+    with pytest.raises(ConfigError, match=r"'batch' cannot answer single images .*order.*choose one of: sample"):
+        learner.answer(data[0], "batch")
+    with pytest.raises(ConfigError, match=r"'lda' .*has none of that name"):
+        learner.answer(data[0], "lda")

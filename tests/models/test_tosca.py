@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from backbone.luca import FLOWS, LuCA
-from models.tosca import TOSCA, choose_by_batch, class_means, entropy
+from models.modular import choose_by_batch, entropy
+from models.tosca import TOSCA, class_means
 from models.training import build_optimizer, shuffled_epochs, train
 from tests.conftest import tiny_config
 from utils.errors import NumericError
@@ -94,8 +95,7 @@ def test_a_batch_of_48_and_a_partial_last_one_choose_by_their_mean_entropy():
     entropies[48:96, 0] = torch.where(torch.arange(48) < 47, 0.9, 100.0)  # batch 1: one sample spoils module 0
     entropies[48:96, 1] = 0.99
     entropies[96:, 0] = torch.tensor([0.1, 0.1, 0.1, 0.1])  # the last four are a batch of their own
-    chosen = choose_by_batch(entropies)
-    assert chosen.tolist() == [2] * 48 + [1] * 48 + [0] * 4
+    assert choose_by_batch(entropies).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize(("samples", "batches"), [(1, 1), (48, 1), (49, 2), (96, 2), (0, 0)])
@@ -103,7 +103,7 @@ def test_every_sample_belongs_to_exactly_one_batch(samples, batches):
     entropies = torch.ones(samples, batches + 1)
     for batch in range(batches):
         entropies[48 * batch : 48 * (batch + 1), batch] = 0
-    assert choose_by_batch(entropies).tolist() == [i // 48 for i in range(samples)]
+    assert choose_by_batch(entropies).tolist() == list(range(batches))
 
 
 def naive_logits(learner: TOSCA, features: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def naive_logits(learner: TOSCA, features: torch.Tensor) -> torch.Tensor:
         luca = LuCA(DIM, mlp_ratio=learner.config.mlp_ratio, se_ratio=learner.config.se_ratio, flow=learner.config.flow)
         luca.load_state_dict(learner.module_state(task))
         z = F.normalize(luca(features).detach(), dim=1)
-        logits.append(learner.classifier.sigma * z @ F.normalize(learner.classifier.weight, dim=1).T)
+        logits.append(learner.sigma * z @ F.normalize(learner.weight, dim=1).T)
     return torch.stack(logits)
 
 
@@ -123,10 +123,14 @@ def test_stacked_evaluation_equals_one_module_at_a_time(flow, monkeypatch):
     logits = naive_logits(learner, features)
     expected = entropy(logits).T
     torch.testing.assert_close(learner.entropies(features), expected)
-    monkeypatch.setattr("models.tosca.EVALUATION_BYTES", 1)  # one sample at a time
+    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1)  # one module at a time
+    monkeypatch.setattr("models.modular.SAMPLES", 7)
     torch.testing.assert_close(learner.entropies(features), expected)
     answers = learner.predict(features)
-    for name, module in {"sample": expected.argmin(dim=1), "batch": choose_by_batch(expected)}.items():
+    for name, module in {
+        "sample": expected.argmin(dim=1),
+        "batch": choose_by_batch(expected).repeat_interleave(48)[:100],
+    }.items():
         assert torch.equal(answers[name].module, module)
         torch.testing.assert_close(answers[name].scores, logits[module, torch.arange(len(features))])
         torch.testing.assert_close(answers[name].entropy, expected[torch.arange(len(features)), module])
@@ -167,6 +171,17 @@ def test_oracle_and_batch_shuffled_are_given_only_when_asked_for(three_tasks):
     assert {"batch", "sample"} <= answers.keys() and answers.keys().isdisjoint({"oracle", "batch_shuffled"})
 
 
+@pytest.mark.parametrize("selection", ["sample", "lda", "ridge"])
+def test_a_single_image_is_answered_as_the_evaluation_answers_it(three_tasks, selection):
+    features = some_features(500)  # more than are answered at a time
+    answer, wanted = three_tasks.answer(features, selection), three_tasks.predict(features)[selection]
+    assert torch.equal(answer.module, wanted.module) and len(answer.module.unique()) > 1
+    torch.testing.assert_close(answer.scores, wanted.scores)
+    torch.testing.assert_close(answer.entropy, wanted.entropy)
+    one = three_tasks.answer(features[7:8], selection)
+    torch.testing.assert_close(one.scores, answer.scores[7:8])
+
+
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,8 +189,8 @@ def one_step(flow: str, l1: float, **keys) -> tuple[dict[str, torch.Tensor], dic
     """A LuCA and classifier before and after one SGD step on task 0, all its images in one batch."""
     learner = make_tosca(flow=flow, l1=l1, epochs=1, batch_size=100, scheduler="constant", lr=0.1, **keys)
     task = fake_task(0)
-    luca = learner._fresh_luca(first=True, seed=4)
-    classifier = learner._grown_classifier(task)
+    luca = learner.fresh_luca(task)
+    classifier = learner.grown_classifier(task)
     both = torch.nn.ModuleDict({"luca": luca, "classifier": classifier})
     before = copy.deepcopy(both)
     train(luca, classifier, shuffled_epochs(task, learner.config, learner.seed), learner.config)
@@ -209,25 +224,27 @@ def test_l1_alone_moves_the_branch_that_the_flow_does_not_use():
 def test_sigma_is_learned_or_fixed(sigma):
     learner = learned(2, sigma=sigma)
     if sigma == "learned":
-        assert learner.classifier.sigma.item() != 1.0
+        assert learner.sigma.item() != 1.0
     else:
-        assert learner.classifier.sigma.item() == 16.0
+        assert learner.sigma.item() == 16.0
         logits = learner.predict(some_features())["sample"].scores
         assert logits.abs().max() <= 16.0001 and logits.abs().max() > 2
 
 
 def test_sigma_is_carried_to_the_next_task():
     learner = learned(1)
-    sigma = learner.classifier.sigma.item()
-    assert learner._grown_classifier(fake_task(1)).sigma.item() == sigma != 1.0
+    sigma = learner.sigma.item()
+    assert learner.grown_classifier(fake_task(1)).sigma.item() == sigma != 1.0
 
 
 def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
     seen = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone()))
+    monkeypatch.setattr(
+        "models.training.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone())
+    )
     learner = make_tosca()
     learner.learn(fake_task(0))
-    prototypes = learner.classifier.weight.clone()
+    prototypes = learner.weight.clone()
     learner.learn(fake_task(1))
     assert 0 < seen[0].abs().max() <= 1 / math.sqrt(DIM)
     assert torch.equal(seen[1][:2], prototypes) and not seen[1][2:].any()
@@ -236,7 +253,7 @@ def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
 def test_new_rows_can_start_at_class_means_of_the_untrained_module(monkeypatch):
     seen, modules = [], []
     monkeypatch.setattr(
-        "models.tosca.train",
+        "models.training.train",
         lambda luca, classifier, *_, **__: (
             seen.append(classifier.weight.clone()),
             modules.append(copy.deepcopy(luca)),
@@ -257,25 +274,25 @@ def test_after_a_task_its_rows_are_the_unnormalised_class_means_of_luca_under_th
     luca.load_state_dict(learner.module_state(1))
     z = luca(task.test_view()).detach()
     for row in (2, 3):
-        torch.testing.assert_close(learner.classifier.weight[row], z[task.labels == row].mean(dim=0))
-    assert (learner.classifier.weight[2:].norm(dim=1) - 1).abs().min() > 0.05
+        torch.testing.assert_close(learner.weight[row], z[task.labels == row].mean(dim=0))
+    assert (learner.weight[2:].norm(dim=1) - 1).abs().min() > 0.05
 
 
 def test_old_rows_drift_in_training_and_are_not_reset():
     learner = learned(1)
-    prototypes = learner.classifier.weight.clone()
+    prototypes = learner.weight.clone()
     learner.learn(fake_task(1))
-    assert (learner.classifier.weight[:2] - prototypes).abs().max() > 1e-4
+    assert (learner.weight[:2] - prototypes).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
 def test_frozen_old_rows_stay_bit_identical_whatever_the_optimiser(optimizer, weight_decay):
     learner = learned(1, old_rows="freeze", optimizer=optimizer, weight_decay=weight_decay)
-    prototypes = learner.classifier.weight.clone()
+    prototypes = learner.weight.clone()
     learner.learn(fake_task(1))
-    assert torch.equal(learner.classifier.weight[:2], prototypes)
-    assert learner.classifier.weight[2:].any()
+    assert torch.equal(learner.weight[:2], prototypes)
+    assert learner.weight[2:].any()
 
 
 @pytest.mark.parametrize("flow", sorted(FLOWS))
@@ -289,7 +306,9 @@ def test_learning_the_next_task_leaves_earlier_modules_bit_identical(flow):
 
 def test_the_first_module_starts_from_the_default_and_later_ones_from_xavier(monkeypatch):
     biases = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone()))
+    monkeypatch.setattr(
+        "models.training.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone())
+    )
     learner = make_tosca()
     for index in range(3):
         learner.learn(fake_task(index))
@@ -301,7 +320,7 @@ def test_learning_is_decided_by_the_seed_alone():
     first = learned(2)
     torch.manual_seed(1)
     again = learned(2)
-    assert torch.equal(first.classifier.weight, again.classifier.weight)
+    assert torch.equal(first.weight, again.weight)
     torch.testing.assert_close(first.modules, again.modules, rtol=0, atol=0)
     other = TOSCA(first.config, DIM, CPU, 1994)
     other.learn(fake_task(0))
@@ -318,7 +337,7 @@ def test_each_epoch_sees_every_image_of_its_own_view_once_with_the_last_batch_ke
 
     original = LuCA.forward
     monkeypatch.setattr(LuCA, "forward", forward)
-    luca, classifier = learner._fresh_luca(first=True, seed=1), learner._grown_classifier(task)
+    luca, classifier = learner.fresh_luca(task), learner.grown_classifier(task)
     train(luca, classifier, shuffled_epochs(task, learner.config, learner.seed), learner.config)
     assert [len(h) for h in batches] == [5, 5, 2] * 2
     epochs = [torch.cat(batches[:3]), torch.cat(batches[3:])]
@@ -328,6 +347,31 @@ def test_each_epoch_sees_every_image_of_its_own_view_once_with_the_last_batch_ke
         assert same.sum(dim=1).tolist() == same.sum(dim=0).tolist() == [1] * 12
         places.append(same.int().argmax(dim=1).tolist())
     assert places[0] != places[1] and places[0] != list(range(12))
+
+
+def test_each_epoch_reports_its_mean_loss_and_its_accuracy_while_training():
+    learner, task = make_tosca(epochs=2, batch_size=100, lr=0.5, scheduler="constant"), fake_task(0)
+    luca, classifier = learner.fresh_luca(task), learner.grown_classifier(task)
+    h, rows, found, wanted = task.test_view(), task.labels, [], []
+    for _ in range(2):
+        with torch.no_grad():
+            logits = classifier(luca(h))
+        loss = F.cross_entropy(logits, rows) + learner.config.l1 * sum(p.abs().sum() for p in luca.parameters())
+        wanted.append((0, loss.item(), 100 * (logits.argmax(dim=1) == rows).double().mean().item()))
+        config = make_tosca(epochs=1, lr=0.5, scheduler="constant").config
+        one = []
+        train(luca, classifier, [[(h, rows)]], config, on_epoch=lambda *seen, into=one: into.append(seen))
+        found += [(number, stats.loss, stats.accuracy) for number, stats in one]
+    assert 0 < wanted[0][2] < 100  # else any accuracy would do
+    assert [epoch[0] for epoch in found] == [0, 0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_learn_hands_on_what_each_epoch_gave():
+    seen = []
+    make_tosca(epochs=3).learn(fake_task(0), on_epoch=lambda *epoch: seen.append(epoch))
+    assert [number for number, _ in seen] == [0, 1, 2]
+    assert seen[0][1].loss > seen[2][1].loss and all(0 <= stats.accuracy <= 100 for _, stats in seen)
 
 
 def test_class_means_worked_by_hand_with_a_class_of_one_image():
@@ -406,7 +450,7 @@ def test_a_restored_learner_answers_and_goes_on_learning_bit_identically(three_t
     for name, answer in whole.predict(features).items():
         assert torch.equal(restored.predict(features)[name].scores, answer.scores)
     restored.learn(fake_task(2))
-    assert torch.equal(restored.classifier.weight, three_tasks.classifier.weight)
+    assert torch.equal(restored.weight, three_tasks.weight)
     torch.testing.assert_close(restored.modules, three_tasks.modules, rtol=0, atol=0)
 
 
@@ -426,7 +470,7 @@ def test_sparsity_is_the_share_of_parameters_below_a_thousandth(three_tasks):
     learner = make_tosca()
     learner.load_state_dict(three_tasks.state_dict(), [three_tasks.module_state(1), parameters])
     per_module = sum(p.numel() for p in parameters.values())
-    assert learner.sparsity()[1] == pytest.approx(3 / per_module)
+    assert learner.sparsity(1) == pytest.approx(3 / per_module)
 
 
 @pytest.mark.parametrize(("keys", "trained"), [({"sigma": 16}, 4 * DIM), ({"old_rows": "freeze"}, 2 * DIM + 1)])
