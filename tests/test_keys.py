@@ -159,6 +159,7 @@ NOT_SWEPT = {
     "num_workers",
     "feature_batch_size",
     "check_images",
+    "max_pixels",
     "tracker",
     "checkpoint_dir",
     "log_dir",

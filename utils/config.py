@@ -124,6 +124,12 @@ class Config:
         None, doc="processes that load images; by default from the CPU count", low=0, high=10_000, affects="speed"
     )
     check_images: bool = _key(False, doc="decode every image once before anything else", affects="speed")
+    max_pixels: int | None = _key(
+        None,
+        doc="larger images are refused; by default 178956970, as Pillow does: they may be decompression bombs",
+        low=1,
+        affects="speed",
+    )
     checkpoint_dir: str = _key("tosca", doc="where modules are saved", affects="place")
     log_dir: str = _key("logs", doc="where logs, JSON files and pictures go", affects="place")
     new_rows: str = _key(

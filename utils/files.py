@@ -84,8 +84,13 @@ def remove_partials(folder: Path, name: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON atomically. NaN is not JSON: callers pass None for what is undefined."""
-    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
-    atomic_write(path, text.encode("utf-8", "surrogateescape") + b"\n")
+    atomic_write(path, json_text(values, indent=1).encode("utf-8") + b"\n")
+
+
+def json_text(values: Any, indent: int | None = None) -> str:
+    """JSON that every encoding of Unicode can write; what names that are not UTF-8 hold stands there escaped."""
+    text = json.dumps(values, indent=indent, allow_nan=False, ensure_ascii=False)
+    return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -23,7 +23,7 @@ def logging_to(path: Path) -> Iterator[None]:
     """Also write log lines to ``path``, appending."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); set log_dir to another folder") from error
     handler.setFormatter(logging.Formatter(LOG_FORMAT))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part: independent random streams for (purpose, seed, task, epoch …)."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

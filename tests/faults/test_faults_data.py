@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from utils.data import images as data_module
-from utils.data.check import scan
+from utils.data.check import Item, scan
 from utils.data.images import decode, open_image, read_image
 from utils.errors import DataError
 from utils.runs.checkpoint import MANIFEST
@@ -188,7 +188,7 @@ def test_a_decoder_that_trips_over_a_file_is_no_traceback(run, own_data, monkeyp
     assert "is not a readable image (division by zero)" in run(cache_dir="none").error
 
 
-@pytest.mark.parametrize("reader", [open_image, lambda path: scan(("train", "0", path)).error])
+@pytest.mark.parametrize("reader", [open_image, lambda path: scan(Item("train", "0", path)).error])
 def test_every_reader_of_files_survives_a_decoder_that_trips(reader, tmp_path, monkeypatch):
     def trip(path: Path, max_pixels: int) -> None:
         raise ZeroDivisionError("division by zero")

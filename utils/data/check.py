@@ -1,11 +1,11 @@
 """Is the data what it should be? Every image decoded once; nothing is written and nothing heavy is imported."""
 
 import hashlib
-import json
 import multiprocessing
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,39 @@ from typing import Any
 from PIL import Image
 
 from utils.config import Config
-from utils.data.datasets import DATASETS, load_dataset
-from utils.data.folders import data_folder, list_images, split_folders, subfolders
-from utils.data.images import HINT_REPLACE, decode
-from utils.data.modes import UnreadableImage
-from utils.data.splits import Dataset, Split
+from utils.data.class_folders import class_folders
+from utils.data.datasets import DATASETS, list_class_folders, load_dataset
+from utils.data.folders import (
+    Unused,
+    both_test_folders,
+    count_stray_files,
+    data_folder,
+    list_images,
+    split_folders,
+)
+from utils.data.images import HINT_REPLACE, MAX_PIXELS, decode, kinds_of_file
+from utils.data.modes import UnreadableImage, kind_sentences
+from utils.data.splits import Dataset, ImageFiles
 from utils.errors import DataError
+from utils.files import json_text
 from utils.hardware import available_cpus
 from utils.progress import progress
 
 POOL_FROM = 1000  # images; below, starting processes takes longer than the scan
 SHOWN = 10  # findings of one kind in the summary; the JSON has all
+
+
+BLOCK = 1024  # images that are handed out at a time, so that Ctrl-C has little to wait for
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image file to be decoded."""
+
+    split: str
+    label: str
+    path: Path
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,7 @@ class Scanned:
     content: str | None
     size: tuple[int, int]
     error: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass
@@ -46,13 +69,17 @@ class Findings:
         images: for each split the number of images by class (in domain data by ``<domain>/<class>``).
         problems: kind -> one sentence each.
         sizes: ``(width, height)`` -> images.
+        kinds: of pictures that 8-bit RGB does not hold in full -> images.
+        unused: split -> what is in its folders and is no image of a class.
     """
 
     dataset: str
     images: dict[str, dict[str, int]] = field(default_factory=lambda: {"train": {}, "test": {}})
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     warnings: list[str] = field(default_factory=list)
-    sizes: Counter = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    unused: dict[str, Unused] = field(default_factory=lambda: {"train": Unused(), "test": Unused()})
 
     @property
     def good(self) -> bool:
@@ -69,6 +96,8 @@ class Findings:
             "smallest_class": {split: _extreme(counts, min) for split, counts in self.images.items()},
             "largest_class": {split: _extreme(counts, max) for split, counts in self.images.items()},
             "sizes": [{"width": w, "height": h, "images": n} for (w, h), n in sorted(self.sizes.items())],
+            "kinds": dict(self.kinds),
+            "unused": {split: dict(sorted(unused.counts.items())) for split, unused in self.unused.items()},
             "problems": {kind: found for kind, found in self.problems.items() if found},
             "warnings": self.warnings,
         }
@@ -84,14 +113,15 @@ def check_data(config: Config, workers: int | None = None) -> Findings:
         DataError: there is no data where the config says.
     """
     findings = Findings(config.dataset)
-    if config.dataset in ("digits", "cifar224"):
-        scanned = _scan_arrays(config)
-    else:
+    if DATASETS[config.dataset].list_images is list_class_folders:
         scanned = _scan_folders(config, findings, workers)
+    else:
+        scanned = _scan_listed(load_dataset(config))
     by_content: dict[str, list[Scanned]] = defaultdict(list)
     for image in scanned:
         counts = findings.images[image.split]
         counts[image.label] = counts.get(image.label, 0) + 1
+        findings.kinds.update(image.kinds)
         if image.content is None:
             findings.problems["unreadable"].append(f"{image.place}: {image.error}")
         else:
@@ -101,6 +131,10 @@ def check_data(config: Config, workers: int | None = None) -> Findings:
         _judge_copies(same, findings)
     _compare_counts(findings, config)
     _compare_sizes(findings, config)
+    findings.warnings += kind_sentences(findings.kinds.elements())
+    for split, unused in findings.unused.items():
+        if sentence := unused.sentence():
+            findings.warnings.append(f"not used of the {split} split: {sentence}")
     return findings
 
 
@@ -133,90 +167,112 @@ def _compare_sizes(findings: Findings, config: Config) -> None:
 
 
 def check_images(data: Dataset, *, threads: int) -> None:
-    """Decode every image once, some at a time (decoders release the interpreter's lock).
+    """Decode every image file once, some at a time (decoders release the interpreter's lock).
 
     Raises:
         DataError: some cannot be read; the first ten are named with their class.
     """
-    places = [(split, index) for split in (data.train, data.test) for index in range(len(split))]
-    faults: list[str] = []
-    bar = progress(total=len(places), desc="Checking images", unit="img")
-    with bar, ThreadPoolExecutor(max_workers=threads) as pool:
-        for start in range(0, len(places), 256):  # in blocks, so that Ctrl-C has little to wait for
-            block = places[start : start + 256]
-            faults += [fault for fault in pool.map(_fault_of, block) if fault is not None]
-            bar.update(len(block))
+    items = [
+        Item(name, Path(key).parent.as_posix(), split.path(index), split.max_pixels)
+        for name in ("train", "test")
+        if isinstance(split := data.split(name), ImageFiles)
+        for index, key in enumerate(split.keys)
+    ]
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        bar = progress(scan_all(items, pool), total=len(items), desc="Checking images", unit="img")
+        faults = [
+            f"{image.place} (class {image.label!r}) is not a readable image ({image.error})"
+            for image in bar
+            if image.content is None
+        ]
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        count = f"{len(faults)} of {len(places)} images cannot be read: " if len(faults) > 1 else ""
+        count = f"{len(faults)} of {len(items)} images cannot be read: " if len(faults) > 1 else ""
         raise DataError(f"{count}{'; '.join(faults[:10])}{more}; {HINT_REPLACE}")
-
-
-def _fault_of(place: tuple[Split, int]) -> str | None:
-    split, index = place
-    try:
-        split.load(index)
-    except DataError as error:
-        return str(error).removesuffix(f"; {HINT_REPLACE}")
-    return None
 
 
 # -- scanning ---------------------------------------------------------------------------------------------------------
 
 
+def scan_all(items: Sequence[Item], pool: Executor | None) -> Iterator[Scanned]:
+    """Decode every one of ``items``, in order, in the threads or processes of ``pool``; None: in this one."""
+    if pool is None:
+        yield from map(scan, items)
+        return
+    for start in range(0, len(items), BLOCK):
+        yield from pool.map(scan, items[start : start + BLOCK], chunksize=32)
+
+
+def scan(item: Item) -> Scanned:
+    """Decode one file."""
+    place = str(item.path)
+    try:
+        image = decode(item.path, item.max_pixels)
+    except UnreadableImage as error:
+        return Scanned(item.split, item.label, place, None, (0, 0), str(error))
+    kinds = tuple(kinds_of_file(item.path))
+    return Scanned(item.split, item.label, place, _content(image), image.size, kinds=kinds)
+
+
 def _scan_folders(config: Config, findings: Findings, workers: int | None) -> list[Scanned]:
     """Every image below train/ and test/; what is wrong with the folders goes to ``findings``."""
-    work: list[tuple[str, str, Path]] = []
-    for split, root in zip(("train", "test"), split_folders(data_folder(config)), strict=True):
-        labels = _domain_labels(root) if config.scenario == "domain" else subfolders(root)
+    items: list[Item] = []
+    known: dict[str, str] = {}
+    root = data_folder(config)
+    if both := both_test_folders(root):
+        findings.warnings.append(both)
+    for split, split_root in zip(("train", "test"), split_folders(root), strict=True):
+        try:
+            labels = (
+                _domain_labels(split_root, known) if config.scenario == "domain" else class_folders(split_root, known)
+            )
+        except DataError as error:
+            findings.problems["folders"].append(str(error))
+            continue
+        known = labels
         if not labels:
-            findings.problems["folders"].append(f"{root} holds no class folders")
-        for label in labels:
-            files = list_images(root, label)
+            findings.problems["folders"].append(f"{split_root} holds no class folders")
+        count_stray_files(split_root, findings.unused[split])
+        for label, folder in labels.items():
+            files = list_images(split_root, folder, findings.unused[split])
             findings.images[split][label] = 0
             if not files:
-                findings.problems["folders"].append(f"{root / label} holds no image")
-            work += [(split, label, root / file) for file in files]
+                findings.problems["folders"].append(f"{split_root / folder} holds no image")
+            items += [Item(split, label, split_root / file, config.max_pixels or MAX_PIXELS) for file in files]
     train, test = (findings.images[split].keys() for split in ("train", "test"))
     findings.problems["folders"] += [f"{label} is in train but not in test" for label in sorted(train - test)]
     if config.continue_from is None:  # else these are what the saved run has learned
         findings.problems["folders"] += [f"{label} is in test but not in train" for label in sorted(test - train)]
-    workers = workers or (available_cpus() if len(work) >= POOL_FROM else 1)
-    return list(progress(_scanned(work, workers), total=len(work), desc="Images", unit="img"))
-
-
-def _domain_labels(root: Path) -> list[str]:
-    return [f"{domain}/{name}" for domain in subfolders(root) for name in subfolders(root / domain)]
-
-
-def _scanned(work: Sequence[tuple[str, str, Path]], workers: int) -> Iterator[Scanned]:
-    if workers == 1:
-        yield from map(scan, work)
-        return
+    workers = workers or (available_cpus() if len(items) >= POOL_FROM else 1)
     # spawned, not forked: a caller may have threads
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(scan, work, chunksize=32)
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawned) if workers > 1 else nullcontext() as pool:
+        return list(progress(scan_all(items, pool), total=len(items), desc="Images", unit="img"))
 
 
-def scan(item: tuple[str, str, Path]) -> Scanned:
-    """Decode one file."""
-    split, label, path = item
-    try:
-        image = decode(path)
-    except UnreadableImage as error:
-        return Scanned(split, label, str(path), None, (0, 0), str(error))
-    return Scanned(split, label, str(path), _content(image), image.size)
+def _domain_labels(root: Path, known: Collection[str]) -> dict[str, str]:
+    """``<domain>/<class>`` -> its folder below ``root``."""
+    labels: dict[str, str] = {}
+    for domain, folder in class_folders(root, {label.partition("/")[0] for label in known}).items():
+        classes = [label.partition("/")[2] for label in known if label.startswith(f"{domain}/")]
+        for name, below in class_folders(root / folder, classes).items():
+            labels[f"{domain}/{name}"] = f"{folder}/{below}"
+    return labels
 
 
-def _scan_arrays(config: Config) -> list[Scanned]:
-    data = load_dataset(config)
+def _scan_listed(data: Dataset) -> list[Scanned]:
+    """Every image of a data set that lists its images in a way of its own."""
     scanned = []
     for name in ("train", "test"):
         split = data.split(name)
-        for index, label in enumerate(split.labels.tolist()):
-            image = split.load(index)
-            place = f"{name} image {split.keys[index]}"
-            scanned.append(Scanned(name, data.class_names[label], place, _content(image), image.size))
+        for index, number in enumerate(split.labels.tolist()):
+            label = data.class_names[number]
+            if isinstance(split, ImageFiles):
+                scanned.append(scan(Item(name, label, split.path(index), split.max_pixels)))
+            else:
+                image = split.load(index)
+                place = f"{name} image {split.keys[index]}"
+                scanned.append(Scanned(name, label, place, _content(image), image.size))
     return scanned
 
 
@@ -256,7 +312,7 @@ def summary(findings: Findings) -> list[str]:
     return lines
 
 
-def _size_line(sizes: Counter) -> str:
+def _size_line(sizes: Counter[tuple[int, int]]) -> str:
     (w, h), most = sizes.most_common(1)[0]
     if len(sizes) == 1:
         return f"all {w}×{h}"
@@ -266,4 +322,5 @@ def _size_line(sizes: Counter) -> str:
 
 
 def as_json(findings: Findings) -> str:
-    return json.dumps(findings.as_dict(), indent=1, ensure_ascii=False)
+    """All that was found, as JSON."""
+    return json_text(findings.as_dict(), indent=1)

@@ -1,20 +1,120 @@
 """Folders of images: walked in one way, whatever they are for."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 
 from utils.config import Config
+from utils.data.images import image_suffixes, is_image
 from utils.errors import DataError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
 
 LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
 
 
 DOMAIN_LAYOUT = "expected <folder>/train/<domain>/<class>/<images> and the same domains and classes below test/"
+
+# What operating systems, archives and network disks leave in folders, in lower case; hidden names are passed over too
+SYSTEM_NAMES = frozenset(
+    [
+        *["__macosx", "icon\r"],  # macOS
+        *["thumbs.db", "ehthumbs.db", "desktop.ini"],  # Windows
+        *["system volume information", "$recycle.bin", "recycler"],
+        *["lost+found", "$trash"],  # Linux
+        *["@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"],  # NAS boxes
+    ]
+)
+
+
+@dataclass
+class Unused:
+    """What a walk found and does not use, counted: by suffix, in words."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, note: str = "") -> None:
+        """Count the file ``name``; ``note`` says what is special about it."""
+        self.counts[f"{_suffix(name) or 'without suffix'}{note and ' '}{note}"] += 1
+
+    def sentence(self) -> str:
+        """Such as ``3 .txt, 1 without suffix``; empty if all was used."""
+        return ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
+
+
+# -- walking ----------------------------------------------------------------------------------------------------------
+
+
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder belongs to the machine, not to the data."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def walk(folder: Path, unused: Unused) -> Iterator[tuple[str, bool]]:
+    """All images below ``folder``, relative to it, sorted within each folder; each with whether it is a regular file.
+
+    An image has a suffix that Pillow decodes, in any letter case; a file without suffix is looked into. A folder that
+    links lead to twice is walked once.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    yield from _walk(folder, "", unused, set())
+
+
+def _walk(root: Path, below: str, unused: Unused, visited: set[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+    folder = root / below
+    try:
+        identity = os.stat(folder)
+        if (identity.st_dev, identity.st_ino) in visited:
+            return
+        visited.add((identity.st_dev, identity.st_ino))
+        with os.scandir(folder) as found:
+            entries = sorted((e.name, e.is_dir(), e) for e in found if not is_system_name(e.name))
+        regular = {name: entry.is_file() for name, is_folder, entry in entries if not is_folder}
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}); mend or remove it") from None
+    for name, is_folder, _ in entries:
+        if is_folder:
+            yield from _walk(root, f"{below}{name}/", unused, visited)
+        elif _suffix(name) in image_suffixes() or (not _suffix(name) and regular[name] and is_image(folder / name)):
+            yield f"{below}{name}", regular[name]
+        else:
+            unused.add(name)
+
+
+def _suffix(name: str) -> str:
+    return PurePath(name.strip()).suffix.lower()
+
+
+def find_images(paths: Iterable[Path], unused: Unused | None = None) -> Iterator[Path]:
+    """Files as they are given, and all images below folders, sorted within each folder.
+
+    Nothing is collected: a folder's names are in memory while it is walked, no more. What is named like an image but
+    is no file is among them; decoding refuses it.
+    """
+    for path in paths:
+        if path.is_dir():
+            yield from (path / name for name, _ in walk(path, unused or Unused()))
+        else:
+            yield path
+
+
+def list_images(root: Path, name: str, unused: Unused) -> list[str]:
+    """Image files below ``<root>/<name>``, relative to ``root``, sorted.
+
+    Raises:
+        DataError: something is named like an image but is no file.
+    """
+    files = []
+    for file, regular in walk(root / name, unused):
+        if not regular:  # reading a pipe would never end
+            raise DataError(f"{root / name / file} is not a file (a broken link, a pipe or a device); remove it")
+        files.append(f"{name}/{file}")
+    return sorted(files)
+
+
+# -- what a data folder holds -----------------------------------------------------------------------------------------
 
 
 def data_folder(config: Config) -> Path:
@@ -35,7 +135,7 @@ def split_folders(root: Path) -> tuple[Path, Path]:
     """``<root>/train`` and ``<root>/test`` (or ``val``).
 
     Raises:
-        DataError: one of them does not exist.
+        DataError: one of them does not exist; what there is in its place is named.
     """
     if not root.is_dir():
         raise DataError(f"data folder {str(root)!r} does not exist; {LAYOUT}")
@@ -43,91 +143,35 @@ def split_folders(root: Path) -> tuple[Path, Path]:
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
-            raise DataError(f"{str(folder)!r} does not exist; {LAYOUT}")
+            raise DataError(f"{str(folder)!r} does not exist; found {_entries(root)}; {LAYOUT}")
     return train, test
 
 
+def both_test_folders(root: Path) -> str:
+    """A sentence where ``test/`` stands beside ``val/``, else empty."""
+    both = (root / "test").is_dir() and (root / "val").is_dir()
+    return f"{root} has test/ and val/: test/ is used, val/ is not" if both else ""
+
+
 def subfolders(root: Path) -> list[str]:
-    """Names of the folders directly below, sorted, without hidden ones."""
+    """Names of the folders directly below, sorted, without hidden ones and those of the machine."""
     try:
-        return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+        with os.scandir(root) as found:
+            return sorted(e.name for e in found if e.is_dir() and not is_system_name(e.name))
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read ({error.strerror}); {LAYOUT}") from None
 
 
-def _list_classes(root: Path) -> dict[str, list[str]]:
-    """Class -> its image files, sorted, relative to ``root``; hidden files are skipped, subfolders are searched."""
-    classes = {name: list_images(root, name) for name in subfolders(root)}
-    if not classes:
-        raise DataError(f"{root} holds no class folders; {LAYOUT}")
-    if empty := [name for name, files in classes.items() if not files]:
-        raise DataError(
-            f"class {empty[0]!r} in {root} holds no image; remove the folder or add images ({', '.join(SUFFIXES)})"
-        )
-    return classes
+def count_stray_files(root: Path, unused: Unused) -> None:
+    """Count the files directly in ``root``, which belong to no class."""
+    with os.scandir(root) as found:
+        for entry in found:
+            if not entry.is_dir() and not is_system_name(entry.name):
+                unused.add(entry.name, "beside the folders")
 
 
-def list_images(root: Path, name: str) -> list[str]:
-    """Image files below ``<root>/<name>``, relative to ``root``, sorted; hidden files are skipped."""
-    files, pending, visited = [], [name], set()
-    while pending:
-        folder = pending.pop()
-        try:
-            identity = os.stat(root / folder)
-            if (identity.st_dev, identity.st_ino) in visited:  # a symbolic link that leads back here
-                continue
-            visited.add((identity.st_dev, identity.st_ino))
-            for entry in os.scandir(root / folder):
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append(f"{folder}/{entry.name}")
-                elif entry.name.lower().endswith(SUFFIXES):
-                    if not entry.is_file():  # reading a pipe would never end
-                        raise DataError(f"{entry.path} is not a file (a broken link, or a device); remove it")
-                    files.append(f"{folder}/{entry.name}")
-        except OSError as error:
-            raise DataError(
-                f"{error.filename or root / folder} cannot be read ({error.strerror}); mend or remove it"
-            ) from None
-    return sorted(files)
-
-
-def _check_same_classes(
-    train: dict[str, Any], test: dict[str, Any], train_root: Path, test_root: Path, *, continues: bool = False
-) -> None:
-    extra = sorted(set(test) - set(train))
-    if extra and not continues:
-        raise DataError(f"class {extra[0]!r} is in {test_root} but not in {train_root}; {LAYOUT}")
-    if lacking := sorted(set(train) - set(test)):
-        raise DataError(f"class {lacking[0]!r} is in {train_root} but not in {test_root}; {LAYOUT}")
-
-
-def find_images(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as they are given, and all images below folders, sorted within each folder; hidden ones are skipped.
-
-    Nothing is collected: a folder's names are in memory while it is walked, no more.
-    """
-    for path in paths:
-        if path.is_dir():
-            yield from _below(path, set())
-        else:
-            yield path
-
-
-def _below(folder: Path, above: set[tuple[int, int]]) -> Iterator[Path]:
-    try:
-        identity = os.stat(folder)
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror})") from None
-    here = (identity.st_dev, identity.st_ino)
-    if here in above:  # a symbolic link that leads back
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _below(folder / entry.name, above | {here})
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield folder / entry.name
+def _entries(root: Path, shown: int = 8) -> str:
+    """What a folder holds, in a few words."""
+    names = sorted(name for name in os.listdir(root) if not is_system_name(name))
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more if names else "nothing there"

@@ -1,5 +1,6 @@
 """Class order and splits: a data set as a stream of tasks."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from utils.config import Config
+from utils.data.names import normal_name, same_name, spelled_as
 from utils.data.splits import Dataset
 from utils.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class LearnedClasses:
         """
         if domain is None:
             check_new_names(names, self)
-        elif domain in self.domains:
+        elif normal_name(domain) in map(normal_name, self.domains):
             raise DataError(f"domain {domain!r} is learned already; give the new one another name")
         class_names = self.class_names + tuple(name for name in names if name not in self.class_names)
         row_class = [*self.row_class.tolist(), *(class_names.index(name) for name in names)]
@@ -109,12 +113,16 @@ def check_new_names(names: Sequence[str], learned: LearnedClasses) -> None:
     Raises:
         DataError: one is known; the ways out are named.
     """
-    if known := [name for name in names if name in learned.class_names]:
+    learned_names = set(map(normal_name, learned.class_names))
+    if known := [name for name in names if normal_name(name) in learned_names]:
         raise DataError(
             f"class {known[0]!r} is learned already ({len(known)} of the new classes are); a task brings new classes: "
             "leave it out, rename it if it is another thing, or, if it is the same thing in other pictures, learn it "
             "as a new domain: scenario=domain with train/<domain>/<class>/"
         )
+    for name in names:
+        if (other := same_name(name, learned.class_names)) is not None:
+            log.warning("Class %r is learned as a new one, though %r is learned: mind the letter case", name, other)
 
 
 def class_order(n_classes: int, *, shuffle: bool, seed: int) -> np.ndarray:
@@ -147,8 +155,24 @@ def make_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasse
     Raises:
         ConfigError: tasks that the data cannot fill. DataError: names that repeat, or that nothing teaches.
     """
-    make = _domain_stream if config.scenario == "domain" else _class_stream
-    return make(data, config, seed, learned or LearnedClasses())
+    learned = learned or LearnedClasses()
+    if config.scenario == "domain":
+        return _domain_stream(_named_as_learned(data, learned, domains=True), config, seed, learned)
+    return _class_stream(_named_as_learned(data, learned, domains=False), config, seed, learned)
+
+
+def _named_as_learned(data: Dataset, learned: LearnedClasses, *, domains: bool) -> Dataset:
+    """``data`` with known names spelled as the saved run does; classes that a class-incremental run learns are new."""
+    new = set() if domains else set(np.unique(data.train.labels).tolist())
+    known = [name for number, name in enumerate(data.class_names) if number not in new]
+    spelled = spelled_as(known, learned.class_names, "class", "the data")
+    class_names = tuple(spelled.get(name, name) for name in data.class_names)
+    if not domains or data.train_domains is None:
+        return replace(data, class_names=class_names)
+    new = set(np.unique(data.train_domains).tolist())
+    known = [name for number, name in enumerate(data.domain_names) if number not in new]
+    spelled = spelled_as(known, learned.domains, "domain", "the data")
+    return replace(data, class_names=class_names, domain_names=tuple(spelled.get(n, n) for n in data.domain_names))
 
 
 def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
@@ -163,6 +187,7 @@ def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClas
     train, test = rank[data.train.labels], rank[data.test.labels]
     tasks = [_old_task(i, rows, test, learned.row_class[rows]) for i, rows in enumerate(learned.task_rows)]
     first = learned.rows
+    assert config.init_cls is not None and config.increment is not None  # the config has checked it
     for size in task_sizes(len(order), config.init_cls, config.increment):
         rows = range(first, first + size)
         first += size
@@ -173,6 +198,7 @@ def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClas
 
 def _domain_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
     """One task a domain; new classes are numbered in sorted order, domains are shuffled by the seed."""
+    assert data.train_domains is not None and data.test_domains is not None  # so the loader lists domain data
     new = _with_training_images(data.train_domains, len(data.domain_names), learned)
     order = new[class_order(len(new), shuffle=config.shuffle, seed=seed)]
     class_names = learned.class_names + tuple(name for name in data.class_names if name not in learned.class_names)

@@ -1,0 +1,294 @@
+"""What is an image, what is not, and what is said of the rest: one walk for training, the data check and predict."""
+
+import json
+import logging
+import os
+import socket
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+import predict
+from tests.conftest import TINY, tiny_config
+from utils.data.check import check_data, check_images
+from utils.data.datasets import load_dataset
+from utils.data.folders import Unused, find_images, split_folders, walk
+from utils.data.images import image_suffixes, open_image
+from utils.data.names import normal_name, same_name, spelled_as
+from utils.data.tasks import LearnedClasses, check_new_names, make_stream
+from utils.errors import DataError
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def image(path: Path, level: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), (level, 0, 0)).save(path, "PNG")
+    return path
+
+
+def folder(root: Path, *files: str) -> Path:
+    for level, name in enumerate(files):
+        image(root / name, level)
+    return root
+
+
+def found(root: Path) -> list[str]:
+    return [name for name, _ in walk(root, Unused())]
+
+
+def load(root: Path, **keys: object):
+    return load_dataset(tiny_config(data_path=str(root), **keys))
+
+
+# -- which files are images -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", sorted(image_suffixes()))
+def test_every_suffix_that_pillow_decodes_is_an_image_in_any_letter_case(tmp_path, suffix):
+    names = [f"a{suffix}", f"b{suffix.upper()}", f"c{suffix.title()}"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert found(tmp_path) == names
+
+
+def test_a_file_without_suffix_is_looked_into(tmp_path):
+    image(tmp_path / "photo")
+    (tmp_path / "LICENSE").write_text("no image")
+    unused = Unused()
+    assert [name for name, _ in walk(tmp_path, unused)] == ["photo"]
+    assert unused.sentence() == "1 without suffix"
+
+
+SYSTEM = ["__MACOSX", "@eaDir", ".Trash", "System Volume Information", "lost+found", "$RECYCLE.BIN", "#recycle", ".git"]
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_folders_of_machines_are_no_data_at_any_depth(tmp_path, name):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", f"train/{name}/2.png", f"train/a/deep/{name}/3.png")
+    data = load(tmp_path)
+    assert data.class_names == ("a",)
+    assert data.train.keys == ("a/1.png",)
+    assert [path.name for path in find_images([tmp_path / "train"])] == ["1.png"]
+    assert check_data(tiny_config(data_path=str(tmp_path))).images["train"] == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", ".DS_Store", "._1.png"])
+def test_files_of_machines_are_not_even_counted(tmp_path, name):
+    (tmp_path / name).touch()
+    unused = Unused()
+    assert list(walk(tmp_path, unused)) == []
+    assert unused.sentence() == ""
+
+
+def test_what_is_not_used_is_counted_by_suffix_in_log_and_data_check(tmp_path, caplog):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", "train/stray.png")
+    for name in ["train/a/x.txt", "train/a/deeper/y.TXT", "train/a/clip.mp4", "test/a/notes"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    with caplog.at_level(logging.INFO):
+        load(tmp_path)
+    expected = {
+        "train": "not used of the train split: 1 .mp4, 1 .png beside the folders, 2 .txt",
+        "test": "not used of the test split: 1 without suffix",
+    }
+    for sentence in expected.values():
+        assert caplog.text.count(sentence) == 1
+    assert check_data(tiny_config(data_path=str(tmp_path))).warnings[-2:] == list(expected.values())
+
+
+def test_what_pictures_lose_is_counted_by_the_data_check(tmp_path):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png")
+    Image.new("RGBA", (40, 40)).save(tmp_path / "train/a/2.png")
+    Image.new("RGBA", (40, 40), "red").save(tmp_path / "test/a/2.png")
+    findings = check_data(tiny_config(data_path=str(tmp_path)))
+    assert "2 images with transparency: laid on white" in findings.warnings
+    assert findings.as_dict()["kinds"] == {"alpha": 2}
+
+
+def test_the_order_of_training_files_is_that_of_their_paths(tmp_path):
+    names = ["train/a/b.png", "train/a/b/1.png", "train/a/b-1.png", "train/a/B.png"]
+    folder(tmp_path, *names, "test/a/1.png")
+    assert load(tmp_path).train.keys == ("a/B.png", "a/b-1.png", "a/b.png", "a/b/1.png")
+
+
+def test_training_the_data_check_and_predict_find_the_same(tmp_path):
+    folder(tmp_path, "train/a/1.png", "train/a/x/2.JPG", "train/a/@eaDir/3.png", "train/a/photo", "test/a/1.png")
+    (tmp_path / "train/a/notes.txt").touch()
+    expected = {"a/1.png", "a/photo", "a/x/2.JPG"}
+    assert set(load(tmp_path).train.keys) == expected
+    predicted = find_images(predict.named_paths([str(tmp_path / "train")]))
+    assert {path.relative_to(tmp_path / "train").as_posix() for path in predicted} == expected
+    assert check_data(tiny_config(data_path=str(tmp_path))).images["train"] == {"a": 3}
+
+
+def test_a_link_that_leads_back_ends_everywhere(tmp_path):
+    image(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert found(tmp_path) == ["a/1.png"]
+
+
+def test_special_files_are_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "without")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s.png"))
+        (tmp_path / "zero.png").symlink_to("/dev/zero")
+        files = list(find_images([tmp_path]))
+        said = {}
+        for path in files:
+            with pytest.raises(DataError) as caught:
+                open_image(path)
+            said[path.name] = str(caught.value)
+    assert set(said) == {"pipe.png", "s.png", "zero.png"}  # each is one line of predict; without suffix: not used
+    assert "(a named pipe, not a file)" in said["pipe.png"]
+    assert "(a socket, not a file)" in said["s.png"]
+    assert "(a device, not a file)" in said["zero.png"]
+
+
+# -- a folder that does not fit ---------------------------------------------------------------------------------------
+
+
+def test_what_is_there_in_place_of_train_is_named(tmp_path):
+    folder(tmp_path, "Train/a/1.png", "Test/a/1.png", "__MACOSX/1.png")
+    with pytest.raises(DataError, match=r"train' does not exist; found Test, Train; expected <folder>/train"):
+        split_folders(tmp_path)
+
+
+def test_an_empty_data_folder_is_said_to_be_empty(tmp_path):
+    with pytest.raises(DataError, match="found nothing there"):
+        split_folders(tmp_path)
+
+
+def test_many_things_there_are_shortened(tmp_path):
+    for number in range(11):
+        (tmp_path / f"c{number:02d}").mkdir()
+    with pytest.raises(DataError, match=r"found c00, .*c07 and 3 more;"):
+        split_folders(tmp_path)
+
+
+def test_test_beside_val_is_said(tmp_path, caplog):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", "val/a/1.png")
+    with caplog.at_level(logging.INFO):
+        load(tmp_path)
+    assert "has test/ and val/: test/ is used" in caplog.text
+    assert any("test/ is used" in warning for warning in check_data(tiny_config(data_path=str(tmp_path))).warnings)
+
+
+def test_a_class_of_other_files_says_what_they_are(tmp_path):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", "train/b/1.png", "test/b/1.png")
+    (tmp_path / "train/b/1.png").rename(tmp_path / "train/b/1.heic")
+    with pytest.raises(DataError, match=r"class 'b' in .*train holds no image \(but 1 \.heic\)"):
+        load(tmp_path)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [DECOMPOSED, f"{COMPOSED} ", f" {COMPOSED}"])
+def test_names_that_look_the_same_are_one_class_in_train_and_test(tmp_path, name):
+    data = load(folder(tmp_path, f"train/{COMPOSED}/1.png", f"test/{name}/1.png"))
+    assert data.class_names == (COMPOSED,)
+    assert data.test.load(0).size == (6, 4)  # found under the name that its folder has
+    assert check_data(tiny_config(data_path=str(tmp_path))).good
+
+
+def test_two_folders_that_look_the_same_are_one_error(tmp_path):
+    folder(tmp_path, f"train/{COMPOSED}/1.png", f"train/{DECOMPOSED}/2.png", "test/a/1.png")
+    with pytest.raises(DataError, match=r"caf.*and .*caf.*, which look the same; rename one"):
+        load(tmp_path)
+    assert "look the same" in check_data(tiny_config(data_path=str(tmp_path))).problems["folders"][0]
+
+
+def test_letter_case_alone_is_bridged_and_said(tmp_path, caplog):
+    data = load(folder(tmp_path, "train/Cat/1.png", "test/cat/1.png"))
+    assert data.class_names == ("Cat",)
+    assert "class 'cat' in" in caplog.text and "is taken for 'Cat'" in caplog.text
+
+
+def test_classes_that_stand_beside_each_other_in_two_letter_cases_stay_two(tmp_path, caplog):
+    data = load(folder(tmp_path, "train/A/1.png", "train/a/2.png", "test/a/3.png", "test/A/4.png"))
+    assert data.class_names == ("A", "a")
+    assert data.test.keys == ("A/4.png", "a/3.png")
+    assert not caplog.records
+
+
+def test_two_names_never_stand_for_one(tmp_path):
+    folder(tmp_path, "train/Cat/1.png", "test/cat/1.png", "test/CAT/1.png")
+    with pytest.raises(DataError, match=r"class 'cat' is in .*test but not in .*train"):
+        load(tmp_path)
+
+
+def test_domains_and_their_classes_have_one_spelling(tmp_path):
+    files = [f"train/photo {COMPOSED}/cat/1.png", f"test/photo {DECOMPOSED}/cat/1.png"]
+    files += [f"train/sketch/{DECOMPOSED}/1.png", f"test/sketch/{COMPOSED}/1.png"]
+    data = load(folder(tmp_path, *files), scenario="domain")
+    assert data.domain_names == (f"photo {COMPOSED}", "sketch")
+    assert data.class_names == (COMPOSED, "cat")
+    assert [data.test.load(i).size for i in range(2)] == [(6, 4)] * 2
+    findings = check_data(tiny_config(data_path=str(tmp_path), scenario="domain"))
+    assert "folders" not in findings.as_dict()["problems"]
+
+
+@pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED, f"{COMPOSED} "])
+def test_a_learned_class_is_known_under_every_form_of_its_name(name):
+    with pytest.raises(DataError, match="is learned already"):
+        check_new_names([name], LearnedClasses((DECOMPOSED,)))
+
+
+def test_a_class_that_differs_in_letter_case_from_a_learned_one_is_new_and_said(caplog):
+    check_new_names(["Cat"], LearnedClasses(("cat",)))
+    assert "'Cat' is learned as a new one, though 'cat' is learned" in caplog.text
+
+
+def test_old_test_images_find_their_class_under_another_form(tmp_path):
+    folder(tmp_path, "train/new/1.png", "test/new/1.png", f"test/{COMPOSED}/1.png", "test/DOG/1.png")
+    config = tiny_config(data_path=str(tmp_path), init_cls=1, increment=1, continue_from="tosca")
+    learned = LearnedClasses((DECOMPOSED, "dog"), np.arange(2), (2,))
+    stream = make_stream(load_dataset(config), config, 1993, learned)
+    assert stream.class_names == (DECOMPOSED, "dog", "new")
+    assert [len(task.test) for task in stream.tasks] == [2, 1]
+
+
+def test_spelling_prefers_the_very_same_name():
+    assert spelled_as(["a", "A"], ["A", "b"], "class", "x") == {"a": "a", "A": "A"}
+    assert same_name("b", ["a", "B"]) == "B"
+    assert same_name("b", ["B", "ｂ"]) == "B"
+    assert same_name("ß", ["SS", "ss"]) is None  # two candidates
+    assert normal_name("  ") == "  "
+
+
+def test_names_that_are_not_utf8_survive_training_resuming_and_the_check(tmp_path, make_folder, capsys):
+    data = make_folder(tmp_path / "data", classes=2)
+    odd = os.fsdecode(b"caf\xe9")
+    for split in ("train", "test"):
+        (data / split / "0").rename(data / split / odd)
+        first = next((data / split / odd).iterdir())
+        first.rename(first.with_name(os.fsdecode(b"\xff.png")))
+    keys = {"data_path": str(data), "checkpoint_dir": str(tmp_path / "tosca"), "log_dir": str(tmp_path / "logs")}
+    keys |= {"init_cls": 1, "increment": 1, "cache_dir": str(tmp_path / "bank")}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**TINY, **keys}))
+    assert main.main([f"--config={path}"]) == 0
+    text = (tmp_path / "tosca" / "run.manifest").read_bytes().decode("utf-8")  # any JSON reader can
+    assert odd in json.loads(text)["class_order"]
+    capsys.readouterr()
+    assert main.main([f"--config={path}"]) == 0  # read back: nothing is computed again
+    assert main.main(["--check-data", "--json", f"--config={path}"]) in (0, 1)
+    out = capsys.readouterr().out
+    assert odd in json.loads(out[out.index("{\n") :])["images_by_class"]["train"]
+
+
+def test_the_key_max_pixels_reaches_every_reader_of_the_data(tmp_path):
+    folder(tmp_path, "train/a/1.png", "test/a/2.png")
+    small, enough = (tiny_config(data_path=str(tmp_path), max_pixels=limit) for limit in (23, 24))
+    assert load_dataset(enough).train.load(0).size == (6, 4)
+    with pytest.raises(DataError, match="above max_pixels 23"):
+        load_dataset(small).train.load(0)
+    with pytest.raises(DataError, match="2 of 2 images cannot be read"):
+        check_images(load_dataset(small), threads=2)
+    assert len(check_data(small).problems["unreadable"]) == 2
