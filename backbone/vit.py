@@ -4,11 +4,10 @@ import hashlib
 import logging
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from backbone.create import BUNDLED, create_model, with_tag
+from backbone.create import BUNDLED, POOLINGS, choose_pooling, create_model, pooling_of, resolve_name, with_tag
 from backbone.forward import TimmModel, make_features
 from backbone.weights import load_weights
 from utils.config import Config
@@ -26,24 +25,39 @@ class Backbone:
         feature_dim: width of a feature.
         precision: ``fp32`` or ``bf16``.
         features: the forward pass, an ``nn.Module``; calling the backbone calls it.
+        pooling: what a feature is, as timm names it: ``token`` for the class token, ``avg``, ``map`` …
         variant: what else a feature's bits depend on, part of the identity of banks and runs. It is empty for fp32
-            and for models that run under autocast, so that their banks stay valid.
+            and for models that run under autocast, both read as timm's head does, so that their banks stay valid.
     """
 
-    def __init__(self, model: TimmModel, *, name: str, device: torch.device, precision: str, normalize: bool) -> None:
+    def __init__(
+        self,
+        model: TimmModel,
+        *,
+        name: str,
+        device: torch.device,
+        precision: str,
+        normalize: bool,
+        pooling: str = "token",
+        default_pooling: str | None = None,
+    ) -> None:
         self.name, self.device, self.precision, self.normalize = name, device, precision, normalize
         self.feature_dim: int = model.num_features if not hasattr(model, "head_hidden_size") else model.head_hidden_size
+        self.pooling = pooling
         self.parameters = sum(p.numel() for p in model.parameters())
         self.weights_sha256 = _sha256(model)
         self.model = model
         self.features = make_features(model, precision=precision, normalize=normalize).to(device)
         numerics = self.features.numerics
         self.variant: dict[str, str] = {"numerics": numerics} if numerics else {}
+        if default_pooling is not None and pooling != default_pooling:
+            self.variant["pooling"] = pooling
 
     def __str__(self) -> str:
+        feature = POOLINGS.get(self.pooling, self.pooling)
         return (
             f"{self.name}, {self.feature_dim} features, {self.parameters / 1e6:.1f} M parameters, {self.precision} on "
-            f"{self.device}, weights SHA-256 {self.weights_sha256}"
+            f"{self.device}, weights SHA-256 {self.weights_sha256}; a feature is {feature}"
         )
 
     @torch.inference_mode()
@@ -59,13 +73,7 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
     Raises:
         BackboneError: unknown name, weights that cannot be had or do not fit, an image size that does not fit.
     """
-    name = config.backbone_name
-    if not timm.is_model(name.partition(".")[0]) and name not in BUNDLED:
-        near = timm.list_models(f"*{name.partition('.')[0][:8]}*")[:5]
-        raise BackboneError(
-            f"backbone_type {config.backbone_type!r} is not a timm model"
-            + (f"; timm has for example {', '.join(near)}" if near else "; timm.list_models('vit*') lists the names")
-        )
+    name = resolve_name(config.backbone_name)
     if not config.pretrained and not config.backbone_weights:
         model = create_model(name, config.image_size)
     elif config.backbone_weights or name in BUNDLED:
@@ -77,13 +85,35 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
     if not hasattr(model, "forward_head"):
         raise BackboneError(f"backbone_type {config.backbone_type!r} has no forward_head(); choose a timm ViT")
     model.eval().requires_grad_(False)
+    default_pooling = pooling_of(model)
+    pooling = choose_pooling(model, config.pooling, name)
+    _say_what_is_read(model, name, pooling, normalize=config.normalize)
     return Backbone(
         model,
         name=name,
         device=device,
         precision=resolve_precision(config.precision, device),
         normalize=config.normalize,
+        pooling=pooling,
+        default_pooling=default_pooling,
     )
+
+
+def _say_what_is_read(model: TimmModel, name: str, pooling: str, *, normalize: bool) -> None:
+    """Warn where the feature is no class token, and where the model was trained on other pixel values."""
+    if pooling != "token":
+        choice = "; pooling=token reads its class token" if _has_class_token(model, pooling) else ""
+        log.warning("%s: the feature is not a class token but %s%s", name, POOLINGS.get(pooling, pooling), choice)
+    mean, std = (tuple(model.pretrained_cfg.get(key) or default) for key, default in _UNIT_RANGE.items())
+    if not normalize and (any(mean) or any(value != 1 for value in std)):
+        log.info("%s was trained on pixels with mean %s and std %s; normalize=true gives it those", name, mean, std)
+
+
+_UNIT_RANGE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # pixels from 0 to 1, as the release gives them
+
+
+def _has_class_token(model: TimmModel, pooling: str) -> bool:
+    return getattr(model, "cls_token", None) is not None and pooling in POOLINGS and pooling != "token+distillation"
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

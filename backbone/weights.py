@@ -1,41 +1,159 @@
-"""Weights from a local file, in whatever form people keep them."""
+"""Weights from a local file, in whatever form people keep them: the content decides, never the suffix."""
 
+import argparse
 import logging
 import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import timm
-from torch import nn
+import safetensors.torch
+import torch
+from torch import Tensor
 
+from backbone.forward import TimmModel
 from utils.errors import BackboneError
 
 log = logging.getLogger(__name__)
 
+State = dict[str, Tensor]
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a local file through timm, which resizes the position grid where the image size differs."""
+# Where training scripts put the weights in what they save; the first of two that fit equally well is taken, so an
+# average over training steps before the last step, and a teacher before its student.
+CONTAINERS = (
+    *("state_dict_ema", "model_ema", "ema", "teacher", "target_encoder"),
+    *("state_dict", "model", "model_state", "model_state_dict", "module", "network", "net", "encoder", "backbone"),
+    *("weights", "params", "student"),
+)
+HEADS = ("head.", "head_dist.", "fc.", "pre_logits.", "classifier.")  # parts that a feature extractor does not have
+DEPTH = 3  # dictionaries within dictionaries that are looked through
+SHOWN = 8  # keys that a message names
+
+
+def load_weights(model: TimmModel, path: Path) -> None:
+    """Load a file into ``model``; the position grid is resized where the image size differs.
+
+    A PyTorch file, a safetensors file or an archive of NumPy arrays as Google publishes ViTs. Weights in a nested
+    dictionary, and under a common prefix such as ``backbone.`` or ``module.``, are found; where, is logged.
+
+    Raises:
+        BackboneError: no such file, not readable, or weights of another architecture.
+    """
     if not path.is_file():
         raise BackboneError(f"backbone_weights {str(path)!r} is not a file")
-    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors", ".npz"):
-        raise BackboneError(f"backbone_weights {str(path)!r}: give a .pth, .safetensors or .npz file")
-    # each architecture of timm keeps the filter that its own downloads pass in its module, under this name
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=filter_fn)
+        if _is_numpy(path):
+            model.load_pretrained(str(path))  # raises where something is missing
+            return
+        content = _read(path)
+    except BackboneError:
+        raise
     except KeyError as error:  # an .npz without an array that the model needs
         raise BackboneError(f"backbone_weights {str(path)!r}: key {error} is missing") from error
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise _unreadable(path, error) from error
+    where, prefix, state = find_state(content, set(model.state_dict()))
+    if where or prefix:
+        found = [f"key {where!r}"] if where else []
+        found += [f"the prefix {prefix!r}, which is taken off"] if prefix else []
+        log.info("backbone_weights %s: the weights lie under %s", path, " and ".join(found))
+    _load(model, state, path)
+
+
+def _load(model: TimmModel, state: State, path: Path) -> None:
+    # each architecture of timm keeps the filter that its own downloads pass in its module, under this name
+    filter_fn: Callable[..., Any] | None = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    own = set(model.state_dict())
+    try:
+        fitted = filter_fn(dict(state), model) if filter_fn else state
+        result = model.load_state_dict(fitted, strict=False)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    name = type(model).__name__
+    if len(result.missing_keys) == len(own):
         raise BackboneError(
-            f"backbone_weights {str(path)!r} does not fit or cannot be read: {' '.join(lines)[:600]}"
-        ) from error
-    if result is None:  # .npz: timm raises where something is missing
-        return
+            f"backbone_weights {str(path)!r} holds nothing for {name}: looked for {len(own)} keys such as "
+            f"{_some(own, 3)}, also under prefixes and in dictionaries; there are {len(state)}, such as "
+            f"{_some(state, 3)}"
+        )
     if result.missing_keys:
         raise BackboneError(
-            f"backbone_weights {str(path)!r} lacks {len(result.missing_keys)} keys of {type(model).__name__}: "
-            f"{', '.join(result.missing_keys[:8])}; it belongs to another architecture"
+            f"backbone_weights {str(path)!r} lacks {len(result.missing_keys)} keys of {name}: "
+            f"{', '.join(result.missing_keys[:SHOWN])}; it belongs to another architecture: it has {len(state)} keys "
+            f"such as {_some(state, 3)}"
         )
-    heads = ("head.", "head_dist.", "fc.", "pre_logits.", "classifier.")
-    if extra := [key for key in result.unexpected_keys if not key.startswith(heads)]:
-        log.warning("backbone_weights %s: %d keys not used: %s", path, len(extra), ", ".join(extra[:8]))
+    if extra := [key for key in result.unexpected_keys if not key.startswith(HEADS)]:
+        log.warning("backbone_weights %s: %d keys not used: %s", path, len(extra), ", ".join(extra[:SHOWN]))
+
+
+def find_state(content: Mapping[str, Any], wanted: set[str]) -> tuple[str, str, State]:
+    """Find the dictionary and prefix under which most of the ``wanted`` keys lie.
+
+    Returns:
+        the path of the dictionary (``teacher``, ``a.b`` when nested, empty: the content itself), the prefix (may be
+        empty), and the tensors with the prefix taken off.
+    """
+    best: tuple[int, str, str, State] = (-1, "", "", {})
+    for where, state in _dictionaries(content):
+        for prefix in _prefixes(state, wanted):
+            under = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            if (fits := len(wanted & under.keys())) > best[0]:
+                best = (fits, where, prefix, under)
+    return best[1:]
+
+
+def _dictionaries(content: Mapping[str, Any], where: str = "", depth: int = DEPTH) -> Iterator[tuple[str, State]]:
+    """Every dictionary of tensors in ``content``, the outermost first, then as ``CONTAINERS`` orders them."""
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if state or not where:
+        yield where, state
+    rank = {name: place for place, name in enumerate(CONTAINERS)}
+    nested = [key for key, value in content.items() if isinstance(value, Mapping)]
+    for key in sorted(nested, key=lambda key: rank.get(key, len(rank) - 1)):  # unknown names: before the student
+        if depth:
+            inner = {str(name): value for name, value in content[key].items()}
+            yield from _dictionaries(inner, f"{where}.{key}" if where else str(key), depth - 1)
+
+
+def _prefixes(state: State, wanted: set[str]) -> list[str]:
+    """No prefix, and what stands in front of a wanted key; shorter ones first."""
+    anchors = sorted(wanted, key=len, reverse=True)[:64]  # long names are not the end of another one by chance
+    found = {key[: -len(anchor)] for key in state for anchor in anchors if key.endswith("." + anchor)}
+    return ["", *sorted(found, key=lambda prefix: (len(prefix), prefix))]
+
+
+def _is_numpy(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith(".npy") for name in archive.namelist())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The dictionary in a safetensors or PyTorch file. Nothing in it is executed."""
+    with open(path, "rb") as file:
+        start = file.read(9)  # of a safetensors file: the length of its header, and the header's first character
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return dict(safetensors.torch.load_file(path))
+    # torch.load would go by the suffix of a path; and many scripts save their arguments beside the weights
+    with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise BackboneError(
+            f"backbone_weights {str(path)!r} does not fit: looked for a dictionary of tensors, found "
+            f"{type(content).__name__}; save model.state_dict()"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def _unreadable(path: Path, error: Exception) -> BackboneError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return BackboneError(
+        f"backbone_weights {str(path)!r} does not fit or cannot be read: {' '.join(lines)[:600]}; "
+        "give a .pth, .safetensors or .npz file that timm's model of this name can load"
+    )
+
+
+def _some(keys: Any, count: int) -> str:
+    return ", ".join(sorted(keys)[:count]) or "none"

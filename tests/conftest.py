@@ -114,6 +114,7 @@ class TinyExtractor:
     precision: str = "fp32"
     normalize: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
     images_seen: int = 0
 

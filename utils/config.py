@@ -94,6 +94,13 @@ class Config:
         224, doc="side of the square that the backbone sees, in pixels", low=1, high=10_000, affects="backbone"
     )
     normalize: bool = _key(False, doc="subtract the backbone's mean and divide by its std", affects="backbone")
+    pooling: str = _key(
+        "auto",
+        doc="what a feature is: `auto`: what timm's head reads; the class token; the mean of the patch tokens",
+        affects="backbone",
+        recorded_as="pooling",
+        choices=("auto", "token", "avg"),
+    )
     train_views: int | None = _key(
         None,
         doc="augmented views of each training image; by default one for each epoch; 0: the test transform",

@@ -1,4 +1,8 @@
+import argparse
+import json
 import logging
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from backbone.vit import load_backbone, resolve_device, resolve_precision, with_tag
+from backbone.create import POOLINGS, with_tag
+from backbone.vit import load_backbone, resolve_device, resolve_precision
 from tests.conftest import tiny_config
 from utils.errors import BackboneError
 
@@ -155,6 +160,59 @@ def test_keys_of_other_parts_are_not_used_and_said(tmp_path, trained, caplog):
     assert "1 keys not used: decoder.weight" in caplog.text
 
 
+NESTINGS = {
+    "backbone.": lambda state: _under("backbone.", state),
+    "model.": lambda state: _under("model.", state),
+    "module.": lambda state: _under("module.", state) | {"module.decoder.weight": torch.zeros(2)},
+    "encoder.": lambda state: _under("encoder.", state),
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {0: torch.zeros(3)}}},
+    "module.backbone. in teacher": lambda state: {
+        "student": _under("module.backbone.", {k: v + 1 for k, v in state.items()}),
+        "teacher": _under("module.backbone.", state) | {"module.head.mlp.0.weight": torch.zeros(3)},
+        "args": argparse.Namespace(lr=0.1),
+    },
+    "student alone": lambda state: {"student": _under("backbone.", state), "epoch": 1},
+    "ema": lambda state: {"model": {k: v + 1 for k, v in state.items()}, "ema": state},
+    "two dictionaries deep": lambda state: {"ckpt": {"model": _under("module.", state)}},
+}
+
+
+def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_weights_are_found_under_prefixes_and_in_dictionaries_and_it_is_said(
+    tmp_path, trained, images, nesting, caplog
+):
+    torch.save(NESTINGS[nesting](trained.state_dict()), tmp_path / "vit.bin")
+    with caplog.at_level(logging.INFO):
+        backbone = load(backbone_weights=str(tmp_path / "vit.bin"), image_size=64)
+    torch.testing.assert_close(backbone(images), plain_feature(trained, images))
+    assert "the weights lie under" in caplog.text
+    assert any(word in caplog.text for word in (repr(nesting), "'teacher'", "'student'", "'ema'", "'ckpt.model'"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+@pytest.mark.parametrize("name", ["weights", "weights.ckpt", "weights.pth", "weights.npz", "weights.safetensors"])
+def test_the_content_of_a_file_decides_and_not_its_suffix(tmp_path, trained, images, suffix, name):
+    path = save(trained, tmp_path / f"vit{suffix}").rename(tmp_path / name)
+    backbone = load(backbone_weights=str(path), image_size=64)
+    torch.testing.assert_close(backbone(images), plain_feature(trained, images))
+
+
+def test_weights_of_something_else_say_what_was_looked_for_and_what_is_there(tmp_path):
+    torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    with pytest.raises(BackboneError, match=r"looked for 150 keys such as blocks\.0\..*layer1\.0\.conv1\.weight"):
+        load(backbone_weights=str(tmp_path / "resnet.pth"), image_size=64)
+
+
+def test_a_file_that_holds_no_dictionary_says_what_it_holds(tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(BackboneError, match=r"looked for a dictionary of tensors, found list"):
+        load(backbone_weights=str(tmp_path / "list.pth"), image_size=64)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 def test_a_damaged_file_is_an_error_of_one_line(tmp_path, suffix):
     path = tmp_path / f"damaged{suffix}"
@@ -203,6 +261,103 @@ def test_without_network_one_error_names_the_weights_and_the_two_ways_out(
     message = str(caught.value)
     assert f"'{asked_for}'" in message and "couldn't connect" in message and "\n" not in message
     assert "HF_HOME" in message and "backbone_weights=" in message
+
+
+@pytest.mark.parametrize(
+    "given", ["timm/vit_tiny_patch16_224", "hf-hub:timm/vit_tiny_patch16_224", "hf_hub:timm/vit_tiny_patch16_224"]
+)
+def test_names_of_timm_on_the_hub_are_timms_own_names(given):
+    backbone = load_backbone(tiny_config(backbone_type=given, pretrained=False), CPU)
+    assert backbone.name == "vit_tiny_patch16_224" and backbone.weights_sha256 == load().weights_sha256
+
+
+def test_a_model_of_another_user_of_the_hub_is_looked_for_there():
+    with pytest.raises(BackboneError, match=r"'hf-hub:someone/their-vit' cannot be had from the model hub"):
+        load_backbone(tiny_config(backbone_type="hf-hub:someone/their-vit", pretrained=True), CPU)
+    with pytest.raises(BackboneError, match=r"someone/their-vit.*is hf-hub:<user>/<name>"):
+        load_backbone(tiny_config(backbone_type="someone/their-vit", pretrained=True), CPU)
+
+
+def test_a_folder_in_the_hubs_form_loads(tmp_path, trained, images):
+    config = {"architecture": NAME, "num_classes": 7, "pretrained_cfg": {"num_classes": 7, "classifier": "head"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save(trained, tmp_path / "model.safetensors")
+    backbone = load_backbone(tiny_config(backbone_type=f"local-dir:{tmp_path}", pretrained=True, image_size=64), CPU)
+    torch.testing.assert_close(backbone(images), plain_feature(trained, images))
+
+
+def test_a_hub_that_does_not_answer_is_given_up_within_seconds(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    def refused(address, timeout):
+        assert address == ("huggingface.co", 443) and timeout <= 5
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", refused)
+    for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    started = time.monotonic()
+    with pytest.raises(BackboneError, match="cannot be had from the model hub"):
+        load_backbone(tiny_config(backbone_type=NAME, pretrained=True), CPU)
+    assert time.monotonic() - started < 10
+    assert constants.HF_HUB_OFFLINE is False
+
+
+# -- what a feature is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "words"),
+    [
+        (NAME, "token", None),
+        ("vit_tiny_patch16_224", "token", None),
+        ("vit_base_patch16_siglip_224", "map", "attention pooling"),
+        ("deit_tiny_distilled_patch16_224", "token+distillation", "class and distillation token"),
+        ("eva02_tiny_patch14_224", "avg", "pooling=token reads its class token"),
+    ],
+)
+def test_what_the_feature_is_stands_in_the_backbones_line_and_a_warning_says_where_it_is_no_class_token(
+    name, pooling, words, caplog
+):
+    backbone = load_backbone(tiny_config(backbone_type=name, image_size=28 if "14" in name else 32), CPU)
+    assert backbone.pooling == pooling and backbone.variant == {}
+    assert POOLINGS[pooling] in str(backbone)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == (words is not None) and (words is None or words in warnings[0])
+
+
+def test_the_key_pooling_chooses_what_is_read(images):
+    token, mean = load(image_size=64), load(image_size=64, pooling="avg")
+    tokens = token.model.forward_features(images / 255)
+    torch.testing.assert_close(mean(images), tokens[:, 1:].mean(dim=1))
+    torch.testing.assert_close(load(image_size=64, pooling="token")(images), tokens[:, 0])
+    assert mean.pooling == "avg" and mean.variant == {"pooling": "avg"}
+    assert load(image_size=64, pooling="token").variant == {}  # what auto reads: the same bank
+
+
+def test_the_class_token_of_a_model_whose_head_reads_the_mean():
+    keys = {"backbone_type": "eva02_tiny_patch14_224", "image_size": 28}
+    backbone = load_backbone(tiny_config(**keys, pooling="token"), CPU)
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        token = backbone.model.forward_features(images / 255)[:, 0]
+        expected = backbone.model.fc_norm(token)
+    torch.testing.assert_close(backbone(images), expected)
+    assert backbone.variant == {"pooling": "token"}
+
+
+def test_a_class_token_that_is_not_there_cannot_be_read():
+    with pytest.raises(BackboneError, match=r"pooling 'token': .*siglip.* has no class token; pooling=auto reads att"):
+        load_backbone(tiny_config(backbone_type="vit_base_patch16_siglip_224", pooling="token"), CPU)
+
+
+@pytest.mark.parametrize(("normalize", "said"), [(False, True), (True, False)])
+def test_pixels_unlike_those_that_the_model_was_trained_on_are_said(normalize, said, caplog):
+    with caplog.at_level(logging.INFO):
+        load(normalize=normalize)
+    assert ("normalize=true gives it those" in caplog.text) == said
 
 
 def test_an_unknown_pretraining_tag_is_an_error_not_a_traceback():

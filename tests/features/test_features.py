@@ -43,6 +43,7 @@ class Pixels:
     precision: str = "fp32"
     normalize: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)
     kill_at: int | None = None  # the process dies in this forward pass

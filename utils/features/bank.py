@@ -61,6 +61,7 @@ class FeatureExtractor(Protocol):
     parameters: int
     normalize: bool
     device: torch.device
+    pooling: str  # what a feature is, as timm names it
     variant: dict[str, str]  # what else a row's bits depend on; empty where earlier banks stay valid
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -300,6 +301,7 @@ class FeatureBank:
         """The manifest of the bank of ``split``: what it holds in words, and its identity."""
         return {
             "what": f"final features of the {split} images of {self.data.name}, float32, one row an image",
+            "feature": self.extractor.pooling,
             "views": "test.npy: the test transform; augmented-<seed>-<view>.npy: that augmented view",
             **self.identity(split),
         }

@@ -74,6 +74,7 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint:
             "feature_dim": backbone.feature_dim,
             "precision": backbone.precision,
             "parameters": backbone.parameters,
+            "pooling": backbone.pooling,
         },
         data={
             "classes": len(setup.data.class_names),
