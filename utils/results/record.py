@@ -159,6 +159,7 @@ def log_summary(run: dict[str, Any]) -> None:
     )
     for line in summary_table(run):
         log.info("  %s", line)
+    log.info("  Backbone %s, read at: %s", run["backbone"]["name"], run["backbone"].get("pooling", "token"))
     seconds = run["seconds"]
     log.info(
         "  %.1f s (features %.1f, training %.1f, evaluation %.1f), %d images through the backbone",
