@@ -82,7 +82,7 @@ class StreamingLDA:
         self.images = torch.zeros(0, dtype=torch.float64, device=self.device)  # (rows,) how many each has
         self.means = torch.zeros(0, dim, dtype=torch.float64, device=self.device)  # (rows, dim)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)  # within rows
-        self._discriminant: tuple[Tensor, Tensor] | None = None  # from the statistics, at the first use
+        self._discriminant = self._solve()  # kept in step with the statistics: a thread that scores changes nothing
 
     def update(self, features: Tensor, rows: Tensor, total_rows: int) -> None:
         """Add training features ``(images, dim)`` of ``rows`` ``(images,)``; ``total_rows`` exist from now on.
@@ -103,15 +103,13 @@ class StreamingLDA:
         self.scatter = self.scatter + centred.T @ centred + gap.T @ between
         self.means = old_means + (new / total.clamp(min=1))[:, None] * gap
         self.images = total
-        self._discriminant = None
+        self._discriminant = self._solve()
 
     def scores(self, features: Tensor) -> Tensor:
         """``wᵀx + b`` for each row, float32: ``(samples, dim) -> (samples, rows)``; ``-inf`` for rows without images.
 
         Differences between two rows are log-likelihood ratios under equal priors.
         """
-        if self._discriminant is None:
-            self._discriminant = self._solve()
         weight, bias = self._discriminant
         scores = features.to(self.device).double() @ weight + bias
         return scores.masked_fill(self.images == 0, -torch.inf).float().to(features.device)
@@ -136,4 +134,4 @@ class StreamingLDA:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what ``state_dict`` gave; other keys are left alone."""
         self.images, self.means, self.scatter = (state[k].to(self.device) for k in ("images", "means", "scatter"))
-        self._discriminant = None
+        self._discriminant = self._solve()
