@@ -31,7 +31,7 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); what was there is unchanged: free space, correct the "
@@ -39,7 +39,8 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush to the disk which names a folder holds."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -134,7 +135,7 @@ class FolderLock:
                 f"{self.what} cannot be used: {error.filename or self.path} cannot be written ({error.strerror}); mend "
                 "that or set another folder"
             ) from error
-        if not _lock(self._handle, wait=False):
+        if not self._lock(wait=False):
             holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() if os.name == "posix" else ""
             holder = holder or "another process"
             if not self.wait:
@@ -142,7 +143,7 @@ class FolderLock:
                 raise UserError(f"{self.what} is in use by {holder}; wait for it or give another folder")
             if self.on_wait:
                 self.on_wait(holder)
-            _lock(self._handle, wait=True)
+            self._lock(wait=True)
         try:
             os.ftruncate(self._handle, 0)
             os.lseek(self._handle, 0, os.SEEK_SET)
@@ -155,28 +156,31 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         os.close(self._handle)  # gives the lock back; the file stays, for removing it would race with another process
 
+    def _lock(self, *, wait: bool) -> bool:
+        """Take an exclusive lock; False if another process has it and ``wait`` is False.
 
-def _lock(handle: int, *, wait: bool) -> bool:
-    """Take an exclusive lock; False if another process has it and ``wait`` is False.
+        It belongs to this process alone: loader processes do not inherit it, so it ends with the process that holds it
+        even if they outlive it for a moment.
+        """
+        try:
+            if os.name == "posix":
+                import fcntl
 
-    It belongs to this process alone: loader processes do not inherit it, so it ends with the process that holds it
-    even if they outlive it for a moment.
-    """
-    try:
-        if os.name == "posix":
-            import fcntl
+                fcntl.lockf(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            else:
+                import msvcrt
 
-            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        else:
-            import msvcrt
-
-            os.lseek(handle, 1 << 20, os.SEEK_SET)  # beyond the text that names the holder
-            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as: no locks on this file system
-            raise UserError(f"a file lock cannot be taken ({error.strerror}); set a folder on another disk") from error
-        return False
-    return True
+                os.lseek(self._handle, 1 << 20, os.SEEK_SET)  # beyond the text that names the holder
+                msvcrt.locking(self._handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as: no locks on this file system
+                os.close(self._handle)
+                raise UserError(
+                    f"{self.path} cannot be locked ({error.strerror}), so {self.what} is not safe from others; "
+                    "set a folder on another disk"
+                ) from error
+            return False
+        return True
 
 
 def human_size(count: int) -> str:

@@ -1,15 +1,19 @@
 """Loader processes that die, fail or are too many; stops while they are at work. Nothing is left running."""
 
 import os
+import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from utils.data.splits import ImageFiles
-from utils.features import bank as features
+from tests.faults.loader_faults import die_at_the_ninth, fail, never
+from utils.data import loader
+from utils.features import batches
+from utils.features.extraction import Extraction
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -28,16 +32,16 @@ def group_is_empty(group: int) -> bool:
 
 
 def slowly(seconds: float) -> Callable[[], None]:
-    """Preparation for a process: images take their time."""
+    """Preparation for a process: forward passes take their time, while its loaders are there."""
 
     def prepare() -> None:
-        load = ImageFiles.load
+        forward = Extraction._forward
 
-        def slow(self: ImageFiles, index: int) -> object:
+        def slow(self: Extraction, *batch: object) -> int:
             time.sleep(seconds)
-            return load(self, index)
+            return forward(self, *batch)
 
-        ImageFiles.load = slow
+        Extraction._forward = slow
 
     return prepare
 
@@ -68,15 +72,8 @@ def test_a_stop_during_extraction_leaves_no_process_and_the_next_start_ends_alik
 
 def test_a_killed_loader_is_one_line_and_the_next_start_ends_alike(run, undisturbed, tmp_path, monkeypatch):
     run.keys["cache_dir"] = str(tmp_path / "bank")
-    main_process, load = os.getpid(), ImageFiles.load
-
-    def die(self: ImageFiles, index: int) -> object:
-        if index == 9 and os.getpid() != main_process:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return load(self, index)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ImageFiles, "load", die)
+        patch.setattr(batches, "load_views", die_at_the_ninth)
         error = run(num_workers=2).error
     assert "a process that loads images was killed" in error
     assert "lower num_workers" in error
@@ -85,28 +82,34 @@ def test_a_killed_loader_is_one_line_and_the_next_start_ends_alike(run, undistur
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_exception_in_a_loader_names_the_image(run, tmp_path, monkeypatch, workers):
+def test_a_fault_of_our_own_in_a_loader_shows_where_it_was(run, tmp_path, monkeypatch, workers):
     run.keys["cache_dir"] = str(tmp_path / "bank")
-
-    def fail(*_: object) -> None:
-        raise ValueError("no such view")
-
-    monkeypatch.setattr(features.Transforms, "view", fail)
-    error = run(num_workers=workers).error
-    assert "train image '" in error
-    assert "no such view" in error
+    monkeypatch.setattr(batches, "load_views", fail)
+    with pytest.raises(ZeroDivisionError, match="no such view") as caught:
+        run(num_workers=workers)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert 'raise ZeroDivisionError("no such view")' in shown
 
 
-def test_a_broken_image_in_a_loader_names_file_and_class(run, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_that_make_no_progress_are_one_line(run, tmp_path, monkeypatch, workers):
     run.keys["cache_dir"] = str(tmp_path / "bank")
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "load_views", never)
+        patch.setattr(loader, "STALL_SECONDS", 2)
+        error = run(num_workers=workers).error
+    assert "nothing was loaded for 2 s; the next in turn is test image '0/00" in error
+    assert run(num_workers=workers).code == 0
 
-    def broken(path: Path) -> None:
-        raise OSError("broken data stream")
 
-    monkeypatch.setattr("utils.data.images.read_image", broken)
-    error = run(num_workers=2).error
-    assert str(data) in error
-    assert "class '" in error
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_in_a_loader_names_file_and_class(run, data, tmp_path, workers):
+    folder = shutil.copytree(data, tmp_path / "images")
+    broken = next((folder / "train" / "3").iterdir())
+    broken.write_bytes(broken.read_bytes()[:60])
+    error = run(num_workers=workers, data_path=str(folder), cache_dir=str(tmp_path / "bank")).error
+    assert str(broken) in error
+    assert "class '3'" in error
 
 
 def test_more_loaders_than_cpus_are_a_warning(run, monkeypatch):
@@ -118,11 +121,9 @@ def test_more_loaders_than_cpus_are_a_warning(run, monkeypatch):
 
 
 def test_loaders_that_cannot_be_started_are_one_line(run, tmp_path, monkeypatch):
-    import multiprocessing.popen_fork
-
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(multiprocessing.popen_fork.Popen, "_launch", refuse)
+    monkeypatch.setattr(loader.subprocess, "Popen", refuse)
     error = run(num_workers=2, cache_dir=str(tmp_path / "bank")).error
     assert "cannot be started (Resource temporarily unavailable); lower num_workers" in error

@@ -22,10 +22,9 @@ from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
 from utils.errors import BankError, DataError, NumericError
-from utils.features import batches as loading
-from utils.features.arrays import View
+from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import FeatureBank
-from utils.features.batches import TEST_VIEW
+from utils.features.views import LOADED_TOGETHER, MissingViews
 from utils.hardware import Ranks, default_batch_size
 
 SIZE = 4
@@ -180,8 +179,11 @@ def test_hashes_of_unchanged_files_are_remembered(
             os.utime(split.path(row), (1e9, 1e9))
     monkeypatch.setattr(fingerprints.time, "time_ns", lambda: os.stat(tmp_path).st_ctime_ns + 10**13)
     first = fingerprint_splits(data, tmp_path / "cache")
-    monkeypatch.setattr(fingerprints, "content_of_file", lambda path: pytest.fail(f"{path} was hashed again"))
+    hashed, content = [], fingerprints.content_of_file
+    monkeypatch.setattr(fingerprints, "content_of_file", lambda path: hashed.append(path) or content(path))
+    monkeypatch.setattr(fingerprints, "CHECKED_FILES", 2)
     assert fingerprint_splits(data, tmp_path / "cache") == first
+    assert len(hashed) == 2 + 2  # of each split, those that are looked at again
 
 
 # -- interrupted, at once, out of space --------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def test_an_unreadable_image_is_named_and_what_is_done_stays(tmp_path: Path, mak
         bank = _bank(data, tmp_path, num_workers=workers)
         with pytest.raises(DataError, match=rf"{path.name} .*class"):
             bank.fill([("train", TEST_VIEW)])
-        assert 10 <= bank.missing([("train", TEST_VIEW)]) <= 10 + loading.LOADED_TOGETHER + bank.batch_size
+        assert 10 <= bank.missing([("train", TEST_VIEW)]) <= 10 + LOADED_TOGETHER + bank.batch_size
 
 
 def test_a_feature_that_is_not_finite_stops_the_filling_and_names_the_image(data: Dataset) -> None:
@@ -313,12 +315,12 @@ def test_more_loader_processes_than_images_and_cpus(data: Dataset) -> None:
 
 def test_ranks_have_disjoint_images_that_are_all_images(data: Dataset) -> None:
     missing = {("train", 0): np.ones(12, bool), ("train", 1): np.arange(12) != 5, ("test", TEST_VIEW): np.ones(9, bool)}
-    shares = [loading.ViewsOfImages(data, Transforms(SIZE, 0), missing, Ranks(rank, 3)) for rank in range(3)]
-    assert sum(share.views for share in shares) == 12 + 11 + 9
-    work = [place for share in shares for place in share.work]
-    assert len(work) == len(set(work)) == 21
-    places, pixels = shares[5 % 3][shares[5 % 3].work.index(("train", 5))]
-    assert places == [("train", 0, 5)] and pixels.shape == (1, 3, SIZE, SIZE)
+    shares = [MissingViews(data, Transforms(SIZE, 0), missing, ranks=Ranks(rank, 3)) for rank in range(3)]
+    assert sum(share.count for share in shares) == 12 + 11 + 9
+    places = [place for share in shares for job in share.jobs() for place in job.places]
+    assert len(places) == len(set(places)) == 12 + 11 + 9
+    assert sorted(row for job in shares[2].jobs() for row in job.rows if job.split == "train") == [2, 5, 8, 11]
+    assert ("train", 0, 5) in places and ("train", 1, 5) not in places
 
 
 def test_the_manifest_says_what_the_bank_holds(data: Dataset, tmp_path: Path) -> None:

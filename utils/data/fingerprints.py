@@ -1,99 +1,207 @@
-"""What is in a data set, as one hash for each split: over the contents of its images, not their dates."""
+"""What is in a data set, as one hash for each split: over the contents of its images, not their dates.
+
+Reading every file at every start would take minutes for large data, so the hashes of files are remembered under what
+the file system says of them, as git does. That alone would not notice files that were exchanged under equal sizes,
+times and inode numbers (another image of a disk, mounted in the place of the first): so each start reads some files
+again, chosen at random, all of them where they are few; one that differs makes it read all. And whatever is decoded
+for the feature bank is compared with its hash in any case (``utils.features.views``).
+"""
 
 import hashlib
-import json
+import io
 import logging
 import os
 import time
+import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from utils.data.images import content_of_file
 from utils.data.modes import kind_sentences, row_content
-from utils.data.splits import Dataset, ImageArray, ImageFiles
-from utils.errors import DataError
-from utils.files import write_json
+from utils.data.splits import Dataset, ImageFiles, Split
+from utils.errors import DataError, UserError
+from utils.files import atomic_write
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
 
+CHECKED_FILES, CHECKED_BYTES = 4096, 256_000_000  # of the remembered hashes, at most so much is verified at each start
+_THREADS = 8  # hashing releases the interpreter's lock, and a network disk answers several requests at once
 
-def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> dict[str, str]:
-    """A SHA-256 for each split over the names and *contents* of its images, in order.
 
-    Hashes of files are remembered in ``cache_dir`` under (path, size, mtime, ctime, inode), as git does.
+class Fingerprints(dict[str, str]):
+    """For each split a SHA-256 over the names and contents of its images, in order.
+
+    Attributes:
+        contents: for each split of files, ``(images, 32)`` uint8, the SHA-256 of each file's bytes.
     """
-    index = _HashIndex(cache_dir / "hashes" if cache_dir else None, data)
-    found = {}
+
+    def __init__(self, digests: dict[str, str], contents: dict[str, np.ndarray]) -> None:
+        super().__init__(digests)
+        self.contents = contents
+
+
+def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> Fingerprints:
+    """Look at the images of both splits.
+
+    Args:
+        data: the images.
+        cache_dir: where hashes of files are remembered under (path, size, mtime, ctime, inode); None: nowhere.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    memory = _HashMemory(cache_dir / "hashes" if cache_dir else None, data)
+    digests, contents = {}, {}
     kinds: list[str] = []
     try:
         for name in ("train", "test"):
             split = data.split(name)
+            found = memory.contents_of(split)
             digest = hashlib.sha256()
-            for key, content in zip(split.keys, index.hashes(split), strict=True):
+            for key, content in zip(split.keys, found.astype(str).tolist(), strict=True):
                 kinds += filter(None, content.partition(":")[2].split(","))
                 digest.update(f"{key}\x00{row_content(content)}\n".encode("utf-8", "surrogateescape"))
-            found[name] = digest.hexdigest()
+            digests[name] = digest.hexdigest()
+            if isinstance(split, ImageFiles):
+                contents[name] = _bytes_of_hex(found)
     finally:
-        index.save()  # also when it is stopped: what is hashed need not be hashed again
+        memory.save()  # also when it is stopped: what is hashed need not be hashed again
     for sentence in kind_sentences(kinds):
         log.info("Images: %s", sentence)
-    return found
+    return Fingerprints(digests, contents)
 
 
-class _HashIndex:
-    """Content hashes of files, remembered as long as the file system says that a file is the same."""
+def _bytes_of_hex(contents: np.ndarray) -> np.ndarray:
+    """``(images,)`` of ASCII that begins with 64 hexadecimal digits -> ``(images, 32)`` uint8."""
+    digits = np.frombuffer(contents.astype("S64").tobytes(), dtype=np.uint8).reshape(-1, 64)
+    values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0"))
+    return values[:, ::2] << 4 | values[:, 1::2]
+
+
+class _HashMemory:
+    """Content hashes of files, remembered as long as the file system says that a file is the same.
+
+    Three arrays with an entry for each file, sorted by the first: a hash of its path, ``(files,)`` of 16 bytes; size,
+    mtime, ctime and inode number, ``(files, 4)`` int64; and its content's hash in ASCII.
+    """
 
     def __init__(self, folder: Path | None, data: Dataset) -> None:
         roots = "|".join(str(s.root.resolve()) for s in (data.train, data.test) if isinstance(s, ImageFiles))
-        name = hashlib.sha256(roots.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        name += "-2.json"  # 2: contents with the kinds of pictures
-        self.path = folder / name if folder else None
-        self.started_ns = time.time_ns()
-        self.changed = False
-        try:
-            self.known: dict[str, list[Any]] = json.loads(self.path.read_text()) if self.path else {}
-        except (OSError, ValueError):
-            self.known = {}  # only a memory: lost, it is made again
+        name = hashlib.sha256(roots.encode("utf-8", "surrogateescape")).hexdigest()[:16] + ".npz"
+        self._path = folder / name if folder else None
+        self._started_ns = time.time_ns()
+        self._known = self._load()
+        self._learned: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._changed = False
 
-    def hashes(self, split: ImageArray | ImageFiles) -> list[str]:
-        if isinstance(split, ImageArray):
-            return split.content_hashes()
-        todo = [str(split.path(i)) for i in range(len(split)) if self._known(str(split.path(i))) is None]
-        if todo:
-            self.changed = True
-            quiet = len(todo) < 5000
-            bar = progress(total=len(todo), desc="Hashing images", unit="file", disable=quiet)
-            with bar, ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter's lock
-                for start in range(0, len(todo), 256):  # in blocks, so that Ctrl-C has little to wait for
-                    block = todo[start : start + 256]
-                    self.known.update(zip(block, pool.map(_stat_and_hash, block), strict=True))
-                    bar.update(len(block))
-        return [self.known[str(split.path(i))][-1] for i in range(len(split))]
+    def contents_of(self, split: Split) -> np.ndarray:
+        """``(images,)`` ASCII: of each image its content's hash, in order."""
+        if not isinstance(split, ImageFiles):
+            return np.array(split.content_hashes(), dtype="S")
+        paths = [os.path.join(split.root, key) for key in split.keys]
+        names = np.array([_hash_of_path(path) for path in paths], dtype="S16")
+        stats = np.array([_stat(path) for path in paths], dtype=np.int64).reshape(-1, 4)
+        contents, known = self._remembered(names, stats)
+        if not self._still_true(paths, stats, contents, known):
+            known[:] = False
+        todo = np.flatnonzero(~known)
+        if len(todo):
+            self._changed = True
+            fresh = np.array(_hashes([paths[i] for i in todo.tolist()]), dtype="S")
+            contents = contents.astype(max(contents.dtype, fresh.dtype, key=lambda kind: kind.itemsize))
+            contents[todo] = fresh
+        self._learned.append((names, stats, contents))
+        return contents
 
-    def _known(self, path: str) -> str | None:
-        entry = self.known.get(path)
-        try:
-            return entry[-1] if entry is not None and entry[:-1] == _stat(path) else None
-        except OSError:
-            return None
+    def _remembered(self, names: np.ndarray, stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is known of these files: their contents, and whether that still holds."""
+        known_names, known_stats, known_contents = self._known
+        if not len(known_names):
+            return np.zeros(len(names), dtype="S64"), np.zeros(len(names), dtype=bool)
+        places = np.searchsorted(known_names, names).clip(max=len(known_names) - 1)
+        known = (known_names[places] == names) & (known_stats[places] == stats).all(axis=1)
+        return known_contents[places], known
+
+    def _still_true(self, paths: Sequence[str], stats: np.ndarray, contents: np.ndarray, known: np.ndarray) -> bool:
+        """Read some of the files again whose contents are known."""
+        chosen = np.random.default_rng().permutation(np.flatnonzero(known))  # others at each start
+        chosen = chosen[: max(1, int(np.searchsorted(stats[chosen, 0].cumsum(), CHECKED_BYTES, side="right")))]
+        chosen = chosen[:CHECKED_FILES]
+        fresh = _hashes([paths[i] for i in chosen.tolist()])
+        different = [i for i, content in zip(chosen.tolist(), fresh, strict=True) if content.encode() != contents[i]]
+        if different:
+            log.warning(
+                "%s has other content than before, though size, times and inode number are the same (%d of the %d "
+                "files that were looked at): all images are read again",
+                *(paths[different[0]], len(different), len(chosen)),
+            )
+        return not different
 
     def save(self) -> None:
+        """Write what is known now; where that cannot be, the next start hashes again."""
+        if self._path is None or not self._changed or not self._learned:
+            return
+        names, stats = (np.concatenate([part[i] for part in self._learned]) for i in (0, 1))
+        contents = np.concatenate([part[2] for part in self._learned])
         # a file changed within the clock's tick after it was hashed would look unchanged: forget the newest
-        recent = self.started_ns - 2_000_000_000
-        stable = {path: entry for path, entry in self.known.items() if max(entry[1], entry[2]) < recent}
-        if self.changed and self.path:
-            write_json(self.path, stable)
+        stable = np.flatnonzero(stats[:, 1:3].max(axis=1) < self._started_ns - 2_000_000_000)
+        order = stable[np.argsort(names[stable], kind="stable")]
+        file = io.BytesIO()
+        np.savez(file, names=names[order], stats=stats[order], contents=contents[order])
+        try:
+            atomic_write(self._path, file.getbuffer())
+        except UserError as error:
+            log.info("The hashes of the images are not remembered: %s", error)
+
+    def _load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What an earlier start left; nothing if there is none, or if it is damaged: it is only a memory."""
+        nothing = (np.zeros(0, dtype="S16"), np.zeros((0, 4), dtype=np.int64), np.zeros(0, dtype="S64"))
+        if self._path is None:
+            return nothing
+        try:
+            with np.load(self._path, allow_pickle=False) as archive:
+                names, stats, contents = archive["names"], archive["stats"], archive["contents"]
+        except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile):
+            return nothing
+        fits = names.dtype == "S16" and stats.dtype == np.int64 and contents.dtype.kind == "S"
+        fits = fits and names.ndim == contents.ndim == 1 and stats.shape == (len(names), 4)
+        return (names, stats, contents) if fits and len(contents) == len(names) else nothing
 
 
-def _stat(path: str) -> list[int]:
-    found = os.stat(path)
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+def _hash_of_path(path: str) -> bytes:
+    return hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
-def _stat_and_hash(path: str) -> list[Any]:
+def _stat(path: str) -> tuple[int, int, int, int]:
     try:
-        return [*_stat(path), content_of_file(Path(path))]
+        found = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or remove it") from None
+        raise _cannot_be_read(path, error) from None
+    # an inode number may use all 64 bits
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & 0x7FFFFFFFFFFFFFFF
+
+
+def _hashes(paths: Sequence[str]) -> list[str]:
+    """The content's hash of each file."""
+    found: list[str] = []
+    bar = progress(total=len(paths), desc="Hashing images", unit="file", disable=len(paths) < 5000)
+    with bar, ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        for start in range(0, len(paths), 256):  # in blocks, so that Ctrl-C has little to wait for
+            found += pool.map(_hash, paths[start : start + 256])
+            bar.update(len(found) - bar.n)
+    return found
+
+
+def _hash(path: str) -> str:
+    try:
+        return content_of_file(Path(path))
+    except OSError as error:
+        raise _cannot_be_read(path, error) from None
+
+
+def _cannot_be_read(path: str, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read ({error.strerror}); correct its permissions or remove it")

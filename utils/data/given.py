@@ -1,8 +1,6 @@
 """Images given in memory or by path: paths, PIL images and tensors, all brought to one form."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.data.images import open_image, rgb_of
+from utils.data.loader import load_ahead
 from utils.data.splits import Split
 from utils.errors import DataError
 from utils.hardware import available_cpus
@@ -76,6 +75,12 @@ class GivenImages(Split):
     def load(self, index: int) -> Image.Image:
         return as_image(self.sources[index])
 
+    def subset(self, rows: np.ndarray) -> Split:
+        images = rows.tolist()
+        part = GivenImages([self.sources[i] for i in images], [""] * len(images))
+        part.keys = [self.keys[i] for i in images]
+        return part
+
 
 Loaded = TypeVar("Loaded")
 
@@ -94,13 +99,4 @@ def loaded_ahead(
         except DataError as error:
             return error
 
-    waiting: deque[tuple[Path, Future[Loaded | DataError]]] = deque()
-    with ThreadPoolExecutor(max_workers=available_cpus()) as pool:
-        for path in paths:
-            waiting.append((path, pool.submit(attempt, path)))
-            if len(waiting) >= ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+    return load_ahead(attempt, paths, workers=available_cpus(), ahead=ahead)

@@ -35,6 +35,14 @@ class Split:
         """
         raise NotImplementedError
 
+    def subset(self, rows: np.ndarray) -> "Split":
+        """These images alone, in a form that can be sent to another process."""
+        raise NotImplementedError
+
+    def content_hashes(self) -> list[str]:
+        """The SHA-256 of every image's content, in order."""
+        raise NotImplementedError
+
 
 class ImageFiles(Split):
     """Image files below ``<root>/<class>/``, classes and files in sorted order.
@@ -46,12 +54,17 @@ class ImageFiles(Split):
         max_pixels: larger images are refused.
     """
 
-    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int], max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, root: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.root, self.keys, self.labels = root, tuple(files), np.asarray(labels, dtype=np.int64)
         self.max_pixels = max_pixels
 
     def path(self, index: int) -> Path:
         return self.root / self.keys[index]
+
+    def subset(self, rows: np.ndarray) -> "ImageFiles":
+        return ImageFiles(self.root, [self.keys[row] for row in rows.tolist()], self.labels[rows], self.max_pixels)
 
     def load(self, index: int) -> Image.Image:
         path = self.path(index)
@@ -65,12 +78,17 @@ class ImageFiles(Split):
 class ImageArray(Split):
     """Images held in memory: ``pixels`` is uint8 ``(images, height, width[, 3])``."""
 
-    def __init__(self, pixels: np.ndarray, labels: Sequence[int]) -> None:
+    def __init__(self, pixels: np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
         self.pixels, self.labels = pixels, np.asarray(labels, dtype=np.int64)
         self.keys = tuple(f"{index:06d}" for index in range(len(pixels)))
 
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def subset(self, rows: np.ndarray) -> "ImageArray":
+        part = ImageArray(self.pixels[rows], self.labels[rows])
+        part.keys = tuple(self.keys[row] for row in rows.tolist())
+        return part
 
     def content_hashes(self) -> list[str]:
         """The SHA-256 of every image's pixels, in order."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import BankError
-from utils.features.bank import LOCK, MANIFEST, default_cache_dir
+from utils.features.bank import default_cache_dir
+from utils.features.rows import LOCK, MANIFEST
 from utils.files import FolderLock, human_size
 
 
@@ -78,7 +79,7 @@ def remove(cache_dir: Path, names: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _empty(bank: Path) -> None:
-    files = [path for pattern in ("*.npy", "*.partial", ".*.partial") for path in bank.glob(pattern)]
+    files = [path for pattern in ("*.npy", "*.crc32", "*.partial", ".*.partial") for path in bank.glob(pattern)]
     try:
         for path in [*files, bank / MANIFEST]:  # the manifest last: an interrupted removal can be repeated
             path.unlink(missing_ok=True)

@@ -1,139 +1,290 @@
-"""The arrays of a feature bank: rows on disk (or in memory) that are NaN until they are computed."""
+"""Files of a feature bank: an ``.npy`` of float32 rows, NaN until they are computed, and a checksum for each row.
 
+Rows are read and written by plain calls: a disk that refuses shared memory maps serves as well, and what is read is
+never resident beyond its use. Beside ``test.npy`` lies ``test.crc32``: a little-endian uint32 for each row.
+"""
+
+import errno
+import io
 import os
-import threading
-import time
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
 import numpy as np
 
 from utils.errors import BankError
+from utils.files import sync_folder
 
-SYNC_SECONDS = 30  # at most this much work is lost when the power fails (a batch when only the process dies)
 HINT_FEATURES_STAY = "start again afterwards: the features that are done stay"
+_BLOCK = 4096  # rows handled at a time where all are
 
 View = tuple[str, int]  # (split, view)
 ViewRow = tuple[str, int, int]  # (split, view, row)
+TEST_VIEW = -1  # the view that the test transform gives
 
 
 def incomplete_path(path: Path) -> Path:
     return path.with_suffix(".filling.npy")
 
 
-def create_array(path: Path, shape: tuple[int, int]) -> None:
-    """An ``.npy`` of NaN rows, complete on disk before it has its name."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    header = np.lib.format.header_data_from_array_1_0(np.empty((0, shape[1]), dtype=np.float32)) | {"shape": shape}
-    try:
-        with open(partial, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            block = np.full((min(shape[0], 4096), shape[1]), np.nan, dtype=np.float32)
-            for start in range(0, shape[0], len(block)):
-                file.write(block[: shape[0] - start].tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise BankError(
-            f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; "
-            f"{HINT_FEATURES_STAY}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+def checksums_path(path: Path) -> Path:
+    return path.with_suffix(".crc32")
 
 
-def open_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The array as a read-only memory map, or None if it is not there."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError) as error:
-        raise BankError(f"{path} is damaged ({error}); remove it, its features are computed again") from error
-    if array.shape != shape or array.dtype != np.float32:
-        raise BankError(
-            f"{path} is damaged ({array.dtype} of shape {array.shape}, expected float32 of {shape}); remove it, its "
-            "features are computed again"
+class RowChecksums:
+    """CRC-32 of rows, each begun with its bank, its array and its number: a row from elsewhere does not fit.
+
+    Args:
+        path: the complete array; only its name and its folder's name count.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._start = zlib.crc32(f"{path.parent.name}/{path.name}".encode())
+
+    def of(self, row: int, feature: np.ndarray) -> int:
+        return zlib.crc32(
+            np.ascontiguousarray(feature, dtype="<f4").data, (self._start + row * 0x9E3779B1) & 0xFFFFFFFF
         )
-    return array
+
+    def of_all(self, rows: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """``(rows,)``, ``(rows, dim)`` -> ``(rows,)`` uint32."""
+        return np.fromiter(map(self.of, rows.tolist(), features), dtype="<u4", count=len(rows))
 
 
-class Writer(Protocol):
-    def write(self, row: int, feature: np.ndarray) -> None: ...
+def create_array(path: Path, shape: tuple[int, int]) -> None:
+    """Write an ``.npy`` of NaN rows at ``path``, complete on disk before it has its name.
 
-    def sync(self) -> None: ...
+    Raises:
+        BankError: it cannot be written.
+    """
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    block = np.full((min(shape[0], _BLOCK), shape[1]), np.nan, dtype="<f4")
 
-    def close(self) -> None: ...
+    def write(file: BinaryIO) -> None:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, shape[0], _BLOCK):
+            file.write(block[: shape[0] - start].data)
+
+    _create(path, write)
 
 
-class FileWriter:
-    """Rows straight into the file: nothing of it becomes resident in memory."""
+def create_checksums(path: Path, values: np.ndarray) -> None:
+    """Write the checksums ``values``, ``(images,)`` uint32, at ``path``.
+
+    Raises:
+        BankError: they cannot be written.
+    """
+    _create(path, lambda file: file.write(values.astype("<u4").data))
+
+
+def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_be_written(path, error) from error
+
+
+class ArrayReader:
+    """An array's file, open for reading.
+
+    Args:
+        path: the file.
+        shape: the ``(images, dim)`` that it must have.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        BankError: it cannot be read, or is no array of this shape.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        self.path, self.row_bytes = path, shape[1] * 4
+        self.path, self.shape = path, shape
         try:
-            self.offset = path.stat().st_size - shape[0] * self.row_bytes  # the header's length
-            self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the context manager
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            raise BankError(
-                f"{path} cannot be opened ({error.strerror}); under torchrun on several machines cache_dir must be on "
-                "a disk that all of them share"
-            ) from error
-
-    def write(self, row: int, feature: np.ndarray) -> None:
+            raise _cannot_be_read(path, error) from error
         try:
-            self.file.seek(self.offset + row * self.row_bytes)
-            self.file.write(feature.tobytes())
-        except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); {HINT_FEATURES_STAY}") from error
+            self._offset = self._checked_header()
+        except BaseException:
+            self._file.close()
+            raise
 
-    def sync(self) -> None:
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}); {HINT_FEATURES_STAY}") from error
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class MemoryWriter:
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def write(self, row: int, feature: np.ndarray) -> None:
-        self.array[row] = feature
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Store:
-    """Where features go, from any thread; closed as a context manager. Those without a writer are dropped."""
-
-    def __init__(self, writers: dict[View, Writer]) -> None:
-        self.writers, self.lock, self.last_sync = writers, threading.Lock(), time.monotonic()
-
-    def write(self, places: list[ViewRow], features: np.ndarray) -> None:
-        with self.lock:
-            for (split, view, row), feature in zip(places, features, strict=True):
-                if (split, view) in self.writers:
-                    self.writers[split, view].write(row, feature)
-            if time.monotonic() - self.last_sync > SYNC_SECONDS:
-                for writer in self.writers.values():
-                    writer.sync()
-                self.last_sync = time.monotonic()
-
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> "ArrayReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in self.writers.values():
-            writer.close()
+        self._file.close()
+
+    def _checked_header(self) -> int:
+        """Where the rows begin."""
+        try:
+            version = np.lib.format.read_magic(self._file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran_order, dtype = read_header(self._file)
+        except OSError as error:
+            raise _cannot_be_read(self.path, error) from error
+        except (ValueError, KeyError, EOFError, TypeError, RecursionError, MemoryError) as error:
+            raise _damaged(self.path, f"its header is none of an .npy file: {type(error).__name__}") from error
+        if shape != self.shape or dtype != np.dtype("<f4") or fortran_order:
+            raise _damaged(self.path, f"{dtype} of shape {shape}, expected float32 of {self.shape}")
+        offset, size = self._file.tell(), os.fstat(self._file.fileno()).st_size
+        if size != (expected := offset + self.shape[0] * self.shape[1] * 4):
+            raise _damaged(self.path, f"{size} bytes, expected {expected}")
+        return offset
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """``(rows,)`` -> ``(rows, dim)`` float32. Rows that follow each other are read together.
+
+        Raises:
+            BankError: the disk does not give them.
+        """
+        found = np.empty((len(rows), self.shape[1]), dtype="<f4")
+        ends = np.flatnonzero(np.diff(rows) != 1) + 1
+        starts = [0, *ends.tolist()] if len(rows) else []
+        for start, end in zip(starts, [*ends.tolist(), len(rows)], strict=False):
+            self._read_into(found[start:end], self._offset + int(rows[start]) * self.shape[1] * 4)
+        return found
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every row, some thousands at a time: their numbers and what they hold."""
+        for start in range(0, self.shape[0], _BLOCK):
+            numbers = np.arange(start, min(start + _BLOCK, self.shape[0]))
+            yield numbers, self.rows(numbers)
+
+    def _read_into(self, target: np.ndarray, position: int) -> None:
+        view = target.data.cast("B")
+        try:
+            self._file.seek(position)
+            while len(view):
+                count = self._file.readinto(view)
+                if not count:
+                    raise _damaged(self.path, "it ended while it was read")
+                view = view[count:]
+        except OSError as error:
+            raise _cannot_be_read(self.path, error) from error
 
 
-def sync_file(path: Path) -> None:
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
+def read_checksums(path: Path, images: int) -> np.ndarray | None:
+    """``(images,)`` uint32, or None if the file is not there.
+
+    Raises:
+        BankError: it cannot be read, or has another size.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _cannot_be_read(path, error) from error
+    if len(content) != 4 * images:
+        raise BankError(
+            f"{path} is damaged ({len(content)} bytes, expected {4 * images}); remove it: it is made again from the "
+            "rows as they are"
+        )
+    return np.frombuffer(content, dtype="<u4")
+
+
+class ArrayWriter:
+    """Rows straight into the file of an array that is being filled, each with its checksum.
+
+    Args:
+        path: the complete array that it becomes.
+        shape: its ``(images, dim)``.
+
+    Raises:
+        BankError: a file cannot be opened.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        self.path, self._row_bytes, self._sums = incomplete_path(path), shape[1] * 4, RowChecksums(path)
+        opened = self.path
+        try:
+            self._offset = self.path.stat().st_size - shape[0] * self._row_bytes  # the header's length
+            self._rows = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+            opened = checksums_path(path)
+            self._checksums = open(opened, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise _cannot_be_opened(opened, error) from error
+
+    def write(self, row: int, feature: np.ndarray) -> None:
+        content = np.ascontiguousarray(feature, dtype="<f4")
+        try:
+            _write_at(self._rows, self._offset + row * self._row_bytes, content.tobytes())
+            _write_at(self._checksums, 4 * row, self._sums.of(row, content).to_bytes(4, "little"))
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        try:
+            for file in (self._rows, self._checksums):
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+
+    def close(self) -> None:
+        self._rows.close()
+        self._checksums.close()
+
+
+def _write_at(file: io.FileIO, position: int, content: bytes) -> None:
+    file.seek(position)
+    while content:  # a disk that is nearly full takes a part
+        content = content[file.write(content) :]
+
+
+def complete_array(path: Path) -> None:
+    """Give a filled array its final name, when it is safely on the disk.
+
+    Raises:
+        BankError: it cannot be written.
+    """
+    try:
+        for part in (incomplete_path(path), checksums_path(path)):
+            with open(part, "r+b") as file:
+                os.fsync(file.fileno())
+        os.replace(incomplete_path(path), path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_be_written(path, error) from error
+
+
+def cannot_be_written(path: Path, error: OSError) -> BankError:
+    return BankError(
+        f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; "
+        f"{HINT_FEATURES_STAY}"
+    )
+
+
+def _cannot_be_read(path: Path, error: OSError) -> BankError:
+    return BankError(f"{path} cannot be read ({error.strerror}); {_hint(error, 'see to its disk, or set cache_dir')}")
+
+
+def _cannot_be_opened(path: Path, error: OSError) -> BankError:
+    shared = "under torchrun on several machines cache_dir must be on a disk that all of them share"
+    return BankError(f"{path} cannot be opened ({error.strerror}); {_hint(error, shared)}")
+
+
+def _hint(error: OSError, otherwise: str) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the number of open files (ulimit -n) or lower train_views or num_workers"
+    return otherwise
+
+
+def _damaged(path: Path, found: str) -> BankError:
+    return BankError(f"{path} is damaged ({found}); remove it, its features are computed again")

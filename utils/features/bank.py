@@ -1,9 +1,8 @@
 """The feature bank: the backbone never changes, so each (image, view) is worth one forward pass, ever.
 
 A bank is a folder below ``cache_dir`` for one split of one data set under one backbone, image size, normalisation
-and precision. It holds a ``manifest.json`` that says so in words, and one ``.npy`` array ``(images, dim)`` float32
-for each view. A row that is not computed yet is NaN. An array still being filled ends in ``.filling.npy`` and is
-renamed once every row is there (``utils.arrays``). Only this file calls the backbone.
+and precision. It holds a ``manifest.json`` that says so in words, and for each view the rows of its images
+(``utils.features.rows``). This file knows what is missing; ``utils.features.extraction`` computes it.
 """
 
 import hashlib
@@ -13,59 +12,29 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from utils.data.fingerprints import Fingerprints
 from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
-from utils.errors import BankError, NumericError
-from utils.features.arrays import (
-    HINT_FEATURES_STAY,
-    FileWriter,
-    MemoryWriter,
-    Store,
-    View,
-    ViewRow,
-    Writer,
-    create_array,
-    incomplete_path,
-    open_array,
-    sync_file,
-)
-from utils.features.batches import TEST_VIEW, ViewsOfImages, batches_of, killed_loaders_named
-from utils.files import FolderLock, human_size, write_json
-from utils.hardware import ONE_RANK, Ranks, default_batch_size, default_workers, forward_threads
+from utils.errors import BankError
+from utils.features.arrays import View
+from utils.features.extraction import Extraction, Store
+from utils.features.extraction import FeatureExtractor as FeatureExtractor
+from utils.features.rows import FolderRows, MemoryRows, Rows
+from utils.features.views import MissingViews
+from utils.files import human_size
+from utils.hardware import ONE_RANK, Ranks, default_batch_size, default_workers
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
 
-MANIFEST, LOCK = "manifest.json", "lock"  # the files of a bank beside its arrays
 FORMAT = 1  # to be raised when the transforms or the meaning of a row change: older banks are then left alone
-
-
-class FeatureExtractor(Protocol):
-    """What the bank needs of a backbone (``backbone.vit.Backbone`` is one)."""
-
-    name: str
-    weights_sha256: str
-    feature_dim: int
-    precision: str
-    parameters: int
-    normalize: bool
-    device: torch.device
-    pooling: str  # what a feature is, as timm names it
-    variant: dict[str, str]  # what else a row's bits depend on; empty where earlier banks stay valid
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """``(images, 3, S, S)`` uint8 -> ``(images, feature_dim)`` float32."""
 
 
 class FeatureBank:
@@ -108,7 +77,14 @@ class FeatureBank:
         self.forwards = 0
         self.image_size, self.cache_dir = image_size, cache_dir
         self.fingerprints = fingerprints
-        self._memory: dict[View, np.ndarray] = {}
+        self._rows = {split: self._rows_of(split, cache_dir) for split in ("train", "test")}
+
+    def _rows_of(self, split: str, cache_dir: Path | None) -> Rows:
+        shape = len(self.data.split(split)), self.extractor.feature_dim
+        if cache_dir is None:
+            return MemoryRows(shape)
+        folder = cache_dir / self._folder_name(split)
+        return FolderRows(folder, shape, self.describe(split), self.transforms.augment_seed)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -118,19 +94,9 @@ class FeatureBank:
         Raises:
             BankError: the array is not filled, damaged, or of another size.
         """
-        if self.cache_dir is None:
-            array = self._memory.get((split, view))
-        else:
-            array = open_array(self._path(split, view), (len(self.data.split(split)), self.extractor.feature_dim))
-        if array is None:
-            raise BankError(f"the features of {split}, view {view} are not filled yet")
-        values = np.array(array[rows])  # a copy: the map is closed on return and its pages do not stay resident
-        if not np.isfinite(values).all():
-            raise BankError(
-                f"{self._path(split, view) if self.cache_dir else 'the feature bank'} holds rows that are not finite "
-                f"numbers; remove the damaged bank: python -m utils.features remove {self._folder(split).name}"
-            )
-        return values
+        return self._rows[split].read(view, rows)
+
+    # -- what is missing -------------------------------------------------------------------------------------------
 
     def missing(self, wanted: Sequence[View]) -> int:
         """How many forward passes ``fill(wanted)`` would make."""
@@ -138,7 +104,13 @@ class FeatureBank:
 
     def bytes_needed(self, wanted: Sequence[View]) -> int:
         """Bytes that ``fill(wanted)`` would add to the disk (or to memory)."""
-        return sum(self._nbytes(*w) for w in wanted if not self._exists(*w))
+        new = [split for split, view in wanted if not self._rows[split].exists(view)]
+        return sum(len(self.data.split(split)) for split in new) * self.extractor.feature_dim * 4
+
+    def _missing_rows(self, wanted: Sequence[View]) -> dict[View, np.ndarray]:
+        """For each of ``wanted`` that is not complete, which rows are not: ``(images,)`` bool."""
+        found = {(split, view): self._rows[split].missing(view) for split, view in wanted}
+        return {want: rows for want, rows in found.items() if rows.any()}
 
     # -- filling ---------------------------------------------------------------------------------------------------
 
@@ -148,33 +120,37 @@ class FeatureBank:
         Raises:
             DataError: an image cannot be read. BankError: no space. NumericError: a feature is not finite.
         """
-        if self.ranks.share(self._complete(wanted) if self.ranks.first else None):
+        views = {split: [view for s, view in wanted if s == split] for split in sorted({split for split, _ in wanted})}
+        if self.ranks.share(self._is_complete(views) if self.ranks.first else None):
             return
         with ExitStack() as locks:
             if self.ranks.first:
-                for split in sorted({split for split, _ in wanted}):  # the same order everywhere: no deadlock
-                    locks.enter_context(self._lock(split))
-                self._prepare(wanted)
+                for split in views:  # the same order everywhere: no deadlock
+                    locks.enter_context(self._rows[split].lock())
+                self._check_space(wanted)
+                for split in views:
+                    self._rows[split].prepare(views[split])
                 self.forwards += self.missing(wanted)
             self.ranks.barrier()
             self._fill_missing(self._missing_rows(wanted))
             self.ranks.barrier()
             if self.ranks.first:
-                self._finish(wanted)
+                for split in views:
+                    self._rows[split].finish(views[split])
 
-    def _lock(self, split: str) -> AbstractContextManager:
-        if self.cache_dir is None:
-            return nullcontext()
-        folder = self._folder(split)
-        return FolderLock(folder / LOCK, f"feature bank {folder.name}", wait=True, on_wait=_say_waiting)
+    def _is_complete(self, views: dict[str, list[int]]) -> bool:
+        """Whether nothing is to be written: a complete bank may lie on a disk that cannot be."""
+        if not all(self._rows[split].complete(view) for split in views for view in views[split]):
+            return False
+        for split in views:
+            self._rows[split].add_checksums(views[split])
+        return True
 
-    def _prepare(self, wanted: Sequence[View]) -> None:
-        """Check the space for all of it, then lay out the arrays, every row NaN."""
+    def _check_space(self, wanted: Sequence[View]) -> None:
         need = self.bytes_needed(wanted)
         if self.cache_dir is None:
             log.info("Feature bank: needs %s of memory", human_size(need))
-            return
-        if need:
+        elif need:
             free = shutil.disk_usage(self.cache_dir).free
             log.info(
                 "Feature bank in %s: needs %s of disk, %s are free", self.cache_dir, human_size(need), human_size(free)
@@ -185,100 +161,54 @@ class FeatureBank:
                     "some, set cache_dir to a larger disk, lower train_views, or list banks to remove: "
                     "python -m utils.features list"
                 )
-        for split in sorted({split for split, _ in wanted}):
-            write_json(self._folder(split) / MANIFEST, self.describe(split))
-            for left in self._folder(split).glob("*.partial"):  # of a process that was killed: the lock is ours
-                left.unlink(missing_ok=True)
-        for want in wanted:
-            if not self._exists(*want):
-                create_array(
-                    incomplete_path(self._path(*want)), (len(self.data.split(want[0])), self.extractor.feature_dim)
-                )
-
-    def _finish(self, wanted: Sequence[View]) -> None:
-        for want in wanted if self.cache_dir is not None else ():
-            path = self._path(*want)
-            if not path.exists():
-                try:
-                    sync_file(incomplete_path(path))
-                    os.replace(incomplete_path(path), path)
-                except OSError as error:
-                    raise BankError(f"{path} cannot be written ({error.strerror}); {HINT_FEATURES_STAY}") from error
 
     def _fill_missing(self, missing: dict[View, np.ndarray]) -> None:
         """Compute this rank's share of the rows that ``missing`` marks."""
-        images = ViewsOfImages(self.data, self.transforms, missing, self.ranks)
-        if not len(images):
+        views = self._views(missing, self.ranks)
+        if not views.count:
             return
         started = time.monotonic()
         bar = progress(
-            total=images.views,
+            total=views.count,
             unit="img",
             desc="Features" if self.ranks.count == 1 else f"Features (1 of {self.ranks.count} ranks)",
             disable=not self.ranks.first,
         )
-        with (
-            bar,
-            killed_loaders_named(),
-            Store({want: self._writer(want) for want in missing}) as store,
-            closing(self._computed(images, store)) as batches,  # first of all the threads and loaders end
-        ):
-            for count in batches:
-                bar.update(count)
+        with ExitStack() as writers:
+            opened = {}
+            for split, view in missing:
+                opened[split, view] = writers.enter_context(closing(self._rows[split].writer(view)))
+            with bar, closing(self._extraction().run(views, Store(opened))) as batches:  # stops before writers close
+                for count in batches:
+                    bar.update(count)
         seconds = time.monotonic() - started
-        log.info("Features: %d forward passes in %.1f s, %.1f a second", images.views, seconds, images.views / seconds)
-
-    def _computed(self, images: ViewsOfImages, store: Store) -> Iterator[int]:
-        """Pass ``images`` through the backbone into ``store``; yields how many are done whenever a batch is."""
-        threads = forward_threads(self.extractor.device)
-        running: deque[Future[int]] = deque()
-        with (
-            closing(batches_of(images, self.batch_size, self.num_workers, self._pin)) as batches,
-            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            for places, pixels in batches:
-                running.append(pool.submit(self._forward, places, pixels, store))
-                if len(running) > threads:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+        log.info("Features: %d forward passes in %.1f s, %.1f a second", views.count, seconds, views.count / seconds)
 
     def probe(self, wanted: Sequence[View], seconds: float = 3.0) -> float:
         """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept.
 
         All of them count where there are too few to see the loaders' start apart from the rest.
         """
-        images = ViewsOfImages(self.data, self.transforms, self._missing_rows(wanted), self.ranks)
-        warm_up = 2 * forward_threads(self.extractor.device)
+        views, extraction = self._views(self._missing_rows(wanted), self.ranks), self._extraction()
+        warm_up = 2 * extraction.threads
         started, done = time.monotonic(), 0
-        with killed_loaders_named(), closing(self._computed(images, Store({}))) as batches:
+        with closing(extraction.run(views, Store({}))) as batches:
             for number, count in enumerate(batches, start=1):
                 done += count
-                if number == warm_up and images.views > 4 * warm_up * self.batch_size:
+                if number == warm_up and views.count > 4 * warm_up * self.batch_size:
                     started, done = time.monotonic(), 0
                 if number > 3 * warm_up and time.monotonic() - started > seconds:
                     break
             return done / (time.monotonic() - started)
 
-    @property
-    def _pin(self) -> bool:
-        return self.extractor.device.type not in ("cpu", "mps")  # where the copy can run beside the backbone
+    def _views(self, missing: dict[View, np.ndarray], ranks: Ranks) -> MissingViews:
+        known = self.fingerprints if isinstance(self.fingerprints, Fingerprints) else None
+        return MissingViews(self.data, self.transforms, missing, known, ranks)
 
-    def _forward(self, places: list[ViewRow], pixels: Tensor, store: Store) -> int:
-        """Compute one batch and store it. The shape is always the same, and so is every row, whatever is beside it.
+    def _extraction(self) -> Extraction:
+        return Extraction(self.data, self.extractor, self.batch_size, self.num_workers)
 
-        A matrix product may pick another algorithm for another number of rows; then an image's last bits would
-        depend on how an interrupted extraction was cut.
-        """
-        count = len(pixels)
-        if count < self.batch_size:
-            pixels = torch.cat([pixels, pixels[-1:].expand(self.batch_size - count, -1, -1, -1)])
-        features = self.extractor(pixels)[:count].cpu().numpy()
-        _check_finite(features, places, self.data)
-        store.write(places, features)
-        return count
-
-    # -- what is where ---------------------------------------------------------------------------------------------
+    # -- what it is ------------------------------------------------------------------------------------------------
 
     def identity(self, split: str) -> dict[str, Any]:
         """All that a row of ``split`` depends on, but for its view."""
@@ -306,83 +236,40 @@ class FeatureBank:
             **self.identity(split),
         }
 
-    def _folder(self, split: str) -> Path:
+    def _folder_name(self, split: str) -> str:
         digest = hashlib.sha256(json.dumps(self.identity(split), sort_keys=True).encode()).hexdigest()[:16]
         backbone = self.extractor.name.split(".")[0]
-        name = f"{self.data.name}-{split}-{backbone}-{self.image_size}px-{self.extractor.precision}-{digest}"
-        return self.cache_dir / name
-
-    def _path(self, split: str, view: int) -> Path:
-        name = "test.npy" if view == TEST_VIEW else f"augmented-{self.transforms.augment_seed}-{view:04d}.npy"
-        return self._folder(split) / name
-
-    def _exists(self, split: str, view: int) -> bool:
-        if self.cache_dir is None:
-            return (split, view) in self._memory
-        path = self._path(split, view)
-        return path.exists() or incomplete_path(path).exists()
-
-    def _nbytes(self, split: str, view: int) -> int:
-        return len(self.data.split(split)) * self.extractor.feature_dim * 4
-
-    def _complete(self, wanted: Sequence[View]) -> bool:
-        return self.cache_dir is not None and all(self._path(*want).exists() for want in wanted)
-
-    def _missing_rows(self, wanted: Sequence[View]) -> dict[View, np.ndarray]:
-        """For each of ``wanted`` that is not complete, which rows are not: ``(images,)`` bool."""
-        found = {want: self._missing_of(*want) for want in wanted}
-        return {want: rows for want, rows in found.items() if rows.any()}
-
-    def _missing_of(self, split: str, view: int) -> np.ndarray:
-        images = len(self.data.split(split))
-        if self.cache_dir is None:
-            return np.full(images, (split, view) not in self._memory)
-        path = self._path(split, view)
-        if path.exists():
-            return np.zeros(images, dtype=bool)
-        if not incomplete_path(path).exists():
-            return np.ones(images, dtype=bool)
-        array = open_array(incomplete_path(path), (images, self.extractor.feature_dim))
-        if array is None:  # completed by another process in this moment
-            return np.zeros(images, dtype=bool)
-        blocks = np.array_split(array, max(1, images // 4096))
-        return np.concatenate([np.isnan(block).any(axis=1) for block in blocks])
-
-    def _writer(self, want: View) -> Writer:
-        shape = (len(self.data.split(want[0])), self.extractor.feature_dim)
-        if self.cache_dir is None:
-            self._memory[want] = np.full(shape, np.nan, dtype=np.float32)
-            return MemoryWriter(self._memory[want])
-        return FileWriter(incomplete_path(self._path(*want)), shape)
+        return f"{self.data.name}-{split}-{backbone}-{self.image_size}px-{self.extractor.precision}-{digest}"
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder, as the platform defines it."""
+    """The user's cache folder, as the platform defines it.
+
+    Raises:
+        BankError: the user has no home folder, as in a container with a user id of its own.
+    """
+    try:
+        return _platform_cache() / "tosca"
+    except RuntimeError:  # of Path.home
+        raise BankError(
+            "the home folder of this user is not known (the environment variable HOME is not set), so neither is where "
+            "the feature bank is; set cache_dir=<folder>, or cache_dir=none to keep features in memory"
+        ) from None
+
+
+def _platform_cache() -> Path:
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "tosca"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def resolve_cache_dir(value: str | None) -> Path | None:
     """The key ``cache_dir``: a folder, the default, or None for ``none`` (in memory)."""
     if value == "none":
         return None
-    return Path(value).expanduser() if value else default_cache_dir()
-
-
-def _check_finite(features: np.ndarray, places: list[ViewRow], data: Dataset) -> None:
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        split, view, row = places[bad[0]]
-        raise NumericError(
-            f"the backbone's feature of {split} image {data.split(split).keys[row]!r} (view {view}) is not finite; "
-            "try precision=fp32, or check the weights"
-        )
-
-
-def _say_waiting(holder: str) -> None:
-    log.info("Waiting for %s to fill the same feature bank", holder)
+    try:
+        return Path(value).expanduser() if value else default_cache_dir()
+    except RuntimeError as error:
+        raise BankError(f"cache_dir {value!r} cannot be resolved ({error}); give the folder's full path") from None

@@ -1,0 +1,24 @@
+"""What replaces the work of loaders in ``test_faults_workers.py``; processes find it here, and import little."""
+
+import os
+import signal
+import time
+
+import numpy as np
+
+from utils.features.views import ViewsJob, load_views
+
+
+def die_at_the_ninth(job: ViewsJob) -> np.ndarray:
+    if 9 in job.rows:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load_views(job)
+
+
+def fail(job: ViewsJob) -> np.ndarray:
+    raise ZeroDivisionError("no such view")
+
+
+def never(job: ViewsJob) -> np.ndarray:
+    time.sleep(3600)
+    return load_views(job)
