@@ -124,6 +124,12 @@ class Config:
         recorded_as="precision",
         choices=("auto", "fp32", "bf16"),
     )
+    compile: str | bool = _key(
+        "auto",
+        doc="whether torch.compile makes the forward pass: `auto`: where it saves minutes; true: try; false: never",
+        affects="speed",
+        choices=("auto",),
+    )
     feature_batch_size: int | None = _key(
         None, doc="images in one forward pass; by default chosen by the device", low=1, high=100_000, affects="speed"
     )

@@ -47,6 +47,9 @@ class Pixels:
     batches: list[int] = field(default_factory=list)
     kill_at: int | None = None  # the process dies in this forward pass
 
+    def prepare(self, forwards: int, batch_size: int, image_size: int) -> None:
+        """Nothing to get ready."""
+
     def __call__(self, images: Tensor) -> Tensor:
         self.batches.append(len(images))
         if len(self.batches) == self.kill_at:

@@ -167,6 +167,7 @@ class FeatureBank:
         views = self._views(missing, self.ranks)
         if not views.count:
             return
+        self.extractor.prepare(views.count, self.batch_size, self.image_size)
         started = time.monotonic()
         bar = progress(
             total=views.count,
