@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -43,7 +44,7 @@ def learner_with(modules: int) -> TOSCA:
     return learner
 
 
-def best_seconds(work: object, repeats: int) -> float:
+def best_seconds(work: Callable[[], object], repeats: int) -> float:
     """The fastest of some calls: what else runs on the machine only ever adds time."""
     taken = []
     for _ in range(repeats):

@@ -31,8 +31,9 @@ from backbone.luca import LuCA, make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs, timed_process
 from models.modular import entropy
+from models.steps import build_optimizer, l1_norm
 from models.tosca import class_means
-from models.training import build_optimizer, l1_norm
+from models.training import build_schedule
 from utils.config import Config, load_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import Task, make_stream
@@ -102,14 +103,17 @@ class ReferenceLoop:
             first=not task.index,
             seed=0,
         )
-        optimizer, schedule = build_optimizer([*luca.parameters(), *classifier.parameters()], config)
+        optimizer = build_optimizer([*luca.parameters(), *classifier.parameters()], config)
+        schedule = build_schedule(optimizer, config)
         for _ in range(config.epochs):
             for pixels, rows in self._batches("train", task.train, task.train_rows, self.train_transform, True):
-                loss = F.cross_entropy(classifier(luca(self._features(pixels))), rows) + config.l1 * l1_norm(luca)
+                parameters = torch.cat([p.flatten() for p in luca.parameters()])
+                loss = F.cross_entropy(classifier(luca(self._features(pixels))), rows) + config.l1 * l1_norm(parameters)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            schedule.step()
+            if schedule is not None:
+                schedule.step()
         with torch.no_grad():
             batches = self._batches("train", task.train, task.train_rows, self.test_transform, False)
             found = torch.cat([luca(self._features(pixels)) for pixels, _ in batches])

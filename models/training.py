@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.classifier import CosineClassifier
 from models.base import OnEpoch, TaskData
+from models.steps import make_step
 from utils.config import Config
 from utils.errors import NumericError
 from utils.hardware import single_thread
@@ -41,26 +41,23 @@ def train(
     Raises:
         NumericError: a loss is NaN or infinite; epoch and step are named.
     """
-    parameters = [p for p in (*module.parameters(), *classifier.parameters()) if p.requires_grad]
-    optimizer, schedule = build_optimizer(parameters, config)
+    step = make_step(module, classifier, config)
+    schedule = build_schedule(step.optimizer, config)
     frozen = classifier.weight.detach()[:frozen_rows].clone()
     for epoch, steps in enumerate(batches):
         losses, hits = [], []
         for h, rows in steps:
-            logits = classifier(module(h))
-            loss = F.cross_entropy(logits, rows) + config.l1 * l1_norm(module)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, hit = step(h, rows)
             if frozen_rows:  # a zero gradient would not do: weight decay moves a row without one
                 classifier.weight.data[:frozen_rows] = frozen
-            losses.append(loss.detach())
-            hits.append(logits.detach().argmax(dim=1) == rows)
+            losses.append(loss)
+            hits.append(hit)
         if schedule is not None:
             schedule.step()
         stats = EpochStats(checked_mean(torch.stack(losses), epoch), 100 * torch.cat(hits).double().mean().item())
         if on_epoch is not None:
             on_epoch(epoch, stats)
+    step.finish()
 
 
 def train_with_progress(
@@ -93,27 +90,13 @@ def shuffled_epochs(task: TaskData, config: Config, seed: int) -> Iterator[Epoch
         yield zip(features.split(config.batch_size), rows.split(config.batch_size), strict=True)
 
 
-def l1_norm(module: nn.Module) -> Tensor:
-    """Σ|θ| over all parameters of ``module``, a scalar."""
-    return torch.cat([p.flatten() for p in module.parameters()]).abs().sum()
-
-
-def build_optimizer(
-    parameters: list[nn.Parameter], config: Config
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-    """The optimiser and its schedule, stepped once an epoch (None: constant rate)."""
-    rate, decay = config.lr, config.weight_decay
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay)
-    else:
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = kind(parameters, lr=rate, weight_decay=decay)
+def build_schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The schedule of the learning rate, stepped once an epoch; None: constant."""
     if config.scheduler == "cosine":
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=1e-8)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=1e-8)
     if config.scheduler == "steplr":
-        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.1)
-    return optimizer, None
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.1)
+    return None
 
 
 def checked_mean(losses: Tensor, epoch: int) -> float:
