@@ -58,9 +58,8 @@ def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> Fingerprints:
     digests, contents = {}, {}
     kinds: list[str] = []
     try:
-        for name in ("train", "test"):
+        for name, found in memory.contents_of(data).items():
             split = data.split(name)
-            found = memory.contents_of(split)
             digest = hashlib.sha256()
             for key, content in zip(split.keys, found.astype(str).tolist(), strict=True):
                 kinds += filter(None, content.partition(":")[2].split(","))
@@ -96,18 +95,25 @@ class _HashMemory:
         self._started_ns = time.time_ns()
         self._known = self._load()
         self._learned: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._changed = False
+        self._changed = self._was_wrong = False
 
-    def contents_of(self, split: Split) -> np.ndarray:
-        """``(images,)`` ASCII: of each image its content's hash, in order."""
+    def contents_of(self, data: Dataset) -> dict[str, np.ndarray]:
+        """For each split, ``(images,)`` ASCII: of each image its content's hash, in order."""
+        found = {name: self._contents_of(data.split(name)) for name in ("train", "test")}
+        if self._was_wrong:
+            self._known = _nothing()
+            self._learned.clear()
+            found = {name: self._contents_of(data.split(name)) for name in found}
+        return found
+
+    def _contents_of(self, split: Split) -> np.ndarray:
         if not isinstance(split, ImageFiles):
             return np.array(split.content_hashes(), dtype="S")
         paths = [os.path.join(split.root, key) for key in split.keys]
         names = np.array([_hash_of_path(path) for path in paths], dtype="S16")
         stats = np.array([_stat(path) for path in paths], dtype=np.int64).reshape(-1, 4)
         contents, known = self._remembered(names, stats)
-        if not self._still_true(paths, stats, contents, known):
-            known[:] = False
+        self._was_wrong |= not self._still_true(paths, stats, contents, known)
         todo = np.flatnonzero(~known)
         if len(todo):
             self._changed = True
@@ -159,17 +165,20 @@ class _HashMemory:
 
     def _load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What an earlier start left; nothing if there is none, or if it is damaged: it is only a memory."""
-        nothing = (np.zeros(0, dtype="S16"), np.zeros((0, 4), dtype=np.int64), np.zeros(0, dtype="S64"))
         if self._path is None:
-            return nothing
+            return _nothing()
         try:
             with np.load(self._path, allow_pickle=False) as archive:
                 names, stats, contents = archive["names"], archive["stats"], archive["contents"]
         except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile):
-            return nothing
+            return _nothing()
         fits = names.dtype == "S16" and stats.dtype == np.int64 and contents.dtype.kind == "S"
         fits = fits and names.ndim == contents.ndim == 1 and stats.shape == (len(names), 4)
-        return (names, stats, contents) if fits and len(contents) == len(names) else nothing
+        return (names, stats, contents) if fits and len(contents) == len(names) else _nothing()
+
+
+def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros(0, dtype="S16"), np.zeros((0, 4), dtype=np.int64), np.zeros(0, dtype="S64")
 
 
 def _hash_of_path(path: str) -> bytes:

@@ -1,0 +1,173 @@
+"""Images are known by their contents: what a start reads, what it trusts, and what it notices."""
+
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import FolderMaker, tiny_config
+from utils.data import fingerprints
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.data.splits import Dataset
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_folder: FolderMaker) -> Dataset:
+    """Three classes of 4 training and 3 test images, a year old."""
+    data = load_dataset(tiny_config(data_path=str(make_folder(tmp_path / "images", classes=3, train=4, test=3))))
+    for split in (data.train, data.test):
+        for row in range(len(split)):
+            os.utime(split.path(row), (1e9, 1e9))
+    return data
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every start is long after the files were written, so that their hashes are remembered."""
+    monkeypatch.setattr(fingerprints.time, "time_ns", lambda: os.stat(tmp_path).st_ctime_ns + 10**13)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose contents are read."""
+    paths: list[Path] = []
+    content = fingerprints.content_of_file
+
+    def read(path: Path) -> str:
+        paths.append(path)
+        return content(path)
+
+    monkeypatch.setattr(fingerprints, "content_of_file", read)
+    return paths
+
+
+def exchange(path: Path) -> None:
+    """Other pixels under the same name, size and modification time."""
+    before, pixels = path.stat(), np.array(Image.open(path))
+    pixels[0, 0] ^= 255
+    content = path.read_bytes()
+    Image.fromarray(pixels).save(path)
+    new = path.read_bytes()
+    path.write_bytes((new + bytes(len(content)))[: max(len(content), len(new))])
+    if len(new) > len(content):  # as large as before: what is behind a PNG's end is not read
+        path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "CHECKED_FILES", 0)
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed_by_the_file_system_alone(
+    data: Dataset, tmp_path: Path, later: None, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fingerprint_splits(data, tmp_path / "cache")
+    nothing_is_checked(monkeypatch)
+    hashed.clear()
+    assert fingerprint_splits(data, tmp_path / "cache") == first and hashed == []
+    exchange(data.train.path(2))
+    second = fingerprint_splits(data, tmp_path / "cache")
+    assert hashed == [data.train.path(2)]
+    assert second["train"] != first["train"] and second["test"] == first["test"]
+
+
+def test_files_exchanged_under_equal_size_times_and_inode_are_noticed(
+    data: Dataset,
+    tmp_path: Path,
+    later: None,
+    hashed: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when another image of a disk is mounted in the place of the first."""
+    remembered: dict[str, tuple[int, int, int, int]] = {}
+    stat = fingerprints._stat
+    monkeypatch.setattr(fingerprints, "_stat", lambda path: remembered.setdefault(path, stat(path)))
+    first = fingerprint_splits(data, tmp_path / "cache")
+    exchange(data.test.path(4))
+    hashed.clear()
+    second = fingerprint_splits(data, tmp_path / "cache")
+    assert second["test"] != first["test"] and second["train"] == first["train"]
+    assert f"{data.test.path(4)} has other content than before, though" in caplog.text
+    assert len(hashed) == 2 * 21  # all were looked at, and then, for nothing remembered is to be trusted, read again
+    assert fingerprint_splits(data, tmp_path / "cache") == second  # which is remembered
+
+
+def test_each_start_reads_other_files_again_and_never_more_than_its_budget(
+    data: Dataset, tmp_path: Path, later: None, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fingerprint_splits(data, tmp_path / "cache")
+    monkeypatch.setattr(fingerprints, "CHECKED_FILES", 3)
+    seen = set()
+    for _ in range(40):
+        hashed.clear()
+        assert fingerprint_splits(data, tmp_path / "cache") == first
+        assert len(hashed) == 6
+        seen |= set(hashed)
+    assert len(seen) == 12 + 9  # in the end all of them
+    monkeypatch.setattr(fingerprints, "CHECKED_FILES", 4096)
+    size = max(data.train.path(i).stat().st_size for i in range(12))
+    monkeypatch.setattr(fingerprints, "CHECKED_BYTES", 2 * size)
+    hashed.clear()
+    fingerprint_splits(data, tmp_path / "cache")
+    assert 2 <= len(hashed) < 12 and sum(path.stat().st_size for path in hashed) <= 2 * 2 * size
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"PK\x03\x04 half a zip",
+        pickle.dumps({"names": 1}),
+        {"names": np.zeros(3), "stats": np.zeros((3, 4)), "contents": np.zeros(3)},
+        {"names": np.zeros(3, "S16"), "stats": np.zeros((2, 4), np.int64), "contents": np.zeros(3, "S64")},
+        {"names": np.zeros((), "S16"), "stats": np.zeros((0, 4), np.int64), "contents": np.zeros((), "S64")},
+        {"names": np.array([{"code": 1}], dtype=object)},
+    ],
+    ids=range(8),
+)
+def test_a_damaged_memory_of_hashes_is_made_again(
+    data: Dataset, tmp_path: Path, later: None, hashed: list[Path], content: object
+) -> None:
+    first = fingerprint_splits(data, tmp_path / "cache")
+    (memory,) = (tmp_path / "cache" / "hashes").iterdir()
+    whole = memory.read_bytes()
+    if isinstance(content, dict):
+        np.savez(memory, **content)
+    else:
+        memory.write_bytes(content)
+    hashed.clear()
+    assert fingerprint_splits(data, tmp_path / "cache") == first
+    assert len(hashed) == 21
+    with np.load(memory) as made, np.load(tmp_path / "cache" / "hashes" / memory.name) as again:
+        assert made["contents"].tolist() == again["contents"].tolist()
+    assert len(memory.read_bytes()) == len(whole)
+
+
+def test_where_hashes_cannot_be_remembered_the_images_are_read_each_time(
+    data: Dataset, tmp_path: Path, later: None, hashed: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with caplog.at_level(logging.INFO):
+        first = fingerprint_splits(data, tmp_path / "cache")
+    assert "hashes of the images are not remembered" in caplog.text
+    hashed.clear()
+    assert fingerprint_splits(data, tmp_path / "cache") == first and len(hashed) == 21
+
+
+def test_the_contents_are_those_of_the_files(data: Dataset, tmp_path: Path) -> None:
+    import hashlib
+
+    found = fingerprint_splits(data, tmp_path / "cache")
+    for name in ("train", "test"):
+        split = data.split(name)
+        expected = [hashlib.sha256(split.path(i).read_bytes()).digest() for i in range(len(split))]
+        assert [row.tobytes() for row in found.contents[name]] == expected
+    assert pickle.loads(pickle.dumps(found)).contents["train"].shape == (12, 32)  # as ranks share it
