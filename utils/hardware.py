@@ -98,6 +98,14 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def total_memory() -> int | None:
+    """Bytes of memory that this machine has; None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def default_batch_size(device: "torch.device", image_size: int = 224) -> int:
     """Images in a forward pass: on a CPU few, so that they stay in its caches, yet more where images are small."""
     return min(64, max(1, 8 * 224**2 // image_size**2)) if device.type == "cpu" else 256

@@ -12,7 +12,7 @@ import pytest
 
 import main
 from models.tosca import TOSCA
-from tests.conftest import handlers_restored
+from tests.conftest import fork, handlers_restored
 from utils.runs.checkpoint import MANIFEST
 
 KEYS: dict[str, Any] = {
@@ -81,7 +81,7 @@ class TinyRun:
     def in_a_process(self, prepare: Callable[[], object] = lambda: None, **keys: Any) -> int:
         """Start it in a forked process, after ``prepare`` there; return the process id. Its group is its own."""
         config = self.write_config(**keys)
-        if pid := os.fork():
+        if pid := fork():
             return pid
         code = 99
         try:

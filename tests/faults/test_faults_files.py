@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import fork
 from utils import files
 from utils.errors import CheckpointError, UserError
 from utils.features import bank as features
@@ -328,10 +329,10 @@ def test_an_input_output_error_that_nothing_foresaw_is_one_line(run, monkeypatch
 
 def test_a_lock_ends_with_its_process_even_if_a_loader_outlives_it(tmp_path):
     reader, writer = os.pipe()
-    holder = os.fork()
+    holder = fork()
     if holder == 0:
         with FolderLock(tmp_path / ".lock", "folder"):
-            child = os.fork()  # as a loader is: it has all files open that its parent has
+            child = fork()  # as a loader is: it has all files open that its parent has
             if child:
                 os.write(writer, child.to_bytes(4, "little"))
             time.sleep(60)

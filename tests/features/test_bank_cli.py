@@ -91,3 +91,37 @@ def test_a_bank_that_another_process_fills_is_not_removed(cache: Path, capsys: p
         assert list(target.glob("*.npy"))
         holder.stdin.close()
     assert _run(cache, "remove", target.name) == 0
+
+
+def test_a_bank_that_a_run_fills_is_not_removed(
+    tmp_path: Path, make_folder: FolderMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a real filling, which the other process is made to wait in."""
+    images, cache = make_folder(tmp_path / "images", classes=2, train=3, test=2), tmp_path / "cache"
+    code = f"""
+import sys, pathlib
+from tests.conftest import TinyExtractor, tiny_config
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.features.bank import FeatureBank
+class Waiting(TinyExtractor):
+    def __call__(self, images):
+        print(flush=True); sys.stdin.read()
+        return super().__call__(images)
+data, cache = load_dataset(tiny_config(data_path={str(images)!r})), pathlib.Path({str(cache)!r})
+known = fingerprint_splits(data, cache)
+bank = FeatureBank(data, Waiting(), image_size=8, augment_seed=5, fingerprints=known, cache_dir=cache, num_workers=0)
+bank.fill([("train", 0)])
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe) as run:
+        run.stdout.readline()
+        (target,) = bank.banks(cache)
+        before = sorted(target.iterdir())
+        assert _run(cache, "remove", target.name) == 2
+        assert f"is in use by process {run.pid}" in capsys.readouterr().err
+        assert sorted(target.iterdir()) == before
+        run.stdin.close()
+    assert run.returncode == 0
+    assert _run(cache, "remove", target.name) == 0
+    assert [path.name for path in target.iterdir()] == ["lock"]

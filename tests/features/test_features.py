@@ -1,11 +1,11 @@
 """The feature bank, with an extractor whose features are the pixels themselves, so that every row can be checked."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.conftest import FolderMaker, tiny_config
+from tests.conftest import FolderMaker, fork, tiny_config
 from utils.data import fingerprints
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
@@ -192,17 +192,30 @@ def test_hashes_of_unchanged_files_are_remembered(
 # -- interrupted, at once, out of space --------------------------------------------------------------------------------
 
 
-def _in_process(bank: FeatureBank, wanted: list[View]) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=bank.fill, args=(wanted,))
-    process.start()
-    return process
+def _in_process(work: Callable[[], int]) -> int:
+    """The id of a copy of this process that ends with what ``work`` returns."""
+    if process := fork():
+        return process
+    code = 99
+    try:
+        code = work()
+    finally:
+        os._exit(code)
+
+
+def _fill(bank: FeatureBank) -> int:
+    bank.fill(ALL)
+    return bank.forwards
+
+
+def _exit_code(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 @needs_fork
 def test_after_kill_9_at_most_a_batch_is_computed_again(data: Dataset, tmp_path: Path) -> None:
-    killed = _in_process(_bank(data, tmp_path, Pixels(kill_at=5)), ALL)  # in the fifth batch: 4 x 5 images are done
-    killed.join(60)
-    assert killed.exitcode == -signal.SIGKILL
+    killed = _in_process(lambda: _fill(_bank(data, tmp_path, Pixels(kill_at=5))))  # 4 batches of 5 images are done
+    assert _exit_code(killed) == -signal.SIGKILL
     bank = _bank(data, tmp_path)
     assert 45 - 20 <= bank.missing(ALL) <= 45 - 20 + bank.batch_size
     bank.fill(ALL)
@@ -214,20 +227,8 @@ def test_after_kill_9_at_most_a_batch_is_computed_again(data: Dataset, tmp_path:
 
 @needs_fork
 def test_two_processes_at_once_share_the_work(data: Dataset, tmp_path: Path) -> None:
-    queue = multiprocessing.get_context("fork").SimpleQueue()
-
-    def fill() -> None:
-        bank = _bank(data, tmp_path, batch_size=1)
-        bank.fill(ALL)
-        queue.put(bank.forwards)
-
-    processes = [multiprocessing.get_context("fork").Process(target=fill) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [p.exitcode for p in processes] == [0, 0]
-    assert sorted([queue.get(), queue.get()]) == [0, 45]
+    processes = [_in_process(lambda: _fill(_bank(data, tmp_path, batch_size=1))) for _ in range(2)]
+    assert sorted(map(_exit_code, processes)) == [0, 45]  # how many forward passes each of them made
     bank = _bank(data, tmp_path)
     assert bank.missing(ALL) == 0 and all(np.isfinite(found).all() for found in _everything(bank).values())
 
@@ -244,6 +245,24 @@ def test_too_little_space_is_an_error_before_the_first_forward_pass(
     with pytest.raises(BankError, match=r"needs 8.6 kB .* 8.6 kB are free"):
         bank.fill(ALL)
     assert extractor.batches == [] and not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_batch_larger_than_all_memory_is_refused_before_anything_is_written(data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"feature_batch_size 9000000000000000000 needs .* lower feature_batch_size"):
+        _bank(data, tmp_path, batch_size=9 * 10**18).fill(ALL)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: you tried")])
+def test_a_forward_pass_that_does_not_fit_is_one_line(data: Dataset, error: RuntimeError) -> None:
+    class Large(Pixels):
+        def __call__(self, images: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(
+        BankError, match=r"a forward pass of 5 images does not fit the memory of cpu; lower feature_bat"
+    ):
+        _bank(data, None, Large()).fill(ALL)
 
 
 def test_none_keeps_everything_in_memory(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,8 +303,9 @@ def read_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
     monkeypatch.setattr("builtins.open", opened)
     monkeypatch.setattr(os, "open", os_opened)
-    monkeypatch.setattr(os, "unlink", refuse)
-    monkeypatch.setattr(os, "replace", lambda source, target: refuse(target))
+    unlink, replace = os.unlink, os.replace
+    monkeypatch.setattr(os, "unlink", lambda path: (refuse(path), unlink(path)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (refuse(target), replace(source, target)))
 
 
 def test_a_disk_that_refuses_memory_maps_serves(rows: FolderRows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from utils.features.extraction import FeatureExtractor as FeatureExtractor
 from utils.features.rows import FolderRows, MemoryRows, Rows
 from utils.features.views import MissingViews
 from utils.files import human_size
-from utils.hardware import ONE_RANK, Ranks, default_batch_size, default_workers
+from utils.hardware import ONE_RANK, Ranks, default_batch_size, default_workers, total_memory
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class FeatureBank:
             if self.ranks.first:
                 for split in views:  # the same order everywhere: no deadlock
                     locks.enter_context(self._rows[split].lock())
+                self._check_batch()
                 self._check_space(wanted)
                 for split in views:
                     self._rows[split].prepare(views[split])
@@ -145,6 +146,15 @@ class FeatureBank:
         for split in views:
             self._rows[split].add_checksums(views[split])
         return True
+
+    def _check_batch(self) -> None:
+        """Refuse a batch whose pixels alone, as bytes and as numbers, are more than all memory."""
+        need, memory = self.batch_size * 3 * self.image_size**2 * 5, total_memory()
+        if memory is not None and need > memory:
+            raise BankError(
+                f"feature_batch_size {self.batch_size} needs {human_size(need)} of memory for images of "
+                f"{self.image_size} px, this machine has {human_size(memory)}; lower feature_batch_size"
+            )
 
     def _check_space(self, wanted: Sequence[View]) -> None:
         need = self.bytes_needed(wanted)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from utils.data.splits import Dataset
-from utils.errors import NumericError
-from utils.features.arrays import View, ViewRow
+from utils.errors import BankError, NumericError
+from utils.features.arrays import HINT_FEATURES_STAY, View, ViewRow
 from utils.features.batches import batches_of
 from utils.features.rows import Writer
 from utils.features.views import MissingViews
@@ -102,7 +102,15 @@ class Extraction:
         count = len(pixels)
         if count < self._batch_size:
             pixels = torch.cat([pixels, pixels[-1:].expand(self._batch_size - count, -1, -1, -1)])
-        features = self._extractor(pixels)[:count].cpu().numpy()
+        try:
+            features = self._extractor(pixels)[:count].cpu().numpy()
+        except RuntimeError as error:
+            if not _is_lack_of_memory(error):
+                raise
+            raise BankError(
+                f"a forward pass of {self._batch_size} images does not fit the memory of {self._extractor.device}; "
+                f"lower feature_batch_size; {HINT_FEATURES_STAY}"
+            ) from None
         self._check_finite(features, places)
         store.write(places, features)
         return count
@@ -115,3 +123,7 @@ class Extraction:
                 f"the backbone's feature of {split} image {self._data.split(split).keys[row]!r} (view {view}) is not "
                 "finite; try precision=fp32, or check the weights"
             )
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # the latter: of a CPU
