@@ -12,6 +12,7 @@ from utils.files import atomic_write, output_file
 from utils.results import page, render
 from utils.results.cells import HasTable
 from utils.results.comparison import Differences, make_comparisons
+from utils.results.cost import make_cost_tables
 from utils.results.escape import terminal
 from utils.results.metrics import SELECTION_NAMES
 from utils.results.read import newest_of_each, read_runs
@@ -48,11 +49,12 @@ def _report(args: argparse.Namespace) -> int:
     sections, empty = make_sections(runs)
     comparisons = make_comparisons(sections, args.selection)
     behind = [Differences(comparison) for comparison in comparisons]
-    tables: list[HasTable] = [*comparisons, *behind]
+    costs = make_cost_tables(sections)
+    tables: list[HasTable] = [*comparisons, *behind, *costs]
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is no folder; give another one")
     page_file = output_file(args.html, "--html") if args.html else None
-    print(render.as_text([*sections, *comparisons], args.selection, styled=_styled()))
+    print(render.as_text([*sections, *comparisons, *costs], args.selection, styled=_styled()))
     print(render.glossary_text() + "\n")
     notes = [terminal(note) for note in (*skipped, *old, *empty)]
     for note in notes:
@@ -62,6 +64,7 @@ def _report(args: argparse.Namespace) -> int:
         "tables.tex": render.as_latex([*sections, *tables], args.selection),
         "tables.csv": render.as_csv(sections, args.selection),
         "comparisons.csv": render.comparisons_csv(comparisons),
+        "cost.csv": render.cost_csv(costs),
     }
     for name, text in files.items():
         _write(args.out / name, "--out", text)

@@ -12,6 +12,7 @@ from typing import Any
 
 from backbone.vit import load_backbone, resolve_device
 from models import make_learner, training_features
+from models.cost import CostMeter
 from models.evaluation import evaluate
 from models.task_data import BankTask
 from utils.config import Config
@@ -28,6 +29,7 @@ from utils.grid import Cell
 from utils.hardware import ONE_RANK, Ranks, available_cpus, joined_ranks
 from utils.logs import logging_to
 from utils.results import record as report
+from utils.results.predictions import write_predictions
 from utils.results.read import Run
 from utils.results.render import as_text
 from utils.results.tables import make_sections
@@ -137,7 +139,7 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
         FolderLock(paths.folder / f".{paths.stem}.lock", f"log {str(paths.file('.log'))!r}"),
     ):
         checkpoint.remove_partials()
-        remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv)")
+        remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv|npz)")
         manifest = find_earlier_start(setup, seed, paths, checkpoint, fresh=fresh)
         report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
         with (
@@ -190,14 +192,19 @@ def _run_tasks(
     # what earlier, interrupted starts of this run computed counts as well
     manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
+    meter = CostMeter(config, learner, stream, manifest.cost)
     for task in stream.tasks[done:]:
         log.info("Task %d of %d: learning rows %d to %d", task.index + 1, total, task.rows.start, task.rows.stop - 1)
-        with _timed(seconds, "train"):
+        with _timed(seconds, "train"), meter.learning():
             learner.learn(BankTask(bank, stream, task, config.views, backbone.device))
         with _timed(seconds, "evaluate"):
-            record = evaluate(learner, bank, stream, task.index, seed)
-        record = replace(record, parameters={"backbone": backbone.parameters, **learner.parameter_counts()})
-        manifest = manifest.with_task(record, seconds=dict(seconds))
+            tested = evaluate(learner, bank, stream, task.index, seed)
+        record = replace(tested.record, parameters={"backbone": backbone.parameters, **learner.parameter_counts()})
+        manifest = manifest.with_task(record, seconds=dict(seconds), cost=meter.counted)
+        if manifest.finished:
+            answers = tested.predictions(setup.data.test.keys, stream.class_names)
+            write_predictions(paths.file(".npz"), answers)
+            manifest = manifest.with_last_results(answers.details(), meter.summary(manifest, backbone))
         manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
         run = report.write_run_json(paths, manifest)
         tracker.update(manifest.tasks)

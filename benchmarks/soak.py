@@ -112,7 +112,7 @@ def snapshot(work: Path) -> dict[str, Any]:
 
 
 def _timeless(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in ("seconds", "sha256")}
+    return {key: value for key, value in values.items() if key not in ("seconds", "cost", "sha256")}
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

@@ -1,5 +1,7 @@
 """A learner on the test images of all tasks so far, under every selection that it has."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,35 @@ from utils.data.tasks import TaskStream
 from utils.features.bank import FeatureBank
 from utils.features.batches import TEST_VIEW
 from utils.results import metrics
+from utils.results.predictions import Predictions, SelectionPredictions
 from utils.runs.manifest import TaskRecord
 from utils.seeds import derive_seed
 
 
-def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> TaskRecord:
-    """Test on all tasks so far, in class order, under every selection: the record of task ``task``."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What a test after a task gave.
+
+    Attributes:
+        record: the numbers of the task.
+        images: ``(images,)`` which images of the test split were answered, in this order.
+        true_class: ``(images,)`` their classes.
+        answers: to each image, by selection.
+    """
+
+    record: TaskRecord
+    images: np.ndarray
+    true_class: np.ndarray
+    answers: dict[str, SelectionPredictions]
+
+    def predictions(self, keys: Sequence[str], class_names: Sequence[str]) -> Predictions:
+        """Return the answers with the names of images (of the whole test split) and of all classes."""
+        files = np.array([keys[image] for image in self.images], dtype=str)
+        return Predictions(files, self.true_class, tuple(class_names), self.answers)
+
+
+def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> Evaluation:
+    """Test on all tasks so far, in class order, under every selection."""
     seen = stream.tasks[: task + 1]
     images = np.concatenate([t.test for t in seen])
     true_class = np.concatenate([t.test_classes for t in seen])
@@ -30,9 +55,10 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
     )
     row_class = torch.from_numpy(stream.row_class[: seen[-1].rows.stop]).to(learner.device)
     results: dict[str, dict[str, Any]] = {}
-    confusion, entropy = {}, {}
+    confusion, entropy, answers = {}, {}, {}
     for name, prediction in predictions.items():
         top = top_classes(prediction.scores, row_class).cpu().numpy()
+        probability = class_scores(prediction.scores, row_class).softmax(dim=1).amax(dim=1).cpu().numpy()
         hits = top[:, 0] == true_class
         results[name] = {
             "top1": metrics.percent(hits),
@@ -40,14 +66,15 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
             "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
             "groups": _groups(stream, task, top[:, 0], true_class, true_task),
         }
-        if prediction.module is not None:
-            module = prediction.module.cpu().numpy()
+        module = None if prediction.module is None else prediction.module.cpu().numpy()
+        answers[name] = SelectionPredictions(top[:, 0], probability, module)
+        if module is not None:
             results[name]["selection_accuracy"] = metrics.percent(module == true_task)
             confusion[name] = metrics.confusion(true_task, module, len(seen))
-        if prediction.entropy is not None:
+        if prediction.entropy is not None and module is not None:
             entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
     sparsity = learner.sparsity(task) if isinstance(learner, ModularLearner) else None
-    return TaskRecord(results, confusion, entropy, sparsity)
+    return Evaluation(TaskRecord(results, confusion, entropy, sparsity), images, true_class, answers)
 
 
 def _groups(

@@ -30,7 +30,7 @@ KEYS: dict[str, Any] = {
     "feature_batch_size": 8,
 }
 # times, a sum over times, and what depends on whether another run has filled the bank
-_NOT_THE_END = ("seconds", "sha256", "missing_at_start", "backbone_forwards")
+_NOT_THE_END = ("seconds", "cost", "sha256", "missing_at_start", "backbone_forwards")
 _WHERE = ("checkpoint_dir", "log_dir", "cache_dir", "data_path", "num_workers")
 
 

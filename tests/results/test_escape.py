@@ -61,8 +61,8 @@ def test_markdown_shows_tags_and_code_as_text(evil_runs):
 
 
 def test_files_have_plain_names_and_stay_in_their_folder(evil_runs, tmp_path, monkeypatch):
-    figures = pytest.importorskip("utils.results.figures")
-    monkeypatch.setattr(figures, "save", lambda _, *paths: [atomic_write(path, b"picture") for path in paths])
+    drawing = pytest.importorskip("utils.results.drawing")
+    monkeypatch.setattr(drawing, "save", lambda _, *paths: [atomic_write(path, b"picture") for path in paths])
     out = tmp_path / "a" / "out"
     assert report.main([str(evil_runs), "--out", str(out)]) == 0
     names = [path.relative_to(out).as_posix() for path in out.rglob("*")]

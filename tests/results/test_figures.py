@@ -16,7 +16,9 @@ from utils.runs.paths import RunPaths
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from utils.results import figures  # noqa: E402 - it needs matplotlib
+from matplotlib.figure import Figure  # noqa: E402 - it needs matplotlib
+
+from utils.results import drawing, figures  # noqa: E402 - it needs matplotlib
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def test_the_curve_is_the_mean_over_seeds_and_the_band_one_sample_deviation(two_
 
 
 def test_lines_differ_without_their_colour():
-    looks = set(zip(map(str, figures._STYLES), figures._MARKERS, strict=True))
-    assert len(looks) == len(set(figures._MARKERS)) == len(set(map(str, figures._STYLES))) == figures.MAX_LINES
+    looks = set(zip(map(str, drawing.STYLES), drawing.MARKERS, strict=True))
+    assert len(looks) == len(set(drawing.MARKERS)) == len(set(map(str, drawing.STYLES))) == drawing.MAX_LINES
 
 
 def test_a_baseline_stands_in_other_selections_under_its_own_name(two_seeds, tmp_path):
@@ -62,15 +64,15 @@ def test_a_baseline_stands_in_other_selections_under_its_own_name(two_seeds, tmp
 
 
 def test_of_many_methods_the_best_are_shown_and_it_says_so(finished_run, tmp_path):
-    for index in range(figures.MAX_LINES + 2):
+    for index in range(drawing.MAX_LINES + 2):
         values = finished_run.json()
         values["identity"]["l1"] = index
         values["results"]["sample"]["top1_curve"] = [50.0 + index] * 3
         (tmp_path / f"{index}.json").write_text(json.dumps(values))
     (section,), _ = make_sections(read_runs([tmp_path])[0])
     (axes,) = figures.accuracy_curves(section, "sample").axes
-    assert [line.get_ydata()[0] for line in axes.lines] == [52.0 + i for i in range(figures.MAX_LINES)]
-    assert f"the best {figures.MAX_LINES} of {figures.MAX_LINES + 2}" in axes.get_title()
+    assert [line.get_ydata()[0] for line in axes.lines] == [52.0 + i for i in range(drawing.MAX_LINES)]
+    assert f"the best {drawing.MAX_LINES} of {drawing.MAX_LINES + 2}" in axes.get_title()
 
 
 def test_confusion_shows_the_share_of_each_true_task(two_seeds):
@@ -85,7 +87,7 @@ def test_confusion_shows_the_share_of_each_true_task(two_seeds):
 
 
 def test_entropy_of_a_module_that_was_never_chosen_is_left_out():
-    axes = figures.Figure().add_subplot()
+    axes = Figure().add_subplot()
     figures._entropy_points(
         axes, [{"right": [1.0, None], "wrong": [None, 2.0]}, {"right": [3.0, None], "wrong": [None, None]}]
     )
@@ -117,7 +119,7 @@ def test_the_same_picture_gives_the_same_bytes(two_seeds, tmp_path):
     for suffix in (".png", ".pdf"):
         paths = [tmp_path / f"{i}{suffix}" for i in range(2)]
         for path in paths:
-            figures.save(figures.accuracy_curves(two_seeds, "sample"), path)
+            drawing.save(figures.accuracy_curves(two_seeds, "sample"), path)
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -127,8 +129,9 @@ def test_each_run_leaves_a_picture_beside_its_json(finished_run):
 
 @pytest.fixture
 def without_matplotlib(monkeypatch):
-    monkeypatch.delitem(sys.modules, "utils.results.figures")
-    monkeypatch.delattr("utils.results.figures", raising=False)
+    for name in ("utils.results.figures", "utils.results.drawing", "utils.results.prediction_figures"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(name, raising=False)
     for name in ("matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
 
@@ -145,5 +148,5 @@ def test_without_matplotlib_the_tables_are_made_all_the_same(without_matplotlib,
     logs = Path(finished_run.config["log_dir"])
     assert report_command.main([str(logs), "--out", str(out), "--html", str(page)]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".csv", ".md", ".tex"]
+    assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".csv", ".csv", ".md", ".tex"]
     assert "<table>" in page.read_text(encoding="utf-8")

@@ -241,7 +241,8 @@ def test_report_writes_all_files_and_names_what_it_skipped(tmp_path, capsys):
     for name in ("torn", "foreign", "list", "nan", "shape"):
         lines = [line for line in told.splitlines() if line.startswith("skipped") and f"{name}.json" in line]
         assert len(lines) == 1
-    assert sorted(path.name for path in out.iterdir()) == ["comparisons.csv", "tables.csv", "tables.md", "tables.tex"]
+    names = ["comparisons.csv", "cost.csv", "tables.csv", "tables.md", "tables.tex"]
+    assert sorted(path.name for path in out.iterdir()) == names
     assert str(out / "tables.tex") in told
     assert "torn.json" in page.read_text(encoding="utf-8")
 

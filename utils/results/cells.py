@@ -1,5 +1,6 @@
 """A table as data: cells of text with a mark, rows, notes. ``utils.results.render`` writes them down."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -83,6 +84,14 @@ def fixed(value: float, digits: int = 2) -> str:
     """Write a number with ``digits`` decimals; what rounds to zero has no sign."""
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
+
+
+def significant_text(number: MeanStd | None) -> str:
+    """Write mean ± deviation with four significant digits of the mean, in plain digits."""
+    if number is None:
+        return "–"
+    size = math.floor(math.log10(abs(number.mean))) if number.mean else 0
+    return number_text(number, max(0, 3 - size))
 
 
 def p_text(p: float | None) -> str:

@@ -1,6 +1,5 @@
 """Pictures of runs, readable in black and white. Importing this file needs matplotlib, an optional extra."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from utils.files import atomic_write
+from utils.results.drawing import (
+    MAX_LINES,
+    RC,
+    draw_line,
+    finish_curves,
+    horizontal_grid,
+    one_panel,
+    panel_grid,
+    save_both,
+)
 from utils.results.metrics import selection_name
+from utils.results.prediction_figures import draw_predictions
 from utils.results.tables import Group, Section
 
-# Okabe and Ito's colours, apart also for the colour-blind; style and marker tell the lines apart without colour
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 1)), (0, (3, 1)))
-_MARKERS = "osD^vXP*"
-MAX_LINES = len(_COLOURS)
 _NUMBERED_TASKS = 12  # a matrix of more tasks has no numbers in its cells
-_RC: Any = {  # matplotlib types the names of its settings one by one
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "",
-}
-
-
-def save(figure: Figure, *paths: Path) -> None:
-    """Write a picture in the format of each suffix, atomically; the same picture gives the same bytes."""
-    for path in paths:
-        buffer = io.BytesIO()
-        form = path.suffix[1:]
-        undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}.get(form, {})
-        with rc_context(_RC):
-            figure.savefig(buffer, format=form, dpi=150, bbox_inches="tight", metadata=undated)
-        atomic_write(path, buffer.getbuffer())
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -50,13 +34,13 @@ def save(figure: Figure, *paths: Path) -> None:
 def run_curves(run: dict[str, Any]) -> Figure:
     """One run: accuracy after each task, a line for each selection."""
     c = run["config"]
-    with rc_context(_RC):
-        figure, axes = _one_panel()
+    with rc_context(RC):
+        figure, axes = one_panel()
         for index, (name, result) in enumerate(run["results"].items()):
-            _line(axes, index % MAX_LINES, selection_name(name), np.array([result["top1_curve"]]))
+            draw_line(axes, index % MAX_LINES, selection_name(name), np.array([result["top1_curve"]]))
         method = f"{c['model_name']} ({c['flow']})" if c["model_name"] == "tosca" else c["model_name"]
         axes.set_title(f"{method} on {c['dataset']}, seed {run['seed']}")
-        _finish_curves(axes, "accuracy on all classes seen (%)")
+        finish_curves(axes, "after task", "accuracy on all classes seen (%)")
     return figure
 
 
@@ -75,13 +59,13 @@ def accuracy_curves(section: Section, selection: str) -> Figure | None:
             shown.append((label, name == selection, curves))
     if not any(own for _, own, _ in shown):
         return None
-    with rc_context(_RC):
-        figure, axes = _one_panel()
+    with rc_context(RC):
+        figure, axes = one_panel()
         kept = _best(shown)
         for index, (label, _, curves) in enumerate(kept):
-            _line(axes, index, label, curves)
+            draw_line(axes, index, label, curves)
         axes.set_title(f"selection: {selection_name(selection)}, {_seeds(section)}{_left_out(kept, shown)}")
-        _finish_curves(axes, "accuracy on all classes seen (%)")
+        finish_curves(axes, "after task", "accuracy on all classes seen (%)")
     return figure
 
 
@@ -93,21 +77,16 @@ def sparsity_curves(section: Section) -> Figure | None:
             shown.append((group.name, True, 100 * np.array([run.values["sparsity"] for run in group.runs])))
     if not shown:
         return None
-    with rc_context(_RC):
-        figure, axes = _one_panel()
+    with rc_context(RC):
+        figure, axes = one_panel()
         kept = shown[:MAX_LINES]
         for index, (label, _, curves) in enumerate(kept):
-            _line(axes, index, label, curves)
+            draw_line(axes, index, label, curves)
         left = f" ({len(kept)} of {len(shown)} shown)" if len(kept) < len(shown) else ""
         axes.set_title(f"weight sparsity of each task's module, {_seeds(section)}{left}")
-        _finish_curves(axes, "parameters with |θ| < 0.001 (%)")
+        finish_curves(axes, "after task", "parameters with |θ| < 0.001 (%)")
         axes.set_ylim(bottom=0)
     return figure
-
-
-def _one_panel() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _best(shown: list[tuple[str, bool, np.ndarray]]) -> list[tuple[str, bool, np.ndarray]]:
@@ -123,44 +102,6 @@ def _seeds(section: Section) -> str:
 
 def _left_out(kept: Sequence[object], shown: Sequence[object]) -> str:
     return f" (the best {len(kept)} of {len(shown)})" if len(kept) < len(shown) else ""
-
-
-def _line(axes: Axes, index: int, label: str, curves: np.ndarray) -> None:
-    """Mean of ``(seeds, tasks)`` and, with several seeds, a band of one sample standard deviation."""
-    tasks, mean = np.arange(1, curves.shape[1] + 1), curves.mean(axis=0)
-    colour = _COLOURS[index]
-    axes.plot(
-        tasks,
-        mean,
-        color=colour,
-        linestyle=_STYLES[index],
-        marker=_MARKERS[index],
-        markersize=4.5,
-        markerfacecolor="white" if index % 2 else colour,
-        linewidth=1.4,
-        label=label,
-    )
-    if len(curves) > 1:
-        std = curves.std(axis=0, ddof=1)
-        low, high = np.clip(mean - std, 0, 100), np.clip(mean + std, 0, 100)  # a share is never outside
-        axes.fill_between(tasks, low, high, color=colour, alpha=0.13, linewidth=0)
-
-
-def _finish_curves(axes: Axes, what: str) -> None:
-    axes.set_xlabel("after task")
-    axes.set_ylabel(what)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.02)
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0), min(high, 101))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    columns = 1 if _longest_label(axes) > 34 else 2
-    axes.figure.legend(loc="outside lower center", ncols=columns, handlelength=3, frameon=False)
-
-
-def _longest_label(axes: Axes) -> int:
-    return max(map(len, axes.get_legend_handles_labels()[1]))
 
 
 # -- matrices ---------------------------------------------------------------------------------------------------------
@@ -185,8 +126,8 @@ def confusions(group: Group, selections: Sequence[str]) -> Figure:
 
 
 def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str) -> Figure:
-    with rc_context(_RC):
-        rows, columns = _grid(len(panels))
+    with rc_context(RC):
+        rows, columns = panel_grid(len(panels))
         figure = Figure(figsize=(0.6 + 2.9 * columns, 3 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09))
         panes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, values) in zip(panes, panels.items(), strict=False):
@@ -198,11 +139,6 @@ def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str) -> Figur
             axes.set_axis_off()
         figure.colorbar(image, ax=list(panes), label=what, shrink=0.8, aspect=30)
     return figure
-
-
-def _grid(panels: int) -> tuple[int, int]:
-    columns = min(panels, 2)
-    return -(-panels // columns), columns
 
 
 def _matrix(axes: Axes, values: np.ndarray) -> Any:
@@ -229,7 +165,7 @@ def _matrix(axes: Axes, values: np.ndarray) -> Any:
 
 def entropies(group: Group, selections: Sequence[str]) -> Figure:
     """Mean entropy of each module where it was the right choice and where it was not, ± std over seeds."""
-    with rc_context(_RC):
+    with rc_context(RC):
         figure = Figure(figsize=(0.6 + 2.9 * len(selections), 2.9), layout="constrained")
         panes = figure.subplots(1, len(selections), squeeze=False, sharey=True).ravel()
         for axes, name in zip(panes, selections, strict=True):
@@ -260,7 +196,7 @@ def _entropy_points(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]
             modules + side, mean, std, linestyle="", markersize=6, elinewidth=1, capsize=3, label=label, **look
         )
     axes.margins(x=0.1)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    horizontal_grid(axes)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
 
 
@@ -274,10 +210,10 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
     for name in every:
         if figure := accuracy_curves(section, name):
             caption = f"Accuracy after each task, selection: {selection_name(name)}; mean ± std over seeds"
-            drawn[""].append((caption, _save(figure, folder / f"{section.key}-accuracy-{name}")))
+            drawn[""].append((caption, save_both(figure, folder / f"{section.key}-accuracy-{name}")))
     if figure := sparsity_curves(section):
         caption = "Share of the parameters of each task's module with |θ| < 0.001"
-        drawn[""].append((caption, _save(figure, folder / f"{section.key}-sparsity")))
+        drawn[""].append((caption, save_both(figure, folder / f"{section.key}-sparsity")))
     for group in section.groups:
         drawn[group.name] = _draw_group(group, folder / f"{section.key}-{group.key}")
     return drawn
@@ -287,18 +223,15 @@ def _draw_group(group: Group, stem: Path) -> list[tuple[str, Path]]:
     drawn = []
     names = [n for n in ("batch", "sample", "lda", "ridge") if n in group.selections]
     figure = accuracy_matrices(group, names)
-    drawn.append(("Accuracy on each task after each task", _save(figure, Path(f"{stem}-matrix"))))
+    drawn.append(("Accuracy on each task after each task", save_both(figure, Path(f"{stem}-matrix"))))
     if chosen := [n for n in names if all(n in run.values["confusion"] for run in group.runs)]:
         figure = confusions(group, chosen)
-        drawn.append(("Which module was chosen for the images of each task", _save(figure, Path(f"{stem}-confusion"))))
+        drawn.append(
+            ("Which module was chosen for the images of each task", save_both(figure, Path(f"{stem}-confusion")))
+        )
+    drawn += draw_predictions(group, stem)
     if known := [n for n in names[:2] if all(n in run.values["entropy"] for run in group.runs)]:
         figure = entropies(group, known)
         caption = "Mean entropy of each module's answers where it was the right choice and where it was not"
-        drawn.append((caption, _save(figure, Path(f"{stem}-entropy"))))
+        drawn.append((caption, save_both(figure, Path(f"{stem}-entropy"))))
     return drawn
-
-
-def _save(figure: Figure, stem: Path) -> Path:
-    png = Path(f"{stem}.png")
-    save(figure, png, Path(f"{stem}.pdf"))
-    return png

@@ -4,6 +4,8 @@ The definitions, used word for word in log, JSON, tables and README, are in ``GL
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,11 @@ GLOSSARY = {
     "A_T": "last accuracy: the top-1 accuracy on all test images after the last task (%)",
     "forgetting": "the mean over all tasks but the last of (best accuracy on the task before the end − its final "
     "accuracy), in percentage points",
+    "backward transfer": "the mean over all tasks but the last of (final accuracy − accuracy right after the task was "
+    "learned), in percentage points; forward transfer, the accuracy on a task before it is learned, is not defined "
+    "here: a classifier without rows for a task's classes cannot answer with them",
+    "ECE": "expected calibration error: over 15 equal bins of the probability of the answer, the mean distance between "
+    "probability and accuracy, weighted by images, in percentage points",
     "selection accuracy": "the share of test images for which the module of their own task was chosen (%)",
     "oracle": "the accuracy when each image's true task chooses the module: what a perfect selection would give (%)",
     **{selection.name: selection.definition for selection in SELECTIONS.values()},
@@ -95,6 +102,22 @@ def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
     return float(np.mean(drops)) if drops else 0.0
 
 
+def backward_transfer(matrix: Sequence[Sequence[float | None]]) -> float:
+    """Mean over all but the last task of (final accuracy − accuracy right after learning it), in percentage points.
+
+    After Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, Section 2; ``matrix``
+    as in ``forgetting``. Forward transfer is not defined for class-incremental learning: before a task is learned the
+    classifier has no rows for its classes. One task alone: 0.
+    """
+    last = len(matrix) - 1
+    changes = []
+    for k in range(last):
+        first, final = matrix[k][k], matrix[last][k]
+        if first is not None and final is not None:
+            changes.append(final - first)
+    return float(np.mean(changes)) if changes else 0.0
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1); the deviation of one value is 0."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -117,3 +140,60 @@ def entropy_by_module(
         of_module = [entropy[right & (module == t)] for t in range(tasks)]
         means[name] = [float(values.mean()) if len(values) else None for values in of_module]
     return means
+
+
+# -- after the last task ----------------------------------------------------------------------------------------------
+
+BINS = 15  # of the reliability diagram, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The images whose answer had a probability in one of the equal bins of (0, 1].
+
+    Attributes:
+        count: how many.
+        probability: their mean probability in percent; None for an empty bin.
+        accuracy: their accuracy in percent; None for an empty bin.
+    """
+
+    count: int
+    probability: float | None = None
+    accuracy: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready values under the names of the attributes."""
+        return asdict(self)
+
+
+def reliability(probability: np.ndarray, hits: np.ndarray) -> list[ReliabilityBin]:
+    """Sort images by the probability of their answer into ``BINS`` equal bins: ``(images,), (images,)``."""
+    place = np.clip(np.ceil(probability.astype(np.float64) * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = []
+    for index in range(BINS):
+        inside = place == index
+        count = int(inside.sum())
+        mean = float(probability[inside].astype(np.float64).mean() * 100) if count else None
+        bins.append(ReliabilityBin(count, mean, percent(hits[inside])))
+    return bins
+
+
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
+    """Mean distance between probability and accuracy, weighted by images, in percentage points; None: no images."""
+    total = sum(b.count for b in bins)
+    distances = [
+        b.count * abs(b.accuracy - b.probability) for b in bins if b.accuracy is not None and b.probability is not None
+    ]
+    return sum(distances) / total if total else None
+
+
+def class_accuracies(hits: np.ndarray, true: np.ndarray, classes: int) -> list[float | None]:
+    """Percent correct on the test images of each class; None for a class without any."""
+    return [percent(hits[true == c]) for c in range(classes)]
+
+
+def class_confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Counts of (true class, predicted class): ``(images,), (images,) -> (classes, classes)`` int64."""
+    table = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(table, (true, predicted), 1)
+    return table

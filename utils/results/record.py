@@ -9,6 +9,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.files import atomic_write, write_json
 from utils.results import metrics
+from utils.results.cost import cost_summary
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES
 from utils.runs.manifest import RunManifest, TaskRecord
 from utils.runs.paths import RunPaths
@@ -62,6 +63,7 @@ def collect_results(tasks: Sequence[TaskRecord]) -> dict[str, Any]:
             "average": metrics.average_accuracy(curve),
             "last": curve[-1],
             "forgetting": metrics.forgetting(matrix),
+            "backward_transfer": metrics.backward_transfer(matrix),
         }
     return results
 
@@ -88,6 +90,9 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "sparsity": [task.sparsity for task in tasks if task.sparsity is not None],
         "confusion": last.confusion,
         "entropy": last.entropy,
+        "details": last.details,
+        "epochs": [task.to_json()["epochs"] for task in tasks],
+        "cost": manifest.cost,
         "seconds": _rounded_seconds(manifest.seconds),
         "backbone_forwards": manifest.backbone_forwards,
         "glossary": GLOSSARY,
@@ -128,9 +133,9 @@ def curves_csv(run: dict[str, Any]) -> str:
 def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
     """The run's curves as a picture beside its JSON. A run never fails for want of a picture."""
     try:
-        from utils.results import figures
+        from utils.results import drawing, figures
 
-        figures.save(figures.run_curves(run), paths.file(".png"))
+        drawing.save(figures.run_curves(run), paths.file(".png"))
     except ImportError:
         log.info("No picture of the curves: it needs matplotlib (pip install matplotlib)")
     except UserError as error:
@@ -166,6 +171,8 @@ def log_summary(run: dict[str, Any]) -> None:
         *(seconds[k] for k in ("total", "features", "train", "evaluate")),
         run["backbone_forwards"],
     )
+    if run["cost"]:
+        log.info("Cost summary: %s", cost_summary(run["cost"]))
     for term in ("Ā", "A_T", "forgetting", "selection accuracy", "oracle"):
         log.info("  %s: %s", term, GLOSSARY[term])
 

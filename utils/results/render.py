@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from utils.results import escape
 from utils.results.cells import Cell, HasTable, MeanStd, Selections, Table
 from utils.results.comparison import COMPARED, Comparison
-from utils.results.metrics import GLOSSARY, selection_name
+from utils.results.cost import COLUMNS, PUBLISHED_COLUMNS, CostTable
+from utils.results.metrics import GLOSSARY
 from utils.results.tables import MEASURES, Section, glossary_markdown
-
-__all__ = ["as_csv", "as_latex", "as_markdown", "as_text", "comparisons_csv", "glossary_text", "selection_name"]
 
 # -- text and Markdown ------------------------------------------------------------------------------------------------
 
@@ -135,6 +134,19 @@ def csv_numbers(number: MeanStd | None) -> tuple[object, object, object, object]
     half = number.half_width
     ends = ("", "") if half is None else (number.mean - half, number.mean + half)
     return number.mean, number.std if number.count > 1 else "", *ends
+
+
+def cost_csv(tables: Sequence[CostTable]) -> str:
+    """Return what every group of runs cost, with unrounded numbers."""
+    names = list(dict.fromkeys(column for table in tables for column in table.section.columns))
+    measures = [f"{name} {part}" for name in (*COLUMNS, *PUBLISHED_COLUMNS) for part in ("mean", "std")]
+    lines: list[list[object]] = [["data_set", *names, "seeds", *measures]]
+    for table in tables:
+        for group, numbers in table.rows():
+            values = [value for number in numbers.values() for value in csv_numbers(number)[:2]]
+            labels = [group.labels.get(name, "") for name in names]
+            lines.append([table.section.short_title, *labels, len(group.runs), *values])
+    return csv_text(lines)
 
 
 def comparisons_csv(comparisons: Sequence[Comparison]) -> str:

@@ -43,6 +43,8 @@ class TaskRecord:
         sparsity: share of the new module's parameters that are nearly zero; None without modules.
         parameters: numbers of parameters, by what holds them.
         epochs: what each epoch of training gave; empty where that was not kept.
+        details: of the last task alone, for each selection accuracy on each class and calibration
+            (``utils.results.predictions``); empty for the others.
     """
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class TaskRecord:
     sparsity: float | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     epochs: tuple[EpochStats, ...] = ()
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready values under the names of the attributes."""
@@ -59,7 +62,7 @@ class TaskRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskRecord":
-        """Read what ``to_json`` gave; a record of an older version has no ``epochs``.
+        """Read what ``to_json`` gave; a record of an older version has no ``epochs`` and ``details``.
 
         Raises:
             CheckpointError: something is absent or of another kind; it is named.
@@ -72,6 +75,7 @@ class TaskRecord:
             entropy=get.read("entropy", dict),
             sparsity=get.read("sparsity", (float, int, type(None))),
             parameters=get.read("parameters", dict),
+            details=get.read("details", dict, {}),
             epochs=tuple(
                 EpochStats(float(e.read("loss", (float, int))), float(e.read("accuracy", (float, int)))) for e in epochs
             ),
@@ -122,6 +126,7 @@ class RunManifest:
         seconds: spent, by phase.
         files: the checkpoint's files with their SHA-256.
         tasks: the results after each task that is done.
+        cost: what training and answering cost, by name (``models.cost``); empty before the end.
         base: the saved run that this one continues, or None.
     """
 
@@ -143,6 +148,7 @@ class RunManifest:
     seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "train": 0.0, "evaluate": 0.0})
     files: dict[str, str] = field(default_factory=dict)
     tasks: tuple[TaskRecord, ...] = ()
+    cost: dict[str, float] = field(default_factory=dict)
     base: BaseFacts | None = None
 
     @property
@@ -158,7 +164,12 @@ class RunManifest:
     def with_task(self, record: TaskRecord, **changes: Any) -> "RunManifest":
         """Return the manifest after one more task, with other attributes changed by name."""
         done = len(self.tasks) + 1 == len(self.task_sizes)
-        return replace(self, tasks=(*self.tasks, record), status="finished" if done else "running", **changes)
+        earlier = (replace(task, details={}) for task in self.tasks)
+        return replace(self, tasks=(*earlier, record), status="finished" if done else "running", **changes)
+
+    def with_last_results(self, details: dict[str, dict[str, Any]], cost: dict[str, float]) -> "RunManifest":
+        """Return the manifest with what only the end of a run can tell: details of its last task, and its cost."""
+        return replace(self, tasks=(*self.tasks[:-1], replace(self.tasks[-1], details=details)), cost=cost)
 
     def learned(self, tasks: int | None = None) -> LearnedClasses:
         """Return the classes of the first ``tasks`` tasks, by default of all that are done."""
@@ -207,6 +218,7 @@ class RunManifest:
             missing_at_start=get.read("missing_at_start", (int, type(None)), None),
             seconds=get.read("seconds", dict),
             files=get.read("files", dict),
+            cost=get.read("cost", dict, {}),
             tasks=tuple(TaskRecord.from_json(item) for item in get.items("tasks", dict)),
             base=_base_from_json(base),
         )

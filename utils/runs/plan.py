@@ -114,4 +114,4 @@ def _files(setup: Setup, seed: int, *, with_modules: bool) -> list[Path]:
     folder, paths, tasks = setup.checkpoint(seed).folder, run_paths(setup.config, seed), len(setup.stream(seed).tasks)
     modules = [folder / f"task{i}.pth" for i in range(tasks)] if with_modules else []
     own = [*modules, folder / f"classifier{tasks - 1}.pth", folder / MANIFEST]
-    return [*own, *(paths.file(suffix) for suffix in (".log", ".json", ".csv", ".png"))]
+    return [*own, *(paths.file(suffix) for suffix in (".log", ".json", ".csv", ".npz", ".png"))]

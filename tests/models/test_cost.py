@@ -1,0 +1,127 @@
+"""FLOPs worked by hand, and the columns of the cost table in a run's JSON and log."""
+
+import ast
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbone.forward import plain_features
+from backbone.luca import make_luca
+from backbone.vit import Backbone
+from models.cost import FlopCounter, count_flops, luca_flops, step_flops, training_flops, whole_forward_flops
+from tests.conftest import tiny_config
+from utils.data.tasks import Task
+from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PUBLISHED_COLUMNS, TRAIN
+
+DIM, ROWS, HIDDEN = 768, 10, 48
+PRODUCT = 2 * DIM * HIDDEN  # one product of a feature with a bottleneck's weights: two for a multiply-add
+
+
+def test_a_luca_is_four_products_with_its_bottlenecks():
+    assert luca_flops(tiny_config(), DIM) == 4 * PRODUCT
+
+
+def test_a_step_is_forward_weight_gradients_and_input_gradients():
+    # every product again for the gradient of its weights and of its input; the feature itself needs no gradient
+    classifier = 3 * 2 * DIM * ROWS
+    assert step_flops(tiny_config(), DIM, ROWS) == (3 * 4 - 1) * PRODUCT + classifier
+
+
+@pytest.mark.parametrize(("flow", "products"), [("tosca_r", 4), ("adapter", 2), ("calibrator", 2)])
+def test_a_flow_costs_what_it_computes(flow, products):
+    assert luca_flops(tiny_config(flow=flow), DIM) == products * PRODUCT
+
+
+def test_a_vit_b_16_forward_is_the_published_number():
+    assert whole_forward_flops("vit_base_patch16_224", 224) / 1e9 == pytest.approx(35.14, rel=1e-3)
+
+
+def tiny_vit():
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, img_size=32).eval()
+
+
+def test_a_vit_forward_worked_by_hand():
+    dim, tokens, depth, patches = 192, 5, 12, 4
+    products = 2 * tokens * dim * (3 * dim + dim + 4 * dim + 4 * dim)  # qkv, projection, both layers of the MLP
+    attention = 2 * 2 * tokens * tokens * dim  # scores, and the weighted sum of the values
+    patch_embedding = 2 * patches * dim * 3 * 16 * 16
+    assert whole_forward_flops("vit_tiny_patch16_224", 32) == depth * (products + attention) + patch_embedding
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_forward_that_is_spent_is_the_whole_one_but_for_the_last_block(precision):
+    model = tiny_vit()
+    whole = whole_forward_flops("vit_tiny_patch16_224", 32)
+    backbone = Backbone(model, name="x", device=torch.device("cpu"), precision=precision, normalize=False)
+    spent = count_flops(lambda: backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
+    dim, tokens = 192, 5
+    one_token = 2 * dim * (dim + dim + 4 * dim + 4 * dim)  # query, projection and MLP of a token in the last block
+    attention = 2 * 2 * tokens * dim
+    assert spent == whole - (tokens - 1) * (one_token + attention)
+
+
+def test_the_counter_is_torchs_own():
+    luca = make_luca(64, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=0)
+    images = torch.zeros(2, 3, 32, 32)
+    model = tiny_vit()
+    for work in (lambda: luca(torch.ones(3, 64)).sum().backward(), lambda: plain_features(model, images)):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            with FlopCounterMode(display=False) as theirs:
+                work()
+            with FlopCounter() as ours:
+                work()
+        assert ours.total == theirs.get_total_flops() > 0
+
+
+def test_training_counts_every_image_in_every_epoch_and_once_for_the_prototypes():
+    config = tiny_config(epochs=3)
+    sizes = ((0, 2, 5), (2, 4, 7))  # first row, last row, images
+    none = torch.zeros(0, dtype=torch.long).numpy()
+    tasks = [
+        Task(index=i, rows=range(a, b), train=range(n), train_rows=none, test=none, test_classes=none)
+        for i, (a, b, n) in enumerate(sizes)
+    ]
+    expected = sum(n * (3 * step_flops(config, DIM, b) + luca_flops(config, DIM)) for _, b, n in sizes)
+    assert training_flops(config, DIM, tasks) == expected
+
+
+# -- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_one_line_with_the_published_keys(finished_run):
+    (line,) = [line for line in finished_run.log().splitlines() if "Cost summary: " in line]
+    cost = ast.literal_eval(line.partition("Cost summary: ")[2])
+    assert tuple(cost) == (*COLUMNS, *PUBLISHED_COLUMNS)
+    assert all(value > 0 for value in cost.values())
+    stored = finished_run.json()["cost"]
+    assert all(value == pytest.approx(stored[name], rel=1e-3) for name, value in cost.items())
+
+
+def test_as_published_is_a_backbone_for_each_module_and_for_each_image_in_each_epoch(finished_run):
+    cost, values = finished_run.json()["cost"], finished_run.json()
+    whole = whole_forward_flops("vit_tiny_patch16_224", 32) / 1e9
+    epochs, images, modules = 2, values["data"]["train_images"], 3
+    assert cost[TRAIN + " as published"] - cost[LEARNER] == pytest.approx(whole * images * (epochs + 1))
+    spent_forward = (cost[TRAIN] - cost[LEARNER]) / values["backbone_forwards"]
+    assert spent_forward < whole
+    answering = cost[INFERENCE] - spent_forward
+    assert cost[INFERENCE + " as published"] == pytest.approx(modules * whole + answering)
+    assert cost[EVAL_MS + " as published"] > cost[EVAL_MS]
+
+
+def test_parameters_are_those_of_the_finished_model(finished_run):
+    cost, counts = finished_run.json()["cost"], finished_run.json()["parameters"]
+    everything = counts["backbone"] + 3 * counts["luca_per_task"] + counts["classifier"]
+    assert (cost["Params (M)"], cost["Trainable Params (M)"]) == (everything / 1e6, counts["trainable"] / 1e6)
+
+
+def test_a_baseline_counts_what_it_does_and_a_full_bank_costs_nothing(finished_run, digit_folder, run_main, tmp_path):
+    cache = str(finished_run.folder / "cache")
+    outcome = run_main(tmp_path, data_path=str(digit_folder), model_name="simplecil", cache_dir=cache)
+    cost = outcome.json()["cost"]
+    images, dim, classes = 24, 192, 2
+    assert cost[LEARNER] * 1e9 == 2 * images * dim * classes  # class means: members × features
+    assert cost[TRAIN] == cost[LEARNER]
+    assert cost[EVAL_MS + " as published"] == cost[EVAL_MS]  # it has one module: the classifier
