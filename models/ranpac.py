@@ -3,7 +3,10 @@
 McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023, Section 4.
 The paper first tunes the backbone on the first task by a parameter-efficient method (its Phase 1). That is left out
 here: every learner of this project sees the same frozen features. Training images pass the test transform, without
-augmentation. The statistics, and how λ is chosen, are in ``models/ridge.py``.
+augmentation. The statistics, and how λ is chosen, are in ``models/streaming/ridge.py``.
+
+With ``ranpac_whitened`` (an extension of this project) half of the random features are of the whitened feature, in a
+regression of their own: ``models/streaming/ridge_pair.py``. It is what ``tosca_white`` has without its modules.
 """
 
 import torch
@@ -11,10 +14,24 @@ from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.ridge import RandomRidge
+from models.streaming.ridge_pair import RidgePair
 from utils.config import Config
-from utils.methods import Method
+from utils.methods import Key, Method
+from utils.seeds import derive_seed
 
-METHOD = Method("ranpac", "ridge regression on 10,000 random features, without first-session adaptation")
+METHOD = Method(
+    "ranpac",
+    "ridge regression on 10,000 random features, without first-session adaptation",
+    keys=(
+        Key(
+            "ranpac_whitened",
+            bool,
+            False,
+            "two regressions of 5,000 random features, one of them on the whitened feature, in place of one of 10,000",
+            affects="module",
+        ),
+    ),
+)
 RANDOM_FEATURES = 10_000  # the paper's M
 
 
@@ -25,13 +42,17 @@ class RanPAC(Learner):
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)
-        self.ridge = RandomRidge(dim, RANDOM_FEATURES, seed, device)
+        self.ridge: RandomRidge | RidgePair
+        if config.own["ranpac_whitened"]:
+            self.ridge = RidgePair(dim, RANDOM_FEATURES // 2, derive_seed("ridges", seed), device)
+        else:
+            self.ridge = RandomRidge(dim, RANDOM_FEATURES, seed, device)
 
     def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         self.ridge.update(task.test_view(), task.labels, task.first_row + task.new_rows)
 
     def scores(self, features: Tensor) -> Tensor:
-        """Regressed one-hot targets."""
+        """Regressed one-hot targets; of two regressions the mean of their log-probabilities."""
         return self.ridge.scores(features)
 
     def parameter_counts(self) -> dict[str, int]:

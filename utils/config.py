@@ -185,6 +185,9 @@ class Config:
         for name, key in KEYS.items():
             object.__setattr__(self, name, key.checked(getattr(self, name)))
         object.__setattr__(self, "own", _checked_own(self.method, self.own))
+        for name, value in self.method.fixed:
+            if (given := getattr(self, name)) not in (value, KEYS[name].default):
+                raise ConfigError(f"{name} is always {value!r} under {self.model_name}, got {given!r}; remove the key")
         if "/" in self.prefix or "\\" in self.prefix:
             raise ConfigError(f"prefix must not contain a path separator, got {self.prefix!r}; log_dir sets the folder")
         for name in ("data_path", "backbone_weights", "cache_dir", "checkpoint_dir", "log_dir", "continue_from"):

@@ -47,6 +47,7 @@ class Method:
         views: ``test``: it trains on the test transform; ``augmented``: on the augmented views.
         modular: whether it saves a module for each task.
         reads: which of the shared keys it reads, by what they touch: ``training``, ``module``.
+        fixed: shared keys that it does not leave open, with their value; a config gives this value or none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method:
     views: str = "test"
     modular: bool = False
     reads: tuple[str, ...] = ()
+    fixed: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.views not in ("test", "augmented"):
@@ -72,6 +74,8 @@ class Method:
         """Whether a shared key means nothing to this method: runs that differ in it alone are equal."""
         if key.affects == "views":
             return not self.augmented
+        if key.name in dict(self.fixed):
+            return True
         return key.affects in ("training", "module") and key.affects not in self.reads
 
 

@@ -28,7 +28,7 @@ TEST_SHARE = 4  # every so many-th family of a script is for testing
 def is_test_family(glyphs: Glyphs) -> Tensor:
     """Mark the glyphs of every fourth family, in the order of their names: bool ``[N]``."""
     present = glyphs.family.unique().tolist()  # sorted, as the names are
-    return torch.isin(glyphs.family, torch.tensor(present[:: TEST_SHARE]))
+    return torch.isin(glyphs.family, torch.tensor(present[::TEST_SHARE]))
 
 
 def draw(glyphs: Glyphs) -> Tensor:

@@ -5,6 +5,8 @@ are no log-probabilities; a temperature τ for each makes them so. It is chosen 
 scored by the regression on all *other* images so far, which costs no second fit: leave-one-out has a closed form.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +39,11 @@ class RidgePair:
         self.ridges = {name: RandomRidge(dim, width, derive_seed(name, seed), device) for name in NAMES}
         self.whitening: Whitening | None = None
         self.losses = torch.zeros(len(NAMES), len(TEMPERATURES), dtype=torch.float64)
+
+    @property
+    def width(self) -> int:
+        """Random features of both regressions together."""
+        return sum(ridge.width for ridge in self.ridges.values())
 
     @property
     def temperatures(self) -> list[float]:
@@ -82,13 +89,14 @@ class RidgePair:
             state |= self.whitening._asdict()
         return {**state, "losses": self.losses}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the ``state_dict`` of an object with the same dim, width and seed."""
         for name, ridge in self.ridges.items():
             start = f"{name}."
             ridge.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
         device = self.ridges["plain"].projection.device
-        self.whitening = Whitening(state["matrix"].to(device), state["mean"].to(device)) if "matrix" in state else None
+        parts = [state[name].to(device) for name in Whitening._fields if name in state]
+        self.whitening = Whitening(*parts) if parts else None
         self.losses = state["losses"]
 
 

@@ -1,4 +1,4 @@
-"""Whitening of a feature by the within-class covariance of the classes so far."""
+"""Whitening of a feature by the covariance within the classes so far."""
 
 from typing import NamedTuple
 
@@ -9,26 +9,28 @@ from models.streaming.lda import StreamingLDA
 
 
 class Whitening(NamedTuple):
-    """``z = Aᵀ(h − μ)``: inside a class the whitened feature has about unit variance in every direction.
+    """``z = Aᵀ(h − μ)`` with ``A = V·diag(w)^-1/2``: inside a class z has about unit variance in every direction.
 
     Attributes:
-        matrix: ``A`` ``(dim, dim)``.
+        directions: ``V`` ``(dim, dim)``, the eigenvectors of the covariance as columns.
+        scales: ``w^-1/2`` ``(dim,)``.
         mean: ``μ`` ``(dim,)``.
     """
 
-    matrix: Tensor
+    directions: Tensor
+    scales: Tensor
     mean: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
         """Whiten in float32: ``(samples, dim) -> (samples, dim)``."""
-        return (features.float() - self.mean) @ self.matrix
+        return (features.float() - self.mean) @ self.directions * self.scales
 
 
 def make_whitening(statistics: StreamingLDA) -> Whitening:
-    """``A = V·diag(w)^-1/2`` of the shrunk covariance within classes ``V·diag(w)·Vᵀ``; ``μ`` is the mean of all means.
+    """The whitening by the shrunk covariance within classes ``V·diag(w)·Vᵀ``; ``μ`` is the mean of all class means.
 
     Float32, on the device of the statistics. With no two different images in any class ``A`` is the identity.
     """
     values, vectors = torch.linalg.eigh(statistics.covariance())
     mean = statistics.means[statistics.images > 0].mean(dim=0)
-    return Whitening((vectors * values.rsqrt()).float(), mean.float())
+    return Whitening(vectors.float(), values.rsqrt().float(), mean.float())

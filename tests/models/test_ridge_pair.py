@@ -44,9 +44,11 @@ def test_whitening_worked_by_hand():
     whitening = make_whitening(statistics)
     assert whitening.mean.tolist() == [0.0, 2.0]  # the mean of the two means
     ordered, _ = covariance.diagonal().sort()  # eigenvalues come in rising order
-    torch.testing.assert_close(whitening.matrix.double().norm(dim=0), ordered.rsqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(whitening.scales.double(), ordered.rsqrt(), rtol=1e-6, atol=0)
+    matrix = (whitening.directions * whitening.scales).double()
+    torch.testing.assert_close(matrix.T @ covariance @ matrix, torch.eye(2).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        whitening.matrix.T.double() @ covariance @ whitening.matrix.double(), torch.eye(2).double(), rtol=0, atol=1e-6
+        whitening(torch.tensor([[1.0, 2.0]])).double(), torch.tensor([[1.0, 0.0]]).double() @ matrix
     )
 
 
@@ -120,7 +122,7 @@ def test_losses_of_all_tasks_are_added(data):
 def test_scores_are_the_mean_of_two_calibrated_log_probabilities(data):
     pair = fitted(parts(data))
     plain, whitened = pair.ridges.values()
-    seen = F.normalize((data[0] - pair.whitening.mean) @ pair.whitening.matrix, dim=1)
+    seen = F.normalize((data[0] - pair.whitening.mean) @ (pair.whitening.directions * pair.whitening.scales), dim=1)
     tau = pair.temperatures
     expected = 0.5 * (
         (tau[0] * plain.scores(data[0])).log_softmax(dim=1) + (tau[1] * whitened.scores(seen)).log_softmax(dim=1)
@@ -135,7 +137,7 @@ def test_the_whitening_of_the_first_task_stays(data):
     kept = Whitening(*(part.clone() for part in pair.whitening))
     statistics = StreamingLDA(DIM)
     statistics.update(*first)
-    torch.testing.assert_close(kept.matrix, make_whitening(statistics).matrix)
+    torch.testing.assert_close(kept.scales, make_whitening(statistics).scales)
     pair.update(*second)
     assert all(torch.equal(*both) for both in zip(kept, pair.whitening, strict=True))
 

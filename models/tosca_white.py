@@ -1,0 +1,230 @@
+"""TOSCA on a whitened feature, answered together with two ridge regressions. An extension of this project.
+
+On general features the modules of TOSCA are weak inside their own task. Here a module reads the whitened feature
+``z = diag(w_t)^-1/2 V_tᵀ(h − μ_t)``, starts as the identity, and is trained on ``z + N(0, I)`` to tell the classes of
+its own task apart. ``V_t·diag(w_t)·V_tᵀ`` is the shrunk covariance within the classes so far when task t is learned,
+``μ_t`` the mean of their means; both are kept with the module and never change.
+
+Three answers treat each image by itself: ``sample`` as in TOSCA; ``ridges``, where two ridge regressions on random
+features name the task; and ``blend``, where nothing is routed: the mean of what the regressions and the modules say,
+``½ · Σ_k log softmax(τ_k·s_k(h)) + ½ · log p(class | its task, module of that task)``. docs/selection.md has the study.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from backbone.classifier import CosineClassifier
+from backbone.luca import LuCA, luca_stacked, make_luca
+from models.base import OnEpoch, Prediction, TaskData
+from models.modular import SAMPLES, ModularLearner, entropy, joined
+from models.streaming.lda import StreamingLDA
+from models.streaming.ridge_pair import RidgePair
+from models.streaming.whitening import Whitening, make_whitening
+from models.tosca import class_means
+from models.training import Epoch, check_finite, shuffled_epochs, train_with_progress
+from utils.config import Config
+from utils.errors import NumericError
+from utils.methods import Key, Method, Selection
+from utils.seeds import derive_seed
+
+METHOD = Method(
+    "tosca_white",
+    "a LuCA module for each task on the whitened feature, blended with two ridge regressions",
+    keys=(
+        Key(
+            "white_features",
+            int,
+            5_000,
+            "random features of each of the two ridge regressions",
+            affects="module",
+            low=1,
+            high=100_000,
+        ),
+    ),
+    selections=(
+        "sample",
+        Selection(
+            "ridges",
+            "ridges",
+            "for each image by itself, the task of the best class under two ridge regressions on random features, of "
+            "the feature and of the whitened feature; its module answers among the task's own classes",
+        ),
+        Selection(
+            "blend",
+            "blend",
+            "for each image by itself, the mean of the log-probabilities of the same two regressions plus half the "
+            "log-probability that the module of a class's task gives it within the task; no module is chosen",
+        ),
+    ),
+    views="augmented",
+    modular=True,
+    reads=("training", "module"),
+    fixed=(("flow", "tosca"), ("sigma", 16.0), ("new_rows", "prototypes"), ("old_rows", "freeze")),
+)
+SIGMA = 16.0  # scale of the cosine logits
+WHITENING = "whitening."  # in front of the names of a module's whitening, beside those of its LuCA
+DIRECTIONS = WHITENING + "directions"
+
+
+class WhiteTOSCA(ModularLearner):
+    """A module for each task on its own whitened feature, and two ridge regressions.
+
+    Attributes:
+        statistics: of the frozen feature, for the next task's whitening.
+    """
+
+    selections: ClassVar[tuple[str, ...]] = ("sample", "ridges", "blend")
+    state_names: ClassVar[tuple[str, ...]] = (*ModularLearner.state_names, "statistics")
+
+    def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
+        super().__init__(config, dim, device, seed)
+        self.sigma = torch.tensor(SIGMA, device=device)
+        self.statistics = StreamingLDA(dim, device)
+        self.routers = {"ridges": RidgePair(dim, config.own["white_features"], derive_seed("ridges", seed), device)}
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
+        total_rows = task.first_row + task.new_rows
+        statistics = copy.deepcopy(self.statistics)  # a task that fails leaves the learner as it was
+        statistics.update(task.test_view(), task.labels, total_rows)
+        whitening = stored_whitening(statistics, self.device)
+        luca = self.fresh_luca(task)
+        classifier = CosineClassifier(own_means(luca, whitening, task), self.sigma)
+        classifier.sigma.requires_grad_(False)
+        try:
+            epochs = self._noisy_epochs(task, whitening)
+            train_with_progress(luca, classifier, epochs, self.config, task.index, on_epoch=on_epoch)
+            rows = own_means(luca, whitening, task)
+            check_finite({**dict(luca.named_parameters(prefix="LuCA")), "the classifier's rows": rows})
+        except NumericError as error:
+            raise NumericError(f"task {task.index}, {error}") from None
+        self.statistics, self.weight = statistics, torch.cat([self.weight, rows])
+        kept = {WHITENING + name: part for name, part in whitening._asdict().items()}
+        self.add_module({**dict(luca.named_parameters()), **kept})
+        self.routers["ridges"].update(task.test_view(), task.labels, total_rows)
+
+    def fresh_luca(self, task: TaskData) -> LuCA:
+        """The module before training, as TOSCA starts it, but for the last layers of adapter and calibrator: zero.
+
+        So it starts as the identity: LayerNorm(z) times the gate's ½.
+        """
+        c, seed = self.config, derive_seed("luca", self.seed, task.index)
+        first, shape = task.index == 0, {"mlp_ratio": c.mlp_ratio, "se_ratio": c.se_ratio}
+        luca = make_luca(self.dim, **shape, flow="tosca", first=first, seed=seed)
+        with torch.no_grad():
+            for parameter in (*luca.mlp[2].parameters(), *luca.se[2].parameters()):
+                parameter.zero_()
+        return luca.to(self.device)
+
+    def _noisy_epochs(self, task: TaskData, whitening: Whitening) -> Iterator[Epoch]:
+        """The batches of each epoch: whitened features with fresh noise, rows counted from the task's first."""
+        for epoch, steps in enumerate(shuffled_epochs(task, self.config, self.seed)):
+            generator = torch.Generator().manual_seed(derive_seed("noise", self.seed, task.index, epoch))
+            yield (
+                (whitening(h) + torch.randn(h.shape, generator=generator).to(h.device), rows - task.first_row)
+                for h, rows in steps
+            )
+
+    # -- prediction ------------------------------------------------------------------------------------------------
+
+    def forward_modules(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        directions, scales, mean = (parameters[WHITENING + name] for name in Whitening._fields)
+        each = features.expand(len(mean), *features.shape[-2:])  # (modules, samples, dim)
+        white = torch.bmm(each - mean[:, None], directions) * scales[:, None]
+        return luca_stacked(parameters, white, "tosca")
+
+    @torch.no_grad()
+    def answer(self, features: Tensor, selection: str = "sample") -> Prediction:
+        """Answer each image by itself: under ``blend`` among all rows, else among those of the chosen module's task."""
+        self.check_selection(selection)
+        parts = [features] if torch.compiler.is_compiling() else features.split(SAMPLES)
+        return joined([self._answers(part, (selection,))[selection] for part in parts])
+
+    @torch.no_grad()
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        """Answer under every selection; none depends on the order, so nothing is added for ``shuffled``."""
+        names = self.selections if true_task is None else (*self.selections, "oracle")
+        tasks = [None] * len(features) if true_task is None else true_task.split(SAMPLES)
+        parts = [self._answers(part, names, known) for part, known in zip(features.split(SAMPLES), tasks, strict=False)]
+        return {name: joined([part[name] for part in parts]) for name in names}
+
+    def _answers(
+        self, features: Tensor, selections: Sequence[str], true_task: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        entropies, own = self._inside_tasks(features)
+        answers = {}
+        pair = self.routers["ridges"].scores(features) if {"ridges", "blend"} & set(selections) else own
+        for name in selections:
+            if name == "blend":
+                answers[name] = Prediction(pair + 0.5 * own)
+                continue
+            if name == "sample":
+                module = entropies.argmin(dim=1)
+            elif name == "oracle" and true_task is not None:
+                module = true_task
+            else:
+                module = self.row_task[pair.argmax(dim=1)]
+            chosen = entropies.gather(1, module[:, None])[:, 0]
+            answers[name] = Prediction(self._own_rows(own, module), module, chosen, entropies)
+        return answers
+
+    def _inside_tasks(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What every module says: its entropy over all rows, and log p of each row of its own task.
+
+        Shape: ``(samples, dim) -> (samples, modules), (samples, rows)``.
+        """
+        entropies, own = [], features.new_zeros(len(features), len(self.row_task))
+        for first, logits in self._all_logits(features):  # (some modules, samples, rows)
+            entropies.append(entropy(logits).T)
+            numbers = torch.arange(first, first + len(logits), device=logits.device)
+            mine = (self.row_task == numbers[:, None])[:, None]  # (some modules, 1, rows)
+            inside = logits.masked_fill(~mine, -torch.inf).log_softmax(dim=2)
+            own = own + inside.masked_fill(~mine, 0.0).sum(dim=0)
+        return torch.cat(entropies, dim=1), own
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def module_state(self, task: int) -> dict[str, Tensor]:
+        """The module and its whitening, the directions in the half precision to which they were rounded."""
+        state = super().module_state(task)
+        return {**state, DIRECTIONS: state[DIRECTIONS].half()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], modules: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        super().load_state_dict(state, modules)
+        if self.modules:
+            self.modules[DIRECTIONS] = self.modules[DIRECTIONS].float()
+
+    def luca_state(self, task: int) -> dict[str, Tensor]:
+        """The parameters of a task's LuCA, without its whitening."""
+        return {name: p[task] for name, p in self.modules.items() if not name.startswith(WHITENING)}
+
+    def sparsity(self, task: int) -> float:
+        """The share of the LuCA's parameters with |θ| < 1e-3."""
+        flat = torch.cat([p.flatten() for p in self.luca_state(task).values()])
+        return ((flat.abs() < 1e-3).sum() / len(flat)).item()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the modules and their rows; a whitening (``dim² + 2·dim`` numbers) and the regressions are not trained."""
+        luca = sum(p.numel() for p in self.luca_state(0).values()) if self.modules else 0
+        trained_rows = int((self.row_task == self.tasks - 1).sum())
+        classifier = len(self.row_task) * self.dim
+        return {"luca_per_task": luca, "classifier": classifier, "trainable": luca + trained_rows * self.dim}
+
+
+def stored_whitening(statistics: StreamingLDA, device: torch.device) -> Whitening:
+    """The whitening as it will be saved, so that a loaded learner is the same to the last bit."""
+    directions, scales, mean = (part.to(device) for part in make_whitening(statistics))
+    return Whitening(directions.half().float(), scales, mean)
+
+
+@torch.no_grad()
+def own_means(luca: LuCA, whitening: Whitening, task: TaskData) -> Tensor:
+    """Class means of ``luca`` under the test view: ``(new rows, dim)``."""
+    return class_means(luca(whitening(task.test_view())), task.labels - task.first_row, task.new_rows)
