@@ -6,7 +6,7 @@ follow from the shapes of the arguments. Nothing is changed by answering: thread
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class ModularLearner(Learner):
         routers: by the name of the selection that they are.
     """
 
-    state_names = ("weight", "sigma", "routers")
+    state_names: ClassVar[tuple[str, ...]] = ("weight", "sigma", "routers")
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)

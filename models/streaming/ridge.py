@@ -83,7 +83,8 @@ class RandomRidge:
         else:  # with h = Rᵀa and aᵀa = 1: 1 − H = λ·aᵀ(RRᵀ + λI)⁻¹a, and y − ŷ = λ·aᵀ(RRᵀ + λI)⁻¹B; λ cancels
             solved = torch.cholesky_solve(own.T, factor)  # (k, images)
             residual, rest = solved.T @ self.statistic_targets, (own.T * solved).sum(dim=0)
-        return targets - residual / rest[:, None]
+        scores: Tensor = targets - residual / rest[:, None]
+        return scores
 
     def _learn(self, features: Tensor, rows: Tensor, total_rows: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Learn one task.
@@ -139,7 +140,8 @@ class RandomRidge:
             return None
         rotation, self.statistic = torch.linalg.qr(root)
         self.statistic_targets = rotation.T @ root_targets
-        return rotation[len(rotation) - len(hidden) :]
+        own: Tensor = rotation[len(rotation) - len(hidden) :]
+        return own
 
     @property
     def _is_gram(self) -> bool:
