@@ -102,12 +102,12 @@ def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) ->
 def _check_fits(config: Config, base: SavedRun, new: dict[str, Any]) -> None:
     old = base.manifest.identity
     for key in fixed_once_saved(config):
-        if old[key] != new[key]:
-            advice = f"set {key}={old[key]}"
+        if old.get(key) != new.get(key):  # what departs from a default may stand in one of them alone
+            advice = f"set {key}={old[key]}" if key in old else f"remove the key {key}"
             if key == "weights_sha256":
                 advice = f"use the weights of {base.manifest.backbone['name']} that it was trained on"
             raise ConfigError(
-                f"{key} {new[key]!r} is not that of the run in {config.continue_from!r}, {old[key]!r}; what it has "
+                f"{key} {new.get(key)!r} is not that of the run in {config.continue_from!r}, {old.get(key)!r}; what it has "
                 f"learned fits that alone: {advice}"
             )
 
