@@ -107,8 +107,8 @@ def _check_fits(config: Config, base: SavedRun, new: dict[str, Any]) -> None:
             if key == "weights_sha256":
                 advice = f"use the weights of {base.manifest.backbone['name']} that it was trained on"
             raise ConfigError(
-                f"{key} {new.get(key)!r} is not that of the run in {config.continue_from!r}, {old.get(key)!r}; what it has "
-                f"learned fits that alone: {advice}"
+                f"{key} {new.get(key)!r} is not that of the run in {config.continue_from!r}, {old.get(key)!r}; what it "
+                f"has learned fits that alone: {advice}"
             )
 
 
