@@ -4,10 +4,10 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from models import ContinualClassifier
+    from models import ContinualClassifier, Predictions
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tqdm"]
 
@@ -29,7 +29,18 @@ def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | No
     Raises:
         UserError: one line that says what is wrong with checkpoint or weights.
     """
-    return _models().ContinualClassifier.load(checkpoint, backbone_weights=backbone_weights, device=device)
+    load = _models().ContinualClassifier.load
+    return cast("ContinualClassifier", load(checkpoint, backbone_weights=backbone_weights, device=device))
+
+
+def from_state(state: dict[str, Any]) -> "ContinualClassifier":
+    """A model in another process: what unpickling calls, with the ``state`` of the model that was pickled."""
+    return cast("ContinualClassifier", _models().ContinualClassifier.from_state(state))
+
+
+def predictions(*values: Any) -> "Predictions":
+    """Answers in another process: what unpickling calls, with their values."""
+    return cast("Predictions", _models().Predictions(*values))
 
 
 def _models() -> ModuleType:

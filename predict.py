@@ -1,18 +1,20 @@
 """Classify images with a saved run: python predict.py --checkpoint tosca photo.jpg folder/ ... (or - for a list)"""
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from models.continual import Predictions
-    from utils.results.answers import Answer
+    from models.predictor import FileAnswers
+    from utils.data.folders import Unused
+    from utils.results.answers import FeatureFile, Form
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _checked_run(args: argparse.Namespace) -> int:
     if args.top_k < 1:
         raise UserError(f"--top-k must be at least 1, got {args.top_k}")
+    if args.max_pixels is not None and args.max_pixels < 1:
+        raise UserError(f"--max-pixels must be at least 1, got {args.max_pixels}")
     check_paths(args.paths)
     return run(args)
 
@@ -31,7 +35,7 @@ def _checked_run(args: argparse.Namespace) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="predict.py",
-        description="Classify images with a saved run, each by itself (sample selection).",
+        description="Classify images with a saved run, each by itself.",
         epilog="Exit code: 0; 1 if an image could not be read (it is named, the rest goes on); 2 for a wrong call.",
     )
     add = parser.add_argument
@@ -41,9 +45,11 @@ def _parser() -> Parser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON object a line")
     form.add_argument("--csv", dest="form", action="store_const", const="csv", help="comma-separated values")
-    add("--explain", action="store_true", help="also the entropy of every module's prediction")
+    add("--selection", metavar="NAME", help="how the module is chosen; by default as the run, if it can, else sample")
+    add("--explain", action="store_true", help="also what the selection compared: each module's entropy or score")
     add("--features", type=Path, metavar="FILE.npy", help="also write the features, a row for each line of the answer")
     add("--backbone-weights", type=Path, metavar="FILE", help="where the run's backbone_weights are now")
+    add("--max-pixels", type=int, metavar="N", help="refuse larger images; by default as the run")
     add("--device", metavar="N", help='"cpu", or the number of an accelerator; by default as the run')
     parser.set_defaults(form="table")
     return parser
@@ -57,52 +63,75 @@ def check_paths(paths: Sequence[str]) -> None:
 
 
 def named_paths(paths: Sequence[str]) -> Iterator[Path]:
-    """The paths given, those on standard input in place of ``-``."""
+    """The paths given, those on standard input in place of ``-``; names that are not UTF-8 are kept as they are."""
     for path in paths:
         if path != "-":
             yield Path(path)
             continue
-        for line in sys.stdin:
-            if name := line.rstrip("\r\n"):
+        for line in getattr(sys.stdin, "buffer", sys.stdin):
+            name = os.fsdecode(line).rstrip("\r\n")
+            if name:
                 yield Path(name)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the run, answer image after image, return the exit code."""
-    from tqdm import tqdm
-
     from models import ContinualClassifier
-    from utils.data.folders import find_images
+    from utils.data.folders import Unused, find_images
     from utils.progress import progress
     from utils.results.answers import FORMATS, FeatureFile
 
-    total = None if "-" in args.paths else sum(1 for _ in find_images(named_paths(args.paths)))
+    unused = Unused()
+    total = None if "-" in args.paths else sum(1 for _ in find_images(named_paths(args.paths), unused))
     if total == 0:
-        raise DataError(f"{', '.join(args.paths)}: no image there")
+        raise DataError(f"{', '.join(args.paths)}: no image there{unused_sentence(unused)}")
     model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
+    model.max_pixels = args.max_pixels or model.max_pixels
+    selection = args.selection or model.selection
+    model.learner.check_selection(selection)
     top_k = min(args.top_k, len(model.class_names))
-    modules = model.tasks if model.has_modules else 0
-    form = FORMATS[args.form](model.class_names, top_k=top_k, modules=modules, explain=args.explain)
-    features = FeatureFile(args.features, model.backbone.feature_dim) if args.features else nullcontext()
-    unreadable = 0
-    files = find_images(named_paths(args.paths))
-    with features, progress(total=total, unit="img") as bar:
-        _print(form.head())
-        for paths, predictions, errors in model.predict_files(files, top_k):
-            for path, error in errors:
-                unreadable += 1
-                tqdm.write(f"predict.py: {error}", file=sys.stderr)
-                _print(form.failed(str(path), str(error)))
-            if predictions is not None:
-                for answer in answers(paths, predictions):
-                    _print(form.lines(answer))
-                if args.features:
-                    features.write(predictions.features.numpy())
-            sys.stdout.flush()
-            bar.update(len(paths) + len(errors))
+    tasks = model.tasks if model.has_modules else 0
+    form = FORMATS[args.form](model.class_names, top_k=top_k, tasks=tasks, selection=selection, explain=args.explain)
+    counted = unused if total is None else Unused()
+    files = find_images(named_paths(args.paths), counted)
+    with ExitStack() as stack:
+        features = None
+        if args.features:
+            features = stack.enter_context(FeatureFile(args.features, model.backbone.feature_dim))
+        bar = stack.enter_context(progress(total=total, unit="img"))
+        unreadable = _answer_all(model.predict_files(files, top_k, selection), form, features, bar)
+    if sentence := unused_sentence(unused):
+        print(f"predict.py: not used{sentence}", file=sys.stderr)
     if unreadable:
         print(f"predict.py: {unreadable} could not be read, see above", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _answer_all(batches: Iterable["FileAnswers"], form: "Form", features: "FeatureFile | None", bar: Any) -> int:
+    """Write every answer; return how many images could not be read."""
+    from tqdm import tqdm
+
+    unreadable = 0
+    _print(form.head())
+    for paths, predictions, errors in batches:
+        for path, error in errors:
+            unreadable += 1
+            tqdm.write(f"predict.py: {error}", file=sys.stderr)
+            _print(form.failed(str(path), str(error)))
+        if predictions is not None:
+            for path, answer in zip(paths, predictions.to_dicts(), strict=True):
+                _print(form.lines({"file": str(path), **answer}))
+            if features is not None:
+                features.write(predictions.features.numpy())
+        sys.stdout.flush()
+        bar.update(len(paths) + len(errors))
+    return unreadable
+
+
+def unused_sentence(unused: "Unused") -> str:
+    """What folders hold beside images, after a colon; empty if there is nothing."""
+    sentence = unused.sentence()
+    return sentence and f": {sentence}"
 
 
 def _print(lines: Sequence[str]) -> None:
@@ -114,26 +143,6 @@ def _print(lines: Sequence[str]) -> None:
             tqdm.write(line, file=sys.stdout)
         else:
             sys.stdout.write(f"{line}\n")
-
-
-def answers(paths: Sequence[Path], predictions: "Predictions") -> Iterator["Answer"]:
-    """One dictionary of plain numbers for each image."""
-    from utils.results.answers import finite_or_none
-
-    top, shares = predictions.top.tolist(), predictions.probabilities.tolist()
-    with_modules = predictions.module is not None
-    for i, path in enumerate(paths):
-        named = [(predictions.class_names[number], share) for number, share in zip(top[i], shares[i], strict=True)]
-        yield {
-            "file": str(path),
-            "class": named[0][0],
-            "probability": named[0][1],
-            "top": named,
-            "module": int(predictions.module[i]) if with_modules else None,
-            "entropy": float(predictions.entropy[i]) if with_modules else None,
-            "margin": finite_or_none(float(predictions.margin[i])) if with_modules else None,
-            "entropies": predictions.entropies[i].tolist() if with_modules else None,
-        }
 
 
 if __name__ == "__main__":

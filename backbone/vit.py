@@ -57,6 +57,11 @@ class Backbone:
         if default_pooling is not None and pooling != default_pooling:
             self.variant["pooling"] = pooling
 
+    def to(self, device: torch.device) -> None:
+        """Move the weights; the precision stays."""
+        self.features.to(device)
+        self.device = device
+
     def __str__(self) -> str:
         feature = POOLINGS.get(self.pooling, self.pooling)
         return (

@@ -47,12 +47,15 @@ class Prediction:
         module: ``(samples,)`` the module (task) that was chosen, or None for a learner without modules.
         entropy: ``(samples,)`` the entropy of the chosen module's prediction in nats, or None.
         entropies: ``(samples, modules)`` those of all modules; None where the selection does not look at them.
+        task_scores: ``(samples, tasks)`` the best score of each task under the statistics that chose the module, the
+            highest being the choice; None for other selections.
     """
 
     scores: Tensor
     module: Tensor | None = None
     entropy: Tensor | None = None
     entropies: Tensor | None = None
+    task_scores: Tensor | None = None
 
 
 class Learner(ABC):

@@ -11,109 +11,42 @@ The commands use the same code: ``predict.py`` predicts through it, and its ``le
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models.base import Learner
-from models.evaluation import class_scores
 from models.modular import ModularLearner
+from models.pickling import maker
+from models.predictions import Predictions
+from models.predictor import Predictor
 from models.registry import make_learner, training_features
 from models.task_data import BankTask
 from utils.config import Config, make_config
-from utils.data.given import GivenImages, Images, ImageSource, as_image, loaded_ahead, sources_of
+from utils.data.given import GivenImages, Images, sources_of
+from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
 from utils.data.tasks import TaskStream, next_task
-from utils.data.transforms import Transforms
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank
 from utils.features.batches import TEST_VIEW
 from utils.files import FolderLock
-from utils.hardware import default_batch_size, forward_threads
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
 
+__all__ = ["ContinualClassifier", "Predictions"]
 
-@dataclass(frozen=True)
-class Predictions:
-    """The answers to some images, in their order. All tensors are on the CPU.
 
-    Attributes:
-        class_names: what the numbers in ``top`` stand for.
-        top: ``(images, k)`` int64, the best classes, best first.
-        probabilities: ``(images, k)`` of them: a softmax over all classes' scores.
-        features: ``(images, dim)`` what the frozen backbone gave.
-        module: ``(images,)`` the module that answered, or None for a method without modules.
-        entropies: ``(images, modules)`` of every module's prediction, in nats, or None. They are taken over
-            classifier rows: in domain-incremental runs a class has a row for each of its domains.
+class ContinualClassifier(Predictor):
+    """A saved run that answers and goes on learning, task after task. Make one with ``load``.
+
+    Any number of threads may predict with one object at a time; learning needs it alone.
     """
-
-    class_names: tuple[str, ...]
-    top: Tensor
-    probabilities: Tensor
-    features: Tensor
-    module: Tensor | None = None
-    entropies: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.top)
-
-    @property
-    def classes(self) -> list[str]:
-        """The name of each image's best class."""
-        return [self.class_names[number] for number in self.top[:, 0].tolist()]
-
-    @property
-    def entropy(self) -> Tensor | None:
-        """``(images,)`` of the module that answered."""
-        return None if self.entropies is None else self.entropies.amin(dim=1)
-
-    @property
-    def margin(self) -> Tensor | None:
-        """``(images,)`` how much higher the next module's entropy is; NaN where there is only one module."""
-        if self.entropies is None:
-            return None
-        if self.entropies.shape[1] < 2:
-            return torch.full((len(self),), torch.nan)
-        lowest, next_one = self.entropies.topk(2, dim=1, largest=False).values.unbind(dim=1)
-        return next_one - lowest
-
-    @staticmethod
-    def joined(parts: Sequence["Predictions"]) -> "Predictions":
-        """Several as one."""
-        tensors = ("top", "probabilities", "features", "module", "entropies")
-        columns = {name: [getattr(part, name) for part in parts] for name in tensors}
-        return Predictions(
-            parts[0].class_names, **{n: None if c[0] is None else torch.cat(c) for n, c in columns.items()}
-        )
-
-
-class ContinualClassifier:
-    """A frozen backbone and what was learned on it, task after task. Make one with ``load``.
-
-    Attributes:
-        config: the run's settings; ``learn`` trains by them.
-        backbone: the frozen ViT.
-        learner: what training changes.
-        backbone_forwards: images that this object passed through the backbone.
-    """
-
-    def __init__(self, config: Config, backbone: Backbone, learner: Learner, manifest: RunManifest) -> None:
-        self.config, self.backbone, self.learner = config, backbone, learner
-        self.backbone_forwards = 0
-        self._manifest = manifest
-        self._learned = manifest.learned()
-        self._transforms = Transforms(config.image_size, 0)
-        self._batch_size = config.feature_batch_size or default_batch_size(backbone.device, config.image_size)
 
     @classmethod
     def load(
@@ -138,103 +71,10 @@ class ContinualClassifier:
         if device is not None:
             changed["device"] = [device]
         config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
-        backbone = _load_same_backbone(config, manifest)
+        backbone = _load_same_backbone(config, manifest, resolve_device(config))
         learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
         learner.load_state_dict(*checkpoint.load(manifest))
         return cls(config, backbone, learner, manifest)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """All classes that it knows, in the order in which it learned them."""
-        return self._learned.class_names
-
-    @property
-    def tasks(self) -> int:
-        """Tasks learned so far; with modules, their number."""
-        return self.learner.tasks
-
-    @property
-    def has_modules(self) -> bool:
-        """Whether a module of its own answers for each task, as in TOSCA and in no baseline."""
-        return isinstance(self.learner, ModularLearner)
-
-    # -- predicting ------------------------------------------------------------------------------------------------
-
-    def predict(self, images: Images, top_k: int = 5) -> Predictions:
-        """Classify images under ``sample`` selection: each by itself, whatever is in the batch.
-
-        Args:
-            images: paths, PIL images and ``(3, H, W)`` tensors in any mix, or one ``(images, 3, H, W)`` tensor.
-                Tensors are uint8, or floating point in [0, 1], in RGB. All sizes pass the test transform.
-            top_k: how many classes to name for each; at most as many as there are.
-
-        Raises:
-            DataError: an image that cannot be read, or a tensor of another form.
-        """
-        sources = sources_of(images)
-        self.backbone_forwards += len(sources)
-        starts = range(0, len(sources), self._batch_size)
-        batches = ([self._pixels(source) for source in sources[start : start + self._batch_size]] for start in starts)
-        parts = [self._answer(pixels, top_k) for pixels in batches]
-        empty = torch.empty(0, self.backbone.feature_dim, device=self.backbone.device)
-        return Predictions.joined(parts) if parts else self.classify_features(empty, top_k)
-
-    def predict_files(
-        self, paths: Iterable[Path], top_k: int = 5
-    ) -> Iterator[tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]]:
-        """Classify any number of files in constant memory; threads read ahead, and on a CPU others compute.
-
-        Yields one batch after another: the files that could be read, their answers (None if there are none), and
-        the files that could not be read, each with its error.
-        """
-        threads = forward_threads(self.backbone.device)
-        running: deque[tuple[list[Path], Future, list[tuple[Path, DataError]]]] = deque()
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for good, pixels, errors in self._batches(paths):
-                running.append((good, pool.submit(self._answer, pixels, top_k), errors))
-                self.backbone_forwards += len(good)
-                if len(running) > threads:
-                    good, future, errors = running.popleft()
-                    yield good, future.result(), errors
-            for good, future, errors in running:
-                yield good, future.result(), errors
-
-    def _batches(
-        self, paths: Iterable[Path]
-    ) -> Iterator[tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]]:
-        """The files of one batch that could be read, their pixels, and the errors of the others."""
-        good, pixels, errors = [], [], []
-        for path, loaded in loaded_ahead(paths, self._pixels, ahead=2 * self._batch_size):
-            if isinstance(loaded, DataError):
-                errors.append((path, loaded))
-            else:
-                good.append(path)
-                pixels.append(loaded)
-            if len(good) + len(errors) == self._batch_size:
-                yield good, pixels, errors
-                good, pixels, errors = [], [], []
-        if good or errors:
-            yield good, pixels, errors
-
-    def extract_features(self, pixels: Tensor) -> Tensor:
-        """``(images, 3, S, S)`` uint8, S being ``config.image_size`` -> ``(images, dim)`` on the backbone's device."""
-        return self.backbone(pixels).clone()  # the backbone's own is an inference tensor, useless for autograd
-
-    @torch.no_grad()
-    def classify_features(self, features: Tensor, top_k: int = 5) -> Predictions:
-        """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
-        answer = self.learner.answer(features)
-        row_class = torch.from_numpy(self._learned.row_class).to(features.device)
-        probabilities = class_scores(answer.scores, row_class).softmax(dim=1)
-        best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
-        module, entropies = (None if t is None else t.cpu() for t in (answer.module, answer.entropies))
-        return Predictions(self.class_names, best.indices.cpu(), best.values.cpu(), features.cpu(), module, entropies)
-
-    def _answer(self, pixels: list[Tensor], top_k: int) -> Predictions | None:
-        return self.classify_features(self.extract_features(torch.stack(pixels)), top_k) if pixels else None
-
-    def _pixels(self, source: ImageSource) -> Tensor:
-        return self._transforms.test(as_image(source))
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -265,16 +105,20 @@ class ContinualClassifier:
             raise ConfigError(f"{self.config.model_name} needs the data of all tasks; it cannot learn a task alone")
         if self._learned.domains and domain is None:
             raise DataError("the run is domain-incremental: name the new images' domain, learn(..., domain=<name>)")
+        labels = [normal_name(label) for label in labels]  # one form for names that look the same
+        if domain is not None:
+            known = spelled_as(sorted(set(labels)), self.class_names, "class", "the labels")
+            labels = [known[label] for label in labels]
         names = sorted(set(labels))
         learned = self._learned.with_task(names, domain)
         task = next_task(self._learned, np.asarray([names.index(label) for label in labels]), len(names))
-        split = GivenImages(sources, labels)
+        split = GivenImages(sources, labels, self.max_pixels)
         bank = self._bank(split)
         bank.fill(training_features(self.config))
         self.backbone_forwards += bank.forwards
         stream = TaskStream((task,), learned.class_names, learned.row_class)
         self.learner.learn(BankTask(bank, stream, task, self.config.views, self.backbone.device))
-        content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train)).hexdigest()
+        content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
         self._learned = learned
         self._manifest = _grown_manifest(self, len(split), content)
 
@@ -304,17 +148,49 @@ class ContinualClassifier:
         checkpoint = CheckpointFolder(Path(folder).expanduser())
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
-            modules = [self.learner.module_state(task) for task in range(self.tasks)]
+            modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules
             self._manifest = checkpoint.commit_all(self._manifest, self.learner.state_dict(), modules)
         return aside
+
+    # -- other processes -------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors from which ``from_state`` makes the same object; the backbone is named, not held."""
+        return {
+            "config": self.config.as_dict(),
+            "manifest": self._manifest.to_json(),
+            "device": str(self.backbone.device),
+            "max_pixels": self.max_pixels,
+            "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
+            "modules": [{name: t.cpu() for name, t in state.items()} for state in self.module_states()],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
+        """The object whose ``state`` this is; the backbone's weights are read again, and must be the same.
+
+        Raises:
+            BackboneError: the weights cannot be had, or are not those of the run.
+        """
+        manifest = RunManifest.from_json(state["manifest"])
+        config = make_config(state["config"], "the state of a model")
+        backbone = _load_same_backbone(config, manifest, torch.device(state["device"]))
+        learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
+        learner.load_state_dict(state["learner"], state["modules"])
+        model = cls(config, backbone, learner, manifest)
+        model.max_pixels = state["max_pixels"]
+        return model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return maker(ContinualClassifier.from_state, "from_state"), (self.state(),)
 
 
 # -- reading a run ----------------------------------------------------------------------------------------------------
 
 
-def _load_same_backbone(config: Config, manifest: RunManifest) -> Backbone:
+def _load_same_backbone(config: Config, manifest: RunManifest, device: torch.device) -> Backbone:
     try:
-        backbone = load_backbone(config, resolve_device(config))
+        backbone = load_backbone(config, device)
     except BackboneError as error:
         if config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None

@@ -102,13 +102,20 @@ class ModularLearner(Learner):
         }
 
     def _routed(self, features: Tensor, router: str) -> Prediction:
-        module = self._route(features, router)
+        by_task = self._task_scores(features, router)
+        module = by_task.argmax(dim=1)
         logits = self._logits_by_group(features, module, 1)
-        return Prediction(self._own_rows(logits, module), module, entropy(logits))
+        return Prediction(self._own_rows(logits, module), module, entropy(logits), task_scores=by_task)
 
     def _route(self, features: Tensor, router: str) -> Tensor:
         """The task of the best row: ``(samples, dim) -> (samples,)``."""
-        return self.row_task[self.routers[router].scores(features).argmax(dim=1)]
+        return self._task_scores(features, router).argmax(dim=1)
+
+    def _task_scores(self, features: Tensor, router: str) -> Tensor:
+        """Each task's best score under a router: ``(samples, dim) -> (samples, tasks)``."""
+        scores = self.routers[router].scores(features)
+        best = scores.new_full((len(scores), self.tasks), -torch.inf)
+        return best.scatter_reduce(1, self.row_task.expand_as(scores), scores, "amax")
 
     def _own_rows(self, logits: Tensor, module: Tensor) -> Tensor:
         """Rule out the rows of other tasks: ``(samples, rows), (samples,) -> (samples, rows)``."""
@@ -218,7 +225,8 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    return Prediction(torch.cat([p.scores for p in parts]), column("module"), column("entropy"), column("entropies"))
+    names = ("module", "entropy", "entropies", "task_scores")
+    return Prediction(torch.cat([p.scores for p in parts]), **{name: column(name) for name in names})
 
 
 def entropy(logits: Tensor) -> Tensor:

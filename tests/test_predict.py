@@ -2,7 +2,10 @@ import csv
 import io
 import json
 import os
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import predict
 from tests.conftest import ROOT
 from utils.data.folders import find_images
 from utils.data.given import loaded_ahead
+from utils.runs.checkpoint import CheckpointFolder
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +49,10 @@ def run(three_classes, capsys):
 def test_a_table_has_one_line_for_each_image_below_a_folder(run, images):
     code, lines, err = run(images)
     assert code == 0
-    assert lines[0].split() == ["file", "class", "prob", "runners-up", "module", "entropy", "margin"]
-    assert [line.split()[0] for line in lines[1:]] == [str(path) for path in sorted(images.rglob("*.png"))]
+    assert lines[0].startswith("selection sample: the module of lowest entropy for each image by itself")
+    assert lines[1].split() == ["file", "class", "prob", "runners-up", "task", "entropy", "margin"]
+    assert {" ".join(line.split()[-5:-2]) for line in lines[2:]} <= {"1 of 2", "2 of 2"}  # as people count
+    assert [line.split()[0] for line in lines[2:]] == [str(path) for path in sorted(images.rglob("*.png"))]
     assert "9/9" in err  # the progress bar
 
 
@@ -58,6 +64,7 @@ def test_json_lines_hold_everything(run, images):
         assert found["class"] == found["top"][0]["class"]
         assert found["probability"] == found["top"][0]["probability"] >= found["top"][1]["probability"]
         assert len(found["top"]) == len(found["entropies"]) == 2
+        assert found["selection"] == "sample"
         assert found["entropy"] == min(found["entropies"]) == found["entropies"][found["module"]]
         assert found["margin"] == pytest.approx(max(found["entropies"]) - min(found["entropies"]), abs=1e-6)
 
@@ -74,7 +81,7 @@ def test_csv_is_read_back(run, images):
 
 def test_explain_shows_every_module(run, images):
     _, lines, _ = run(images / "0" / "004.png", "--explain")
-    assert lines[2].split()[:4] == ["entropy", "by", "module", "0:"]
+    assert lines[3].split()[:4] == ["entropy", "by", "task", "1:"]
 
 
 def test_features_are_rows_in_the_order_of_the_answer(run, images, tmp_path):
@@ -170,6 +177,130 @@ def test_the_reader_of_the_output_may_stop_early(three_classes, images, tmp_path
         patch.setattr(sys, "stdout", Gone(file))
         code = predict.main(["--checkpoint", str(three_classes.checkpoints), str(images)])
     assert code == 1
+
+
+# -- selections -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["sample", "lda", "ridge"])
+def test_the_selection_is_the_users_choice_and_every_answer_names_it(run, images, selection):
+    code, lines, _ = run(images, "--json", "--explain", "--selection", selection)
+    assert code == 0
+    for line in lines:
+        found = json.loads(line)
+        assert found["selection"] == selection
+        looked_at = found["entropies" if selection == "sample" else "task_scores"]
+        assert len(looked_at) == 2
+        best = min(looked_at) if selection == "sample" else max(looked_at)
+        assert looked_at[found["module"]] == best
+        assert found["margin"] == pytest.approx(abs(looked_at[0] - looked_at[1]), abs=1e-4)
+        assert ("entropies" in found) != ("task_scores" in found)
+    _, table, _ = run(images, "--explain", "--selection", selection)
+    assert table[0].startswith(f"selection {selection}: ")
+    assert table[3].startswith(
+        "    entropy by task  1: " if selection == "sample" else f"    {selection} score by task"
+    )
+    _, rows, _ = run(images, "--csv", "--explain", "--selection", selection)
+    assert {row["selection"] for row in csv.DictReader(rows)} == {selection}
+    assert rows[0].endswith("entropy_0,entropy_1" if selection == "sample" else "score_0,score_1")
+
+
+def test_the_default_selection_is_that_of_the_run_if_it_answers_single_images(run, images, three_classes, tmp_path):
+    saved = CheckpointFolder(shutil.copytree(three_classes.checkpoints, tmp_path / "tosca"))
+    manifest = saved.read_manifest()
+    for of_run, used in [("ridge", "ridge"), ("batch", "sample"), ("sample", "sample")]:
+        saved.write_manifest(replace(manifest, config={**manifest.config, "selection": of_run}))
+        _, lines, _ = run(images, "--json", "--checkpoint", saved.folder)
+        assert {json.loads(line)["selection"] for line in lines} == {used}
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        ("batch", "the answer would depend on their order); choose one of: sample, lda, ridge"),
+        ("oracle", "choose one of: sample, lda, ridge"),
+    ],
+)
+def test_a_selection_that_cannot_answer_single_images_is_refused_with_the_reason(run, images, selection, words):
+    code, lines, err = run(images, "--selection", selection)
+    assert (code, lines) == (2, [])
+    assert words in err
+
+
+# -- files that are none, places that are none ------------------------------------------------------------------------
+
+
+def test_pipes_and_devices_are_passed_over_with_a_line(run, images, tmp_path):
+    pipe, device = tmp_path / "pipe.png", tmp_path / "zero.png"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    code, lines, err = run(pipe, device, images / "0" / "004.png", "--csv")
+    assert (code, len(lines)) == (1, 2)
+    assert f"{pipe} is not a readable image (a named pipe, not a file)" in err
+    assert f"{device} is not a readable image (a device, not a file)" in err
+
+
+def test_what_a_folder_holds_beside_images_is_said(run, images, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(images / "0", folder / "0")
+    (folder / "notes.txt").touch()
+    (folder / "@eaDir").mkdir()
+    shutil.copy(images / "0" / "004.png", folder / "@eaDir" / "thumb.png")
+    code, lines, err = run(folder, "--csv")
+    assert (code, len(lines)) == (0, 4)
+    assert "predict.py: not used: 1 .txt" in err
+    for path in (folder / "0").iterdir():
+        path.unlink()
+    assert "no image there: 1 .txt" in run(folder)[2]
+
+
+def test_the_limit_of_pixels_is_an_option(run, images):
+    file = images / "0" / "004.png"
+    code, lines, err = run(file, "--csv", "--max-pixels", 1439)
+    assert (code, len(lines)) == (1, 1)
+    assert "40 × 36 = 1440 pixels are above max_pixels 1439" in err
+    assert run(file, "--csv", "--max-pixels", 1440)[0] == 0
+    assert "--max-pixels must be at least 1" in run(file, "--max-pixels", 0)[2]
+
+
+def test_features_never_replace_a_device_and_follow_links(run, images, tmp_path):
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")
+    before = os.stat("/dev/null")
+    code, _, err = run(images, "--features", device)
+    assert code == 2
+    assert f"--features {str(device)!r} is a device, pipe or socket" in err
+    assert os.stat("/dev/null").st_rdev == before.st_rdev
+    target, link = tmp_path / "disk" / "real.npy", tmp_path / "link.npy"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    assert run(images, "--features", link)[0] == 0
+    assert link.is_symlink() and np.load(target).shape == (9, 192)
+    assert "is a folder" in run(images, "--features", tmp_path)[2]
+
+
+def test_a_file_name_steers_neither_terminal_nor_spreadsheet(run, images, tmp_path):
+    name = tmp_path / "\x1b[31mred\u202e.png"
+    shutil.copy(images / "0" / "004.png", name)
+    _, table, _ = run(name)
+    assert not {"\x1b", "\u202e"} & set("".join(table))
+    assert json.loads(run(name, "--json")[1][0])["file"] == str(name)
+    shutil.copy(name, tmp_path / "=1+1.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        _, lines, _ = run("=1+1.png", "--csv")
+    assert lines[1].startswith("'=1+1.png,")
+
+
+def test_names_that_are_not_utf8_are_answered_from_standard_input_too(three_classes, images, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(images / "0" / "004.png", os.fsdecode(name))
+    command = [sys.executable, "predict.py", "--checkpoint", str(three_classes.checkpoints), "--json", "-"]
+    for encoding in ("utf-8", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        found = subprocess.run(command, cwd=ROOT, input=name + b"\n", capture_output=True, env=environment, check=False)
+        assert found.returncode == 0, found.stderr
+        assert os.fsencode(json.loads(found.stdout)["file"]) == name
 
 
 # -- finding and loading ----------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
+import io
+import json
+import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +87,20 @@ def test_paths_images_and_tensors_give_the_same_answer(model, run_of_four):
     assert model.predict(path).classes == answers.classes[:1]
 
 
+def test_files_and_arrays_give_the_same_answer(model, run_of_four):
+    path = next((run_of_four.folder / "data" / "test").rglob("*.png"))
+    array = np.array(Image.open(path).convert("RGB"))
+    with open(path, "rb") as file:
+        answers = model.predict([path, file, io.BytesIO(path.read_bytes()), array, (array / 255).astype(np.float32)])
+    torch.testing.assert_close(answers.features, answers.features[:1].expand(5, -1), rtol=0, atol=1e-5)
+    for images in (array, array[None], io.BytesIO(path.read_bytes())):
+        torch.testing.assert_close(model.predict(images).probabilities, answers.probabilities[:1])
+    grey = array[..., 0]
+    same = model.predict([grey, np.stack([grey] * 3, axis=2)]).features
+    torch.testing.assert_close(same[0], same[1])
+    assert len(model.predict(np.zeros((4, 8, 8), dtype=np.uint8))) == 4
+
+
 def test_no_image_gives_no_answer(model):
     assert len(model.predict([])) == 0
     assert len(model.predict(torch.empty(0, 3, 8, 8))) == 0
@@ -95,6 +113,10 @@ def test_no_image_gives_no_answer(model):
         (torch.full((3, 8, 8), 2.0), r"lies in \[0, 1\], got 2 to 2"),
         (torch.full((3, 8, 8), torch.nan), r"lies in \[0, 1\]"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8 or floating point, got torch.int32"),
+        (np.zeros((8, 8, 4), dtype=np.uint8), r"\(H, W, 3\) or \(H, W\), got \(8, 8, 4\)"),
+        (np.zeros((8, 8), dtype=np.int64), "array is uint8 or floating point, got int64"),
+        (np.full((8, 8), 1.5), r"lies in \[0, 1\], got 1.5 to 1.5"),
+        (io.BytesIO(b"no image"), "cannot identify"),
         ("nowhere.png", "nowhere.png does not exist"),
         (7, "got int"),
     ],
@@ -107,6 +129,107 @@ def test_what_is_no_image_is_said(source, words):
 def test_one_tensor_must_be_a_batch(model):
     with pytest.raises(DataError, match=r"\(images, 3, H, W\)"):
         model.predict(torch.zeros(3, 8, 8))
+
+
+def test_every_selection_answers_as_the_runs_own_evaluation_does(model, run_of_four):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    assert model.selections == ("sample", "lda", "ridge")
+    for selection in model.selections:
+        answers = model.predict(test, selection=selection)
+        right = [name == path.parent.name for name, path in zip(answers.classes, test, strict=True)]
+        assert 100 * np.mean(right) == pytest.approx(run_of_four.json()["results"][selection]["last"])
+        assert answers.selection == selection
+        assert answers.entropy.shape == answers.margin.shape == (12,)
+        torch.testing.assert_close(
+            model.predict(test, top_k=4, selection=selection).probabilities.sum(1), torch.ones(12)
+        )
+    assert answers.task_scores.argmax(dim=1).tolist() == answers.module.tolist()  # of ridge
+    assert answers.entropies is None
+
+
+def test_batch_selection_is_refused_with_the_reason(model):
+    for answer in (model.predict, lambda images, selection: next(model.predict_files(images, selection=selection))):
+        with pytest.raises(ConfigError, match="would depend on their order"):
+            answer([], selection="batch")
+
+
+def test_eight_threads_answer_as_one_does(model, run_of_four):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    model._batch_size = 4
+    alone = {name: model.predict(test, selection=name).probabilities for name in model.selections}
+    streamed = torch.cat([answers.probabilities for _, answers, _ in model.predict_files(test)])
+    torch.testing.assert_close(streamed, alone["sample"], rtol=0, atol=0)
+    before, wrong = model.backbone_forwards, []
+
+    def work(number: int) -> None:
+        for call in range(10):
+            name = model.selections[(number + call) % 3]
+            if not torch.equal(model.predict(test, selection=name).probabilities, alone[name]):
+                wrong.append((number, call, name))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert wrong == []
+    assert model.backbone_forwards - before == 8 * 10 * len(test)
+
+
+def test_answers_become_plain_values_and_tables(model, run_of_four):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    answers = model.predict(test, top_k=2)
+    dicts = answers.to_dicts()
+    assert json.loads(json.dumps(dicts)) == dicts
+    assert [answer["class"] for answer in dicts] == answers.classes
+    assert dicts[3]["top"][1]["probability"] == answers.probabilities[3, 1].item()
+    assert repr(answers).startswith(f"Predictions(12 images, selection sample: {answers.classes[0]} ")
+    page = answers._repr_html_()
+    assert page.count("<tr>") == 13 and "<th>task</th>" in page and " of 2</td>" in page
+    frame = pytest.importorskip("pandas") and answers.to_dataframe()
+    assert list(frame["class"]) == answers.classes
+    assert list(frame.columns[:4]) == ["class", "probability", "class_2", "probability_2"]
+    assert repr(model.predict([])) == "Predictions(0 images, selection sample: )"
+
+
+def test_the_table_of_a_notebook_shows_names_as_text(model):
+    answers = model.predict(torch.rand(25, 3, 8, 8))
+    hostile = replace(answers, class_names=("<script>", "b", "c", "d"))
+    page = hostile._repr_html_()
+    assert "<script>" not in page and page.count("<tr>") == 21 and "25 images, selection sample; 5 not shown" in page
+
+
+def test_the_model_says_what_it_is(model):
+    assert repr(model) == (
+        "ContinualClassifier(tosca, 2 tasks, 4 classes, vit_tiny_patch16_224, selection sample, cpu)"
+    )
+
+
+def test_a_moved_model_answers_the_same_and_goes_on_learning(model, new_images):
+    images = torch.rand(3, 3, 16, 16)
+    before = model.predict(images)
+    assert model.to("cpu") is model
+    torch.testing.assert_close(model.predict(images).probabilities, before.probabilities, rtol=0, atol=0)
+    learner = model.learner
+    model.to("cpu:0")  # another name of the only device that every machine has
+    assert model.learner is not learner
+    assert str(model.backbone.device) == str(model.learner.device) == "cpu:0"
+    learn(model, new_images)
+    assert model.tasks == 3
+
+
+def test_a_pickled_model_is_the_same_in_another_process(model, run_of_four, tmp_path):
+    test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
+    expected = model.predict(test)
+    copy = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copy.predict(test).probabilities, expected.probabilities, rtol=0, atol=0)
+    copy.learn(list(torch.rand(4, 3, 32, 32)), ["a", "b", "a", "b"])
+    assert (copy.tasks, model.tasks) == (3, 2)
+
+
+def test_labels_of_one_look_are_one_class_and_known_ones_are_found(model):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    model.learn(torch.rand(4, 3, 32, 32), [composed, decomposed, f"{composed} ", "tea"])
+    assert model.class_names[-2:] == (composed, "tea")
+    with pytest.raises(DataError, match="is learned already"):
+        model.learn(torch.rand(1, 3, 32, 32), [decomposed])
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -252,6 +375,14 @@ assert utils.WHO == models.WHO == "foreign", (utils, models)
 assert {root!r} not in sys.path
 assert type(torch.hub.load({root!r}, "tosca", source="local", checkpoint={checkpoint!r})) is type(model)
 print(len(answers), *model.class_names)
+if __name__ == "__main__":
+    import multiprocessing, pickle
+    images = torch.rand(2, 3, 32, 32)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.apply(model.predict, (images,))   # the model, and its answers, travel
+    assert torch.equal(there.probabilities, model.predict(images).probabilities)
+    assert repr(pickle.loads(pickle.dumps(model))) == repr(model)
+    print("travelled")
 """
 
 

@@ -41,6 +41,18 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return to_rgb(image, raw_mode)
 
 
+def decode_file(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An open file, or anything that reads like one, by the same rules as a file's path.
+
+    Raises:
+        UnreadableImage: as ``decode``.
+    """
+    with _one_kind_of_error(), _identified(io.BytesIO(file.read()), max_pixels) as image:
+        raw_mode = raw_mode_of(image)
+        image.load()
+    return to_rgb(image, raw_mode)
+
+
 def rgb_of(image: Image.Image) -> Image.Image:
     """A Pillow image, loaded or just opened, as an 8-bit RGB image by the same rules as a file.
 

@@ -159,8 +159,9 @@ def kind_sentences(kinds: Iterable[str]) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """``1 image``, ``2 images``, ``2 classes``."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
 
 
 def row_content(content: str) -> str:

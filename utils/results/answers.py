@@ -2,130 +2,159 @@
 
 import csv
 import io
-import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from utils.errors import UserError
+from utils.files import json_text, output_file
+from utils.methods import SELECTIONS
+from utils.results.escape import csv_cell, terminal
 
-# One answer: file, class, probability, top [(class, probability)], module, entropy, margin, entropies. The last four
-# are None for a method without modules.
-Answer = dict[str, Any]
+# One answer: what Predictions.to_dicts gives for an image, and its "file".
+Answer = Mapping[str, Any]
+
+
+class Form(Protocol):
+    """How answers are written."""
+
+    def head(self) -> list[str]:
+        """The lines before all answers."""
+
+    def lines(self, answer: Answer) -> list[str]:
+        """The lines of one answer."""
+
+    def failed(self, file: str, message: str) -> list[str]:
+        """The lines in place of an answer, for an image that cannot be read."""
 
 
 class Table:
-    """Columns for people: file, class, probability, runners-up, module, entropy and margin in nats."""
+    """Columns for people: file, class, probability, runners-up, task, entropy and margin; tasks count from 1.
 
-    def __init__(self, class_names: Sequence[str], *, top_k: int, modules: int, explain: bool) -> None:
-        self.top_k, self.modules, self.explain = top_k, modules, explain
-        self.width = min(24, max(5, *(len(name) for name in class_names)))
+    Args:
+        class_names: all that there are.
+        top_k: classes to name for each image.
+        tasks: modules, or 0 for a method without.
+        selection: how the module is chosen.
+        explain: also show what the selection compared.
+    """
+
+    def __init__(self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool) -> None:
+        self.top_k, self.tasks, self.selection, self.explain = top_k, tasks, selection, explain
+        self.width = min(24, max(5, *(len(terminal(name)) for name in class_names)))
+        self.task_width = max(len("task"), len(f"{tasks} of {tasks}"))
 
     def head(self) -> list[str]:
+        """How the module is chosen, then the names of the columns."""
         runners = f"  {'runners-up':{self._runners_width}}" if self.top_k > 1 else ""
-        modules = f"  {'module':>6}  {'entropy':>7}  {'margin':>7}" if self.modules else ""
-        return [f"{'file':40}  {'class':{self.width}}  {'prob':>6}{runners}{modules}".rstrip()]
+        modules = f"  {'task':>{self.task_width}}  {'entropy':>7}  {'margin':>7}" if self.tasks else ""
+        columns = f"{'file':40}  {'class':{self.width}}  {'prob':>6}{runners}{modules}".rstrip()
+        return [f"selection {self.selection}: {SELECTIONS[self.selection].definition}", columns][not self.tasks :]
 
     @property
     def _runners_width(self) -> int:
         return (self.top_k - 1) * (self.width + 8) - 2
 
     def lines(self, answer: Answer) -> list[str]:
-        line = f"{_printable(answer['file']):40}  {answer['class']:{self.width}}  {answer['probability']:6.1%}"
+        """One line; a second one with what the selection compared."""
+        name = terminal(answer["class"])
+        line = f"{terminal(answer['file']):40}  {name:{self.width}}  {answer['probability']:6.1%}"
         if self.top_k > 1:
-            runners = ", ".join(f"{name} {share:.1%}" for name, share in answer["top"][1:])
+            runners = ", ".join(f"{terminal(o['class'])} {o['probability']:.1%}" for o in answer["top"][1:])
             line += f"  {runners:{self._runners_width}}"
-        if self.modules:
-            margin = "–" if answer["margin"] is None else f"{answer['margin']:.4f}"
-            line += f"  {answer['module']:6d}  {answer['entropy']:7.4f}  {margin:>7}"
-        lines = [line.rstrip()]
-        if self.explain and self.modules:
-            shown = (f"{module}: {value:.4f}" for module, value in enumerate(answer["entropies"]))
-            lines.append(f"    entropy by module  {'  '.join(shown)}")
+        if self.tasks:
+            task = f"{answer['module'] + 1} of {self.tasks}" if answer.get("module") is not None else "–"
+            line += f"  {task:>{self.task_width}}  {_number(answer.get('entropy'))}  {_number(answer.get('margin'))}"
+        return [line.rstrip(), *self._compared(answer)] if self.explain else [line.rstrip()]
+
+    def _compared(self, answer: Answer) -> list[str]:
+        lines = []
+        for key, what in (("entropies", "entropy by task"), ("task_scores", f"{self.selection} score by task")):
+            if key in answer:
+                shown = (f"{task}: {value:.4f}" for task, value in enumerate(answer[key], start=1))
+                lines.append(f"    {what}  {'  '.join(shown)}")
         return lines
 
     def failed(self, file: str, message: str) -> list[str]:
+        """Nothing: standard error says it."""
         return []
+
+
+def _number(value: float | None) -> str:
+    return f"{'–' if value is None else f'{value:.4f}':>7}"
 
 
 class JsonLines:
-    """One JSON object a line; a file that cannot be read has ``file`` and ``error``."""
+    """One JSON object a line; a file that cannot be read has ``file`` and ``error``. Modules count from 0."""
 
-    def __init__(self, class_names: Sequence[str], *, top_k: int, modules: int, explain: bool) -> None:
-        self.modules, self.explain = modules, explain
+    def __init__(self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool) -> None:
+        self.left_out = () if explain else ("entropies", "task_scores")
 
     def head(self) -> list[str]:
+        """Nothing."""
         return []
 
     def lines(self, answer: Answer) -> list[str]:
-        top = [{"class": name, "probability": share} for name, share in answer["top"]]
-        values = {k: answer[k] for k in ("file", "class", "probability")} | {"top": top}
-        if self.modules:
-            values |= {k: answer[k] for k in ("module", "entropy", "margin")}
-            if self.explain:
-                values["entropies"] = answer["entropies"]
-        return [json.dumps(values, ensure_ascii=False)]
+        """One line."""
+        return [json_text({key: value for key, value in answer.items() if key not in self.left_out})]
 
     def failed(self, file: str, message: str) -> list[str]:
-        return [json.dumps({"file": file, "error": message}, ensure_ascii=False)]
+        """One line."""
+        return [json_text({"file": file, "error": message})]
 
 
 class Csv:
-    """One line an image, after a line of names."""
+    """One line an image, after a line of names. Modules count from 0."""
 
-    def __init__(self, class_names: Sequence[str], *, top_k: int, modules: int, explain: bool) -> None:
-        self.top_k, self.modules, self.explain = top_k, modules, explain
+    def __init__(self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool) -> None:
+        self.top_k, self.tasks, self.explain = top_k, tasks, explain
+        self.compared = "entropies" if selection == "sample" else "task_scores"
 
     def head(self) -> list[str]:
+        """The names of the columns."""
         runners = [f"{what}_{rank}" for rank in range(2, self.top_k + 1) for what in ("class", "probability")]
-        chosen = ["module", "entropy", "margin"] if self.modules else []
-        explained = [f"entropy_{module}" for module in range(self.modules)] if self.explain else []
-        return [_csv_line(["file", "class", "probability", *runners, *chosen, *explained])]
+        chosen = ["module", "entropy", "margin"] if self.tasks else []
+        what = "entropy" if self.compared == "entropies" else "score"
+        explained = [f"{what}_{module}" for module in range(self.tasks)] if self.explain else []
+        return [_csv_line(["file", "class", "probability", *runners, "selection", *chosen, *explained])]
 
     def lines(self, answer: Answer) -> list[str]:
-        top = [value for name, share in answer["top"] for value in (name, share)]
-        chosen = [answer[k] for k in ("module", "entropy", "margin")] if self.modules else []
-        explained = answer["entropies"] if self.explain and self.modules else []
-        return [_csv_line([answer["file"], *top, *chosen, *explained])]
+        """One line."""
+        top = [value for other in answer["top"] for value in (other["class"], other["probability"])]
+        chosen = [answer.get(key) for key in ("module", "entropy", "margin")] if self.tasks else []
+        explained = answer.get(self.compared, [None] * self.tasks) if self.explain and self.tasks else []
+        return [_csv_line([answer["file"], *top, answer["selection"], *chosen, *explained])]
 
     def failed(self, file: str, message: str) -> list[str]:
+        """Nothing: standard error says it."""
         return []
 
 
-FORMATS = {"table": Table, "json": JsonLines, "csv": Csv}
+FORMATS: dict[str, Callable[..., Form]] = {"table": Table, "json": JsonLines, "csv": Csv}
 
 
 def _csv_line(values: Sequence[Any]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(["" if value is None else value for value in values])
+    csv.writer(text, lineterminator="").writerow(["" if value is None else csv_cell(value) for value in values])
     return text.getvalue()
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else repr(name)
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
 
 
 class FeatureFile:
     """An ``.npy`` of ``(images, dim)`` float32 that grows row by row and has its name only when it is whole.
 
-    Use it as a context manager.
+    Use it as a context manager. A link is followed; only a regular file is replaced.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or a device, a pipe or a folder has its name.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
-        self.path, self.dim, self.rows = path, dim, 0
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.path, self.dim, self.rows = output_file(path, "--features"), dim, 0
+        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> "FeatureFile":
         try:
@@ -140,7 +169,7 @@ class FeatureFile:
         description = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
         np.lib.format.write_array_header_1_0(self._file, description)
 
-    def write(self, features: np.ndarray) -> None:
+    def write(self, features: npt.NDArray[np.float32]) -> None:
         """Append ``(images, dim)``."""
         try:
             self._file.write(features.astype("<f4").tobytes())
