@@ -165,10 +165,7 @@ def test_eight_threads_answer_as_one_does(model, run_of_four):
     def work(number: int) -> None:
         for call in range(40):
             name = model.selections[(number + call) % 3]
-            if call < 3:
-                found = model.predict(test, selection=name)
-            else:
-                found = model.classify_features(features, 5, name)
+            found = model.predict(test, selection=name) if call < 3 else model.classify_features(features, 5, name)
             if not torch.allclose(found.probabilities, alone[name], rtol=0, atol=1e-6):  # of other batches
                 wrong.append((number, call, name))
 
