@@ -43,7 +43,12 @@ METHOD = Method(
             "for each image by itself, the task of the best class under a linear discriminant analysis of the frozen "
             "feature; its module answers among the task's own classes",
         ),
-        Selection("ridge", "ridge", "the same with ridge regression on 1,000 random features of the frozen feature"),
+        Selection(
+            "ridge",
+            "ridge",
+            "for each image by itself, the task of the best class under ridge regression on 1,000 random features of "
+            "the frozen feature; its module answers among the task's own classes",
+        ),
     ),
     views="augmented",
     modular=True,
