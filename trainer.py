@@ -144,7 +144,7 @@ def run_seed(setup: Setup, seed: int, *, fresh: bool) -> dict[str, Any] | None:
         report.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
         with (
             logging_to(paths.file(".log")),
-            tracking(setup.config, paths.file(".tensorboard")) as tracker,
+            tracking(setup.config, paths.folder, paths.stem) as tracker,
         ):
             return _run_tasks(setup, seed, paths, checkpoint, manifest, tracker)
 
@@ -171,6 +171,7 @@ def _run_tasks(
         report.log_summary(run)
         tracker.update(manifest.tasks)  # the start that finished it may have been killed before this
         report.draw_curves(paths, run)
+        tracker.finish(run, [paths.file(".png")])
         return run
 
     _log_header(setup, seed, stream)
@@ -213,6 +214,7 @@ def _run_tasks(
         report.log_curves(run["results"], selection)
     report.log_summary(run)
     report.draw_curves(paths, run)
+    tracker.finish(run, [paths.file(".png")])
     return run
 
 

@@ -174,7 +174,10 @@ class Config:
         recorded_as="base",
     )
     tracker: str = _key(
-        "none", doc="also write the curves for a tracker", affects="words", choices=("none", "tensorboard")
+        "none",
+        doc="also write the curves for a tracker",
+        affects="words",
+        choices=("none", "tensorboard", "wandb", "mlflow"),
     )
 
     # -- what the method declares (utils/methods.py); flat in the JSON --------------------------------------------

@@ -22,7 +22,7 @@ class RunPaths:
     def move_aside(self) -> list[Path]:
         """Rename another run's files at this stem; return their new names."""
         stamp, moved = time.strftime("%Y%m%d-%H%M%S"), []
-        for suffix in (".log", ".json", ".png", ".csv", ".npz", ".tensorboard"):
+        for suffix in (".log", ".json", ".png", ".csv", ".npz", ".tensorboard", ".wandb", ".mlflow"):
             path = self.file(suffix)
             if path.exists():
                 new = free_name(path.with_name(f"{self.stem}.{stamp}{suffix}"))
