@@ -7,21 +7,23 @@ import torch
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, make_luca
 from backbone.vit import Backbone
-from models import steps, training
+from models import training
+from models.gradients import CosineHead
 from models.modular import entropy
 from utils.results import metrics
 
 
 def test_an_infinite_loss_names_task_epoch_step_and_earlier_tasks_stay(half, tree, undisturbed, monkeypatch):
     before = tree(half.checkpoints)
-    real, calls = steps.l1_norm, [0]
+    real, calls = CosineHead.forward, [0]
 
-    def infinite_once(values: torch.Tensor) -> torch.Tensor:
+    def infinite_once(self: CosineHead, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         calls[0] += 1
-        return real(values) * (float("inf") if calls[0] == 4 else 1)
+        loss, hits = real(self, rows)
+        return loss * (float("inf") if calls[0] == 4 else 1), hits
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "l1_norm", infinite_once)
+        patch.setattr(CosineHead, "forward", infinite_once)
         error = half().error
     assert "task 2, epoch 2, step 2: the loss is inf" in error
     assert "lower lr" in error

@@ -10,7 +10,8 @@ from torch import Tensor
 from backbone import luca as luca_file
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, LuCA, make_luca
-from models.steps import GRADIENTS, AutogradStep, LucaStep, make_step
+from models.gradients import GRADIENTS
+from models.steps import AutogradStep, LucaStep, make_step
 from models.training import train
 from tests.conftest import tiny_config
 
@@ -62,7 +63,7 @@ def test_both_steps_agree_to_the_bit(flow, keys, sigma):
     assert_same(fast_luca, luca)
     assert_same(fast_classifier, classifier)
     for (loss, hits), (fast_loss, fast_hits) in zip(wanted, found, strict=True):
-        torch.testing.assert_close(fast_loss, loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)  # Σ|θ| is added up in another order
         assert torch.equal(fast_hits, hits)
     start = both(flow, sigma)
     assert torch.equal(start[1].sigma, fast_classifier.sigma) is not sigma
