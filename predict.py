@@ -28,8 +28,25 @@ def _checked_run(args: argparse.Namespace) -> int:
         raise UserError(f"--top-k must be at least 1, got {args.top_k}")
     if args.max_pixels is not None and args.max_pixels < 1:
         raise UserError(f"--max-pixels must be at least 1, got {args.max_pixels}")
+    if args.export:
+        return _export(args)
+    if not args.paths:
+        raise UserError("give images, folders, or - for a list on standard input")
     check_paths(args.paths)
     return run(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Write the run as one file that needs nothing of this project."""
+    if args.paths:
+        raise UserError("--export writes the model and answers no image: leave out the paths")
+    from models import ContinualClassifier
+    from models.export import export
+
+    model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
+    path = export(model, args.export, args.selection)
+    print(f"{path}: {model!r}")
+    return 0
 
 
 def _parser() -> Parser:
@@ -39,7 +56,7 @@ def _parser() -> Parser:
         epilog="Exit code: 0; 1 if an image could not be read (it is named, the rest goes on); 2 for a wrong call.",
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="images, folders (with all below), or - for one path a line on stdin")
+    add("paths", nargs="*", metavar="PATH", help="images, folders (with all below), or - for one path a line on stdin")
     add("--checkpoint", type=Path, default=Path("tosca"), metavar="DIR", help="the run's checkpoint_dir (tosca)")
     add("--top-k", type=int, default=3, metavar="K", help="classes to name for each image (3)")
     form = parser.add_mutually_exclusive_group()
@@ -48,6 +65,7 @@ def _parser() -> Parser:
     add("--selection", metavar="NAME", help="how the module is chosen; by default as the run, if it can, else sample")
     add("--explain", action="store_true", help="also what the selection compared: each module's entropy or score")
     add("--features", type=Path, metavar="FILE.npy", help="also write the features, a row for each line of the answer")
+    add("--export", type=Path, metavar="FILE", help="write the whole model as .pt2 (torch.export) or .onnx, and stop")
     add("--backbone-weights", type=Path, metavar="FILE", help="where the run's backbone_weights are now")
     add("--max-pixels", type=int, metavar="N", help="refuse larger images; by default as the run")
     add("--device", metavar="N", help='"cpu", or the number of an accelerator; by default as the run')

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from backbone.vit import Backbone, load_backbone, resolve_device
+from models import hub
 from models.modular import ModularLearner
 from models.pickling import maker
 from models.predictions import Predictions
@@ -134,6 +135,11 @@ class ContinualClassifier(Predictor):
             num_workers=0,
         )
 
+    @property
+    def manifest(self) -> RunManifest:
+        """The record of the run: its config, data, results and files."""
+        return self._manifest
+
     def save(self, folder: str | Path) -> Path | None:
         """Write a checkpoint folder that ``load``, ``predict.py`` and ``continue_from`` read.
 
@@ -183,6 +189,22 @@ class ContinualClassifier(Predictor):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return maker(ContinualClassifier.from_state, "from_state"), (self.state(),)
+
+    # -- taking it elsewhere (models/export.py, models/hub.py) -----------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write what the Hugging Face hub stores: the checkpoint, the backbone's file if it is local, a model card."""
+        return hub.save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str | None = None) -> "ContinualClassifier":
+        """Load a folder of ``save_pretrained``, or ``user/repo`` from the Hugging Face hub."""
+        folder = hub.find_pretrained(name)
+        return cls.load(folder, backbone_weights=hub.shipped_weights(folder), device=device)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the model as ``user/repo``; return its address. Log in first (``hf auth login``)."""
+        return hub.push_to_hub(self, repo_id, private=private)
 
 
 # -- reading a run ----------------------------------------------------------------------------------------------------

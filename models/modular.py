@@ -80,8 +80,8 @@ class ModularLearner(Learner):
 
     def _least_uncertain(self, features: Tensor, chosen: Mapping[str, Tensor]) -> dict[str, Prediction]:
         """Answer under ``sample`` and with modules that are ``chosen`` already, ``(samples,)`` for each name."""
-        entropies, best = [], features.new_full((len(features),), torch.inf)
-        chosen = {"sample": torch.zeros(len(features), dtype=torch.long, device=features.device), **chosen}
+        entropies, best = [], features.new_full((features.shape[0],), torch.inf)
+        chosen = {"sample": torch.zeros(features.shape[0], dtype=torch.long, device=features.device), **chosen}
         scores: dict[str, Tensor] = {}
         for first, logits in self._all_logits(features):
             found = entropy(logits)  # (some modules, samples)
@@ -170,7 +170,7 @@ class ModularLearner(Learner):
         """Logits of all modules, some modules at a time: the first one's number, ``(modules, samples, rows)``."""
         directions = F.normalize(self.weight, dim=1)
         count = len(next(iter(self.modules.values())))
-        step = count if torch.compiler.is_compiling() else self._at_a_time(len(features), 0)
+        step = count if torch.compiler.is_compiling() else self._at_a_time(features.shape[0], 0)
         for first in range(0, count, step):
             part = {name: p[first : first + step] for name, p in self.modules.items()}
             yield first, cosine_logits(self.forward_modules(part, features), directions, self.sigma)
@@ -181,15 +181,18 @@ class ModularLearner(Learner):
         Shape: ``(samples, dim), (groups,) -> (samples, rows)``.
         """
         directions = F.normalize(self.weight, dim=1)
-        padded = F.pad(features, (0, 0, 0, len(module) * size - len(features)))
-        grouped = padded.unflatten(0, (len(module), size))
+        padded = F.pad(features, (0, 0, 0, module.shape[0] * size - features.shape[0]))
+        grouped = padded.unflatten(0, (module.shape[0], size))
         parameters = sum(p[0].numel() for p in self.modules.values())
-        step = len(module) if torch.compiler.is_compiling() else self._at_a_time(size, parameters)
+        step = self._at_a_time(size, parameters)
+        split = [(grouped, module)]  # in one piece where the number of samples is a symbol
+        if not torch.compiler.is_compiling():
+            split = list(zip(grouped.split(step), module.split(step), strict=True))
         parts = []
-        for h, part in zip(grouped.split(step), module.split(step), strict=True):
+        for h, part in split:
             own = {name: p[part] for name, p in self.modules.items()}
             parts.append(cosine_logits(self.forward_modules(own, h), directions, self.sigma).flatten(0, 1))
-        return torch.cat(parts)[: len(features)]
+        return torch.cat(parts)[: features.shape[0]]
 
     def _at_a_time(self, samples: int, copied: int) -> int:
         """Modules that fit into ``EVALUATION_BYTES`` with ``samples`` each and ``copied`` numbers of parameters."""

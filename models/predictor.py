@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,11 @@ class Predictor:
     def tasks(self) -> int:
         """Tasks learned so far; with modules, their number."""
         return self.learner.tasks
+
+    @property
+    def row_class(self) -> np.ndarray:
+        """``(rows,)`` the class of each of the classifier's rows; in domain runs a class has several."""
+        return self._learned.row_class
 
     @property
     def has_modules(self) -> bool:

@@ -104,7 +104,9 @@ class RandomRidge:
 
     def scores(self, features: Tensor) -> Tensor:
         """``Wᵀh`` in float32: ``(samples, dim) -> (samples, rows)``; ``-inf`` for rows without images."""
-        parts = [self._expand(part) @ self.weight for part in features.split(PREDICT_BATCH)]
+        whole = torch.compiler.is_compiling()  # the number of samples is a symbol then: no batches of them
+        batches = [features] if whole else features.split(PREDICT_BATCH)
+        parts = [self._expand(part) @ self.weight for part in batches]
         return torch.cat(parts).masked_fill(self.images == 0, -torch.inf).float().to(features.device)
 
     def _expand(self, features: Tensor) -> Tensor:
