@@ -62,8 +62,8 @@ def _has_alpha(image: Image.Image) -> bool:
 
 def _with_colour_key(image: Image.Image, key: int | tuple[int, ...], raw_mode: str) -> Image.Image:
     """White where a pixel has the colour that the file calls transparent, given in the file's own bits."""
-    if ";16" in raw_mode:  # Pillow keeps the high byte of each channel
-        key = tuple(value >> 8 for value in key) if isinstance(key, tuple) else key >> 8
+    if isinstance(key, tuple) and ";16" in raw_mode:  # Pillow keeps the high byte of each channel
+        key = tuple(value >> 8 for value in key)
     elif image.mode == "1":
         key = 255 if key else 0
     elif isinstance(key, int):
