@@ -36,7 +36,7 @@ class CosineHead:
         self._joint_rows, self.z = self._joint.split((count, images))
         self._unit_rows, self._unit_z = self._unit.split((count, images))
         self._unit_rows_t, self._by_cosine_t = self._unit_rows.T, self._cosine.T
-        self._by_unit_rows, self._by_z = self._by_unit.split((count, images))
+        self._by_unit_rows, self._by_z = self._by_unit[:count], self._by_unit[count:]
         self._scratch_rows, self._scratch_z = self._scratch.split((count, images))
         self._one = self._rows.new_ones(())
 
