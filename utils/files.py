@@ -84,13 +84,27 @@ def remove_partials(folder: Path, name: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically. NaN is not JSON: callers pass None for what is undefined."""
-    atomic_write(path, json_text(values, indent=1).encode("utf-8") + b"\n")
+    """Write JSON atomically, laid out by ``json_lines``. NaN is not JSON: callers pass None for what is undefined."""
+    atomic_write(path, json_lines(values).encode("utf-8") + b"\n")
 
 
-def json_text(values: Any, indent: int | None = None) -> str:
+def json_lines(values: Any, levels: int = 3, indent: str = "") -> str:
+    """JSON whose first ``levels`` levels have a line for each item: readable, and fast to write where it is long."""
+    if not levels or not values or not isinstance(values, (dict, list, tuple)):
+        return json_text(values)
+    inside = indent + " "
+    if isinstance(values, dict):
+        opening, closing = "{}"
+        items = [f"{json_text(str(key))}: {json_lines(value, levels - 1, inside)}" for key, value in values.items()]
+    else:
+        opening, closing = "[]"
+        items = [json_lines(value, levels - 1, inside) for value in values]
+    return opening + "\n" + ",\n".join(inside + item for item in items) + "\n" + indent + closing
+
+
+def json_text(values: Any) -> str:
     """JSON that every encoding of Unicode can write; what names that are not UTF-8 hold stands there escaped."""
-    text = json.dumps(values, indent=indent, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(values, allow_nan=False, ensure_ascii=False)
     return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 

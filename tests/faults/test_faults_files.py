@@ -23,7 +23,8 @@ from utils import files
 from utils.errors import CheckpointError, UserError
 from utils.features import bank as features
 from utils.files import FolderLock, atomic_write
-from utils.runs.checkpoint import MANIFEST, load_tensors
+from utils.runs.checkpoint import MANIFEST
+from utils.runs.tensors import load_tensors
 
 # -- atomic writes ----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before the manifest is written": (CheckpointFolder, "write_manifest", 4),
     "half-way through a write": (files.os, "fsync", 9),
     "between a write and its name": (files.os, "replace", 5),
-    "before the old classifier is removed": (CheckpointFolder, "remove_old_classifiers", 4),
+    "before the old files are removed": (CheckpointFolder, "remove_old_files", 4),
     "before the results are written": (report, "write_run_json", 4),
     "before the summary": (report, "log_summary", 1),
 }

@@ -11,8 +11,9 @@ from backbone.luca import LuCA, make_luca
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
 from utils.errors import CheckpointError
-from utils.runs.checkpoint import CheckpointFolder, load_tensors, module_from_file
+from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
+from utils.runs.tensors import load_tensors, module_from_file
 
 SHAPES = {
     "backbone.tosca.norm.weight": (768,),

@@ -1,9 +1,9 @@
 """What a run tells: PILOT's log lines, the run's JSON, and the closing summary."""
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from utils.errors import UserError
@@ -73,7 +73,7 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
 
     A continued run whose data does not test the classes of the saved run reports its own tasks alone.
     """
-    values, first = manifest.to_json(), manifest.first_reported
+    values, first = manifest.to_json(whole=False), manifest.first_reported
     tasks = [_without_tasks(record, first) for record in manifest.tasks[first:]]
     last = tasks[-1] if tasks else TaskRecord()
     selecting = {name: [task.results[name].get("selection_accuracy") for task in tasks] for name in last.results}
@@ -106,7 +106,7 @@ def _rounded_seconds(seconds: dict[str, float]) -> dict[str, float]:
 def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
     """A task's record without its columns for the tasks before ``first``."""
     results = {name: {**result, "per_task": result["per_task"][first:]} for name, result in record.results.items()}
-    return replace(record, results=results)
+    return dataclasses.replace(record, results=results)
 
 
 def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
 learning need after task t. ``run.manifest`` names both with their SHA-256, the run's identity, and its results so far,
 and ends with a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the
-last one whole.
+last one whole. ``evaluation<t>.json`` holds those results after task t that grow with the square of the tasks.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,16 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError
-from utils.files import atomic_write, free_name, remove_partials, sha256_of_file, write_json
+from utils.files import atomic_write, free_name, json_lines, remove_partials, sha256_of_file, write_json
 from utils.runs.manifest import FORMAT, RunManifest
+from utils.runs.tensors import HINT_RESTORE, MODULE_PREFIX, first_line, load_tensors, module_from_file
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "run.manifest"  # JSON; not named so, for scripts that collect the JSON files below a log folder
 MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
-MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
+EVALUATION_FILE = re.compile(r"evaluation(\d{1,6})\.json")
+OF_THE_LAST_TASK = (CLASSIFIER_FILE, EVALUATION_FILE)  # a commit writes new ones; the old ones go
 
 
 class CheckpointFolder:
@@ -60,12 +61,12 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, then start again") from error
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({_first_line(error)}); {HINT_RESTORE}") from error
+            raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
         if not isinstance(values, dict) or "identity" not in values:
             raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {HINT_RESTORE}")
-        if values.get("format") != FORMAT:
+        if values.get("format") not in (1, FORMAT):
             raise CheckpointError(
-                f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; use the version that "
+                f"{path} has format {values.get('format')!r}, this version reads 1 and {FORMAT}; use the version that "
                 "wrote it, or another checkpoint_dir"
             )
         if (recorded := values.pop("sha256", None)) != (found := _sha256_of_values(values)):
@@ -74,20 +75,54 @@ class CheckpointFolder:
                 f"{HINT_RESTORE}"
             )
         try:
-            return RunManifest.from_json(values)
+            manifest = RunManifest.from_json(values)
+            _check_files(manifest.files)
         except CheckpointError as error:
             raise CheckpointError(f"{path} is damaged ({error}); {HINT_RESTORE}") from None
+        name = _named_evaluation(manifest)
+        return manifest if name is None else self._with_evaluation(manifest, name)
+
+    def _with_evaluation(self, manifest: RunManifest, name: str) -> RunManifest:
+        """The manifest with the results in the file ``name`` beside it."""
+        path = self._verified(name, manifest.files[name])
+        try:
+            return manifest.with_evaluation(json.loads(path.read_bytes()))
+        except (ValueError, RecursionError, CheckpointError) as error:
+            raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace ``run.manifest``: from here on a start of the same run goes on from ``manifest``."""
-        values = manifest.to_json()
+        values = manifest.to_json(whole=_named_evaluation(manifest) is None)
         write_json(self.manifest_path, {**values, "sha256": _sha256_of_values(values)})
+
+    def _verified(self, name: str, sha256: str) -> Path:
+        """The path of a file that the manifest names: a file of this folder with that SHA-256.
+
+        Raises:
+            CheckpointError: it is missing, a link to elsewhere, no regular file, or another one.
+        """
+        path = self.folder / name
+        try:
+            if path.resolve(strict=True).parent != self.folder.resolve() or not path.is_file():
+                raise CheckpointError(f"{path} is a link to elsewhere or no regular file; {HINT_RESTORE}")
+            found = sha256_of_file(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {HINT_RESTORE}") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{path} cannot be read ({reason}); {HINT_RESTORE}") from error
+        if found != sha256:
+            raise CheckpointError(
+                f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, "
+                f"{MANIFEST} says {sha256[:12]}…; {HINT_RESTORE}"
+            )
+        return path
 
     def run_files(self) -> list[Path]:
         """The files here that belong to some run, ours or the release's; the manifest first."""
         if not self.folder.is_dir():
             return []
-        names = (MODULE_FILE, CLASSIFIER_FILE, re.compile(re.escape(MANIFEST)))
+        names = (MODULE_FILE, *OF_THE_LAST_TASK, re.compile(re.escape(MANIFEST)))
         found = [path for path in self.folder.iterdir() if any(name.fullmatch(path.name) for name in names)]
         return sorted(found, key=lambda path: (path.name != MANIFEST, path.name))
 
@@ -119,24 +154,25 @@ class CheckpointFolder:
 
     def remove_partials(self) -> None:
         """Remove what killed writes left; only for the holder of the folder's lock."""
-        remove_partials(self.folder, rf"(task\d+\.pth|classifier\d+\.pth|{re.escape(MANIFEST)})")
+        remove_partials(self.folder, rf"(task\d+\.pth|classifier\d+\.pth|evaluation\d+\.json|{re.escape(MANIFEST)})")
 
     def commit(
         self, manifest: RunManifest, state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
     ) -> RunManifest:
         """Save what task ``task`` changed, then the manifest that names it; return that manifest."""
-        files = {name: sha for name, sha in manifest.files.items() if not name.startswith("classifier")}
+        files = {name: sha for name, sha in manifest.files.items() if MODULE_FILE.fullmatch(name)}
         files |= self._save_module(task, module)
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
+        files[f"evaluation{task}.json"] = self._save_evaluation(f"evaluation{task}.json", manifest)
         manifest = replace(manifest, files=files)
         self.write_manifest(manifest)
-        self.remove_old_classifiers(manifest)
+        self.remove_old_files(manifest)
         return manifest
 
-    def remove_old_classifiers(self, manifest: RunManifest) -> None:
-        """Remove every classifier but the one that ``manifest``, which is on disk, names."""
+    def remove_old_files(self, manifest: RunManifest) -> None:
+        """Remove every classifier and evaluation but those that ``manifest``, which is on disk, names."""
         for path in self.run_files():
-            if CLASSIFIER_FILE.fullmatch(path.name) and path.name not in manifest.files:
+            if any(n.fullmatch(path.name) for n in OF_THE_LAST_TASK) and path.name not in manifest.files:
                 path.unlink(missing_ok=True)
 
     def commit_all(
@@ -160,11 +196,11 @@ class CheckpointFolder:
 
     def copy_files(self, source: "CheckpointFolder", manifest: RunManifest) -> None:
         """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
-        for name in manifest.files:
+        for name, sha256 in manifest.files.items():
+            path = source._verified(name, sha256)
             try:
-                content = (source.folder / name).read_bytes()
+                content = path.read_bytes()
             except OSError as error:
-                path = source.folder / name
                 raise CheckpointError(f"{path} cannot be read ({error.strerror}); {HINT_RESTORE}") from error
             atomic_write(self.folder / name, content)
 
@@ -181,57 +217,52 @@ class CheckpointFolder:
         atomic_write(self.folder / name, buffer.getbuffer())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()  # of what was meant, not of what the disk made of it
 
+    def _save_evaluation(self, name: str, manifest: RunManifest) -> str:
+        content = json_lines(manifest.evaluation()).encode()
+        atomic_write(self.folder / name, content)
+        return hashlib.sha256(content).hexdigest()
+
     def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
+        """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or another run's, or holds a number that is not finite.
+        """
         modules = []
         state: dict[str, Tensor] = {}
-        for name, expected in manifest.files.items():
-            path = self.folder / name
-            try:
-                found = sha256_of_file(path)
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {HINT_RESTORE}") from None
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {HINT_RESTORE}") from error
-            if found != expected:
-                raise CheckpointError(
-                    f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, "
-                    f"{MANIFEST} says {expected[:12]}…; {HINT_RESTORE}"
-                )
+        for name, sha256 in manifest.files.items():
+            if EVALUATION_FILE.fullmatch(name):
+                continue
+            path = self._verified(name, sha256)
+            tensors = module_from_file(path) if MODULE_FILE.fullmatch(name) else load_tensors(path)
+            if bad := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+                raise CheckpointError(f"{path} holds numbers in {bad[0]!r} that are not finite; {HINT_RESTORE}")
             if task := MODULE_FILE.fullmatch(name):
-                modules.append((int(task[1]), module_from_file(path)))
+                modules.append((int(task[1]), tensors))
             else:
-                state = load_tensors(path)
+                state = tensors
         return state, [module for _, module in sorted(modules, key=lambda numbered: numbered[0])]
 
 
-HINT_RESTORE = "restore it from a copy, or start over with --fresh (which moves this folder's files aside)"
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A plain state dict. No code in the file is ever run.
+def _check_files(files: dict[str, Any]) -> None:
+    """Check that ``files`` are plain names of the forms that a run writes, each with a SHA-256.
 
     Raises:
-        CheckpointError: truncated, empty, not a state dict, or a pickle that wants to run code.
+        CheckpointError: the first that is not.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged and cannot be read ({_first_line(error)}); {HINT_RESTORE}") from error
-    except Exception as error:  # pickle.UnpicklingError and what a hostile file may provoke
-        raise CheckpointError(
-            f"{path} is not a plain state dict of tensors and was not loaded ({_first_line(error)}); {HINT_RESTORE}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} is not a plain state dict of tensors; {HINT_RESTORE}")
-    return state
+    for name, sha256 in files.items():
+        if not any(form.fullmatch(name) for form in (MODULE_FILE, *OF_THE_LAST_TASK)):
+            raise CheckpointError(f"it names {name!r}, which is no file of a run")
+        if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise CheckpointError(f"its SHA-256 of {name!r} is none")
+    for form in OF_THE_LAST_TASK:
+        if len(named := [name for name in files if form.fullmatch(name)]) > 1:
+            raise CheckpointError(f"it names both {named[0]!r} and {named[1]!r}")
 
 
-def module_from_file(path: Path) -> dict[str, Tensor]:
-    """LuCA's parameters from a ``task<i>.pth``, the release's or ours."""
-    return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in load_tensors(path).items()}
+def _named_evaluation(manifest: RunManifest) -> str | None:
+    """The name of the manifest's evaluation file; None if its results stand in the manifest (format 1)."""
+    return next((name for name in manifest.files if EVALUATION_FILE.fullmatch(name)), None)
 
 
 def _name_aside(folder: Path) -> Path:
@@ -243,7 +274,3 @@ def _sha256_of_values(values: dict[str, Any]) -> str:
     """Of JSON values, whatever their order and layout in the file."""
     as_read = json.loads(json.dumps(values))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

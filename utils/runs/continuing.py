@@ -15,7 +15,7 @@ from typing import Any
 from utils.config import Config
 from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DataError
-from utils.runs.checkpoint import CLASSIFIER_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
+from utils.runs.checkpoint import EVALUATION_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
 from utils.runs.identity import fixed_once_saved
 from utils.runs.manifest import BaseFacts, RunManifest, TaskRecord
 
@@ -136,7 +136,7 @@ def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: RunManifest, s
         first = max((i + 1 for i, record in enumerate(saved.tasks) if not record.results), default=0)
     return replace(
         manifest,
-        files={n: s for n, s in saved.files.items() if MODULE_FILE.fullmatch(n) or CLASSIFIER_FILE.fullmatch(n)},
+        files=dict(saved.files),
         tasks=tuple(record if i >= first else _untested(record) for i, record in enumerate(saved.tasks)),
         base=BaseFacts(
             folder=str(folder.resolve()),
@@ -150,7 +150,7 @@ def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: RunManifest, s
 
 
 def _untested(record: TaskRecord) -> TaskRecord:
-    return replace(record, results={}, confusion={}, entropy={})
+    return replace(record, results={}, confusion={}, entropy={}, details={})
 
 
 def tests_old(base: SavedRun, stream: TaskStream) -> bool:
@@ -175,5 +175,6 @@ def tests_old(base: SavedRun, stream: TaskStream) -> bool:
 
 
 def _sha256(manifest: RunManifest) -> str:
-    facts = {"files": manifest.files, **manifest.learned().as_json()}
+    tensors = {name: sha256 for name, sha256 in manifest.files.items() if not EVALUATION_FILE.fullmatch(name)}
+    facts = {"files": tensors, **manifest.learned().as_json()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()

@@ -2,11 +2,14 @@
 
 Both types are frozen. A run that goes on makes a new manifest from the old one (``with_task``, ``dataclasses.replace``)
 and the checkpoint folder writes that in one step.
+
+What grows with the square of the tasks is either kept for the last task alone, or stands on disk beside the manifest:
+``to_json(whole=False)`` leaves it out, ``evaluation`` gives it, ``with_evaluation`` puts it back.
 """
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +17,9 @@ import numpy as np
 
 from utils.data.tasks import LearnedClasses
 from utils.errors import CheckpointError
+from utils.runs.json_values import JsonValues
 
-FORMAT = 1
+FORMAT = 2  # 1 held everything in one file; it is still read
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class TaskRecord:
 
     Attributes:
         results: for each selection ``top1``, ``top5``, ``per_task``, ``groups`` and, with modules,
-            ``selection_accuracy``, all in percent. Empty for a task that nobody tested.
-        confusion: for each selection of a module the counts of (true task, chosen module).
-        entropy: for each such selection the mean entropy of the chosen module in nats, by module.
+            ``selection_accuracy``, all in percent. Empty for a task that nobody tested; ``groups`` of the last alone.
+        confusion: for each selection of a module the counts of (true task, chosen module); of the last task alone.
+        entropy: for each such selection the mean entropy of the chosen module in nats, by module; of the last alone.
         sparsity: share of the new module's parameters that are nearly zero; None without modules.
         parameters: numbers of parameters, by what holds them.
         epochs: what each epoch of training gave; empty where that was not kept.
@@ -55,10 +59,19 @@ class TaskRecord:
     epochs: tuple[EpochStats, ...] = ()
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-ready values under the names of the attributes."""
+    def of_an_earlier_task(self) -> "TaskRecord":
+        """Return what is kept once there is a later task."""
+        results = {name: _without(result, ("groups",)) for name, result in self.results.items()}
+        return replace(self, results=results, confusion={}, entropy={}, details={})
+
+    def to_json(self, *, whole: bool = True) -> dict[str, Any]:
+        """Return JSON-ready values under the names of the attributes; unless ``whole``, without ``evaluation``'s."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "epochs": [dataclasses.asdict(epoch) for epoch in self.epochs]}
+        values["epochs"] = [dataclasses.asdict(epoch) for epoch in self.epochs]
+        if whole:
+            return values
+        values["results"] = {name: _without(result, _IN_ROWS) for name, result in self.results.items()}
+        return {name: value for name, value in values.items() if name not in _OF_THE_LAST}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskRecord":
@@ -67,12 +80,12 @@ class TaskRecord:
         Raises:
             CheckpointError: something is absent or of another kind; it is named.
         """
-        get = _Values(values, "a task's ")
-        epochs = [_Values(item, "an epoch's ") for item in get.read("epochs", list, [])]
+        get = JsonValues(values, "a task's ")
+        epochs = [JsonValues(item, "an epoch's ") for item in get.read("epochs", list, [])]
         return cls(
-            results=get.read("results", dict),
-            confusion=get.read("confusion", dict),
-            entropy=get.read("entropy", dict),
+            results=get.objects("results"),
+            confusion=get.read("confusion", dict, {}),
+            entropy=get.read("entropy", dict, {}),
             sparsity=get.read("sparsity", (float, int, type(None))),
             parameters=get.read("parameters", dict),
             details=get.read("details", dict, {}),
@@ -80,6 +93,14 @@ class TaskRecord:
                 EpochStats(float(e.read("loss", (float, int))), float(e.read("accuracy", (float, int)))) for e in epochs
             ),
         )
+
+
+_IN_ROWS = ("per_task", "groups")  # of a selection's results: one number for each task so far
+_OF_THE_LAST = ("confusion", "entropy", "details")  # kept for the last task alone
+
+
+def _without(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,6 @@ class RunManifest:
     """All that a run is, but for tensors: the names are those of the JSON on disk.
 
     Attributes:
-        format: of the JSON on disk.
         status: ``running`` or ``finished``.
         identity: what its numbers depend on; two runs that agree in it are one run.
         config: the settings as given.
@@ -130,7 +150,6 @@ class RunManifest:
         base: the saved run that this one continues, or None.
     """
 
-    format: int = FORMAT
     status: str = "running"
     identity: dict[str, Any]
     config: dict[str, Any]
@@ -164,8 +183,9 @@ class RunManifest:
     def with_task(self, record: TaskRecord, **changes: Any) -> "RunManifest":
         """Return the manifest after one more task, with other attributes changed by name."""
         done = len(self.tasks) + 1 == len(self.task_sizes)
-        earlier = (replace(task, details={}) for task in self.tasks)
-        return replace(self, tasks=(*earlier, record), status="finished" if done else "running", **changes)
+        tasks = (*(earlier.of_an_earlier_task() for earlier in self.tasks[-1:]), record)
+        status = "finished" if done else "running"
+        return replace(self, tasks=(*self.tasks[:-1], *tasks), status=status, **changes)
 
     def with_last_results(self, details: dict[str, dict[str, Any]], cost: dict[str, float]) -> "RunManifest":
         """Return the manifest with what only the end of a run can tell: details of its last task, and its cost."""
@@ -188,13 +208,49 @@ class RunManifest:
             domains=learned.domains,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-ready values under the names of the attributes; ``base`` only where there is one."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def to_json(self, *, whole: bool = True) -> dict[str, Any]:
+        """Return JSON-ready values under the names of the attributes; ``base`` only where there is one.
+
+        Args:
+            whole: False leaves out what ``evaluation`` gives: what is left grows as the tasks do.
+        """
+        values = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
         lists = {name: list(values[name]) for name in ("class_order", "task_sizes", "row_class", "domains")}
-        values |= lists | {"tasks": [record.to_json() for record in self.tasks]}
-        base = values.pop("base")
-        return values if base is None else {**values, "base": dataclasses.asdict(base)}
+        values |= lists | {"tasks": [record.to_json(whole=whole) for record in self.tasks]}
+        if self.base is not None:
+            values["base"] = dataclasses.asdict(self.base)
+        return {name: value for name, value in values.items() if name != "base" or value is not None}
+
+    def evaluation(self) -> dict[str, Any]:
+        """Return what grows with the square of the tasks: rows of the accuracy matrix, and facts of the last task."""
+        rows = [
+            {name: {n: result[n] for n in _IN_ROWS if n in result} for name, result in record.results.items()}
+            for record in self.tasks
+        ]
+        last = self.tasks[-1] if self.tasks else TaskRecord()
+        return {"rows": rows, **{name: getattr(last, name) for name in _OF_THE_LAST}}
+
+    def with_evaluation(self, values: Mapping[str, Any]) -> "RunManifest":
+        """Return the manifest with what ``evaluation`` gave; tasks whose results do not count stay without.
+
+        Raises:
+            CheckpointError: something is absent or of another kind; it is named.
+        """
+        get = JsonValues(values, "")
+        rows = get.items("rows", dict)
+        if len(rows) < len(self.tasks):
+            raise CheckpointError(f"it has rows of {len(rows)} tasks, not of {len(self.tasks)}")
+        tasks = [
+            replace(
+                record,
+                results={n: {**r, **JsonValues(row, "a row's ").read(n, dict)} for n, r in record.results.items()},
+            )
+            for record, row in zip(self.tasks, rows, strict=False)
+        ]
+        if tasks and tasks[-1].results:
+            facts = {name: get.read(name, dict) for name in ("confusion", "entropy")}
+            tasks[-1] = replace(tasks[-1], **facts, details=get.read("details", dict, {}))
+        return replace(self, tasks=tuple(tasks))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunManifest":
@@ -203,11 +259,11 @@ class RunManifest:
         Raises:
             CheckpointError: something is absent or of another kind; it is named.
         """
-        get = _Values(values, "")
+        get = JsonValues(values, "")
         base = get.read("base", (dict, type(None)), None)
         manifest = cls(
             **{name: get.read(name, dict) for name in ("identity", "config", "backbone", "data")},
-            **{name: get.read(name, int) for name in ("format", "seed", "backbone_forwards")},
+            **{name: get.read(name, int) for name in ("seed", "backbone_forwards")},
             status=get.read("status", str),
             versions=get.read("versions", dict),
             class_order=get.items("class_order", str),
@@ -229,7 +285,7 @@ class RunManifest:
 def _base_from_json(values: Mapping[str, Any] | None) -> BaseFacts | None:
     if values is None:
         return None
-    get = _Values(values, "base's ")
+    get = JsonValues(values, "base's ")
     return BaseFacts(
         **{name: get.read(name, str) for name in ("folder", "sha256", "evaluation")},
         **{name: get.read(name, int) for name in ("tasks", "classes", "reported_from_task")},
@@ -245,43 +301,6 @@ def _check_counts(manifest: RunManifest) -> None:
         raise CheckpointError(f"its row_class names classes that are not among the {classes} of class_order")
     if len(manifest.tasks) > len(manifest.task_sizes):
         raise CheckpointError(f"it has results of {len(manifest.tasks)} tasks, but {len(manifest.task_sizes)} tasks")
-
-
-@dataclass(frozen=True)
-class _Values:
-    """The values of a JSON object, each read with its kind; ``of`` says whose they are."""
-
-    values: Mapping[str, Any]
-    of: str
-
-    def read(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        """Return the value of ``name``, or ``default`` where it is absent and one is given.
-
-        Raises:
-            CheckpointError: it is absent, or not of ``kind``.
-        """
-        if not isinstance(self.values, Mapping):
-            raise CheckpointError(f"{self.of}values are not a JSON object")
-        if name not in self.values:
-            if default:
-                return default[0]
-            raise CheckpointError(f"{self.of}{name!r} is absent")
-        value = self.values[name]
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise CheckpointError(f"{self.of}{name!r} is of another kind: {type(value).__name__}")
-        return value
-
-    def items(self, name: str, kind: type, *default: Any) -> tuple[Any, ...]:
-        """Return the list ``name``, each of whose items is of ``kind``, as a tuple.
-
-        Raises:
-            CheckpointError: it is absent, no list, or an item is of another kind.
-        """
-        found = self.read(name, list, *default)
-        if not all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in found):
-            raise CheckpointError(f"{self.of}{name!r} holds an item of another kind")
-        return tuple(found)
 
 
 def versions() -> dict[str, str]:

@@ -47,7 +47,7 @@ def find_earlier_start(
     if manifest is None:
         manifest = _new_manifest(setup, seed, identity, checkpoint)
         checkpoint.write_manifest(manifest)
-    checkpoint.remove_old_classifiers(manifest)  # an earlier start may have been killed before it could
+    checkpoint.remove_old_files(manifest)  # an earlier start may have been killed before it could
     return manifest
 
 

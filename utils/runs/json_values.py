@@ -1,0 +1,55 @@
+"""Values of a JSON object that was read from a file, each checked for its kind as it is taken."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class JsonValues:
+    """The values of a JSON object, each read with its kind; ``of`` says whose they are."""
+
+    values: Mapping[str, Any]
+    of: str
+
+    def read(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+        """Return the value of ``name``, or ``default`` where it is absent and one is given.
+
+        Raises:
+            CheckpointError: it is absent, or not of ``kind``.
+        """
+        if not isinstance(self.values, Mapping):
+            raise CheckpointError(f"{self.of}values are not a JSON object")
+        if name not in self.values:
+            if default:
+                return default[0]
+            raise CheckpointError(f"{self.of}{name!r} is absent")
+        value = self.values[name]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise CheckpointError(f"{self.of}{name!r} is of another kind: {type(value).__name__}")
+        return value
+
+    def objects(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the object ``name``, each of whose values is an object.
+
+        Raises:
+            CheckpointError: it is absent, no object, or a value is of another kind.
+        """
+        found: dict[str, dict[str, Any]] = self.read(name, dict)
+        if not all(isinstance(value, dict) for value in found.values()):
+            raise CheckpointError(f"{self.of}{name!r} holds a value of another kind")
+        return found
+
+    def items(self, name: str, kind: type, *default: Any) -> tuple[Any, ...]:
+        """Return the list ``name``, each of whose items is of ``kind``, as a tuple.
+
+        Raises:
+            CheckpointError: it is absent, no list, or an item is of another kind.
+        """
+        found = self.read(name, list, *default)
+        if not all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in found):
+            raise CheckpointError(f"{self.of}{name!r} holds an item of another kind")
+        return tuple(found)
