@@ -27,7 +27,7 @@ from utils.data.images import HINT_REPLACE, MAX_PIXELS, decode, kinds_of_file
 from utils.data.modes import UnreadableImage, kind_sentences
 from utils.data.splits import Dataset, ImageFiles
 from utils.errors import DataError
-from utils.files import json_text
+from utils.files import json_lines
 from utils.hardware import available_cpus
 from utils.progress import progress
 
@@ -323,4 +323,4 @@ def _size_line(sizes: Counter[tuple[int, int]]) -> str:
 
 def as_json(findings: Findings) -> str:
     """All that was found, as JSON."""
-    return json_text(findings.as_dict(), indent=1)
+    return json_lines(findings.as_dict())
