@@ -20,16 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import make_learner
+from models.preparation import prepare, wanted_features
 from models.streaming.lda import StreamingLDA
 from models.task_data import BankTask
 from models.tosca import TOSCA
-from trainer import Setup, prepare, wanted_features
 from utils.config import Config, load_config
 from utils.data.tasks import Task, make_stream
 from utils.errors import UserError
 from utils.features.batches import TEST_VIEW
 from utils.hardware import Ranks
 from utils.results.metrics import mean_std
+from utils.runs.setup import Setup
 from utils.seeds import derive_seed
 
 FIXED_SIGMA = 16.0  # of the repaired logits, and of the softmax within a task

@@ -25,7 +25,7 @@ from models.modular import ModularLearner
 from models.pickling import maker
 from models.predictions import Predictions
 from models.predictor import Predictor
-from models.registry import make_learner, training_features
+from models.registry import load_learner, make_learner, training_features
 from models.task_data import BankTask
 from utils.config import Config, make_config
 from utils.data.given import GivenImages, Images, sources_of
@@ -73,8 +73,7 @@ class ContinualClassifier(Predictor):
             changed["device"] = [device]
         config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
         backbone = _load_same_backbone(config, manifest, resolve_device(config))
-        learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
-        learner.load_state_dict(*checkpoint.load(manifest))
+        learner = load_learner(config, backbone, manifest.seed, checkpoint, manifest)
         return cls(config, backbone, learner, manifest)
 
     # -- learning --------------------------------------------------------------------------------------------------

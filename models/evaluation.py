@@ -80,12 +80,13 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
 def _groups(
     stream: TaskStream, task: int, predicted: np.ndarray, true_class: np.ndarray, true_task: np.ndarray
 ) -> dict[str, float]:
-    """PILOT's groups; in domain runs, where classes recur, a group is a task."""
+    """PILOT's groups; in domain runs, where classes recur, a group is a domain."""
     ranges = [t.rows for t in stream.tasks[: task + 1]]
     if len(set(stream.row_class.tolist())) == len(stream.row_class):
         return metrics.accuracy_groups(predicted, true_class, ranges, ranges[-1].start)
     hits = predicted == true_class
-    per_task = {f"task {t}": metrics.percent(hits[true_task == t]) for t in range(task + 1)}
+    names = [f"domain {name}" if name else f"task {t}" for t, name in enumerate(stream.domains[: task + 1])]
+    per_task = {name: metrics.percent(hits[true_task == t]) for t, name in enumerate(names)}
     old_new = {"old": metrics.percent(hits[true_task < task]), "new": metrics.percent(hits[true_task == task])}
     return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}
 

@@ -8,9 +8,14 @@ import torch
 
 from models.base import Learner
 from utils.config import Config
+from utils.errors import CheckpointError
 from utils.features.arrays import View
+from utils.features.bank import FeatureExtractor
 from utils.features.batches import TEST_VIEW
 from utils.methods import METHODS, read_method
+from utils.runs.checkpoint import CheckpointFolder
+from utils.runs.manifest import RunManifest
+from utils.runs.tensors import HINT_RESTORE, first_line
 
 
 def find_learners(folder: Path) -> dict[str, type[Learner]]:
@@ -53,3 +58,34 @@ def training_features(config: Config) -> list[View]:
 def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:
     """The learner that ``config.model_name`` names, before its first task."""
     return LEARNERS[config.model_name](config, dim, device, seed)
+
+
+def load_learner(
+    config: Config, backbone: FeatureExtractor, seed: int, checkpoint: CheckpointFolder, manifest: RunManifest
+) -> Learner:
+    """The learner of a run as its last commit left it; before its first task a new one.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds tensors that do not fit the run's own config.
+    """
+    learner = make_learner(config, backbone.feature_dim, backbone.device, seed)
+    if not manifest.tasks:
+        return learner
+    tensors, rows = checkpoint.load(manifest), manifest.learned().rows
+    if len(tensors[1]) != (len(manifest.tasks) if config.method.modular else 0):
+        raise CheckpointError(
+            f"{checkpoint.manifest_path} names {len(tensors[1])} modules, which do not fit its {len(manifest.tasks)} "
+            f"tasks; {HINT_RESTORE}"
+        )
+    try:
+        learner.load_state_dict(*tensors)
+        feature = torch.zeros(1, backbone.feature_dim, device=backbone.device)
+        with torch.no_grad():  # through all that answers: tensors of other shapes show here, not in the first answer
+            widths = {learner.answer(feature, selection).scores.shape[1] for selection in learner.selections}
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)}); {HINT_RESTORE}"
+        ) from error
+    if widths != {rows} or learner.tasks != len(manifest.tasks):
+        raise CheckpointError(f"the files in {checkpoint.folder} do not fit the tasks of their run; {HINT_RESTORE}")
+    return learner

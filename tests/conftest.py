@@ -19,7 +19,7 @@ from torch import Tensor
 
 import main
 from utils.config import Config, make_config
-from utils.results import record as report
+from utils.results import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,7 +212,7 @@ def finished_run(
     """Three tasks of two classes, learned once for all tests. Its feature bank lies in ``cache``: leave it as it is."""
     folder = tmp_path_factory.mktemp("run")
     jsons, modules = [], []
-    log_task = report.log_task
+    log_task = run_log.log_task
 
     def look(*arguments: Any) -> None:
         (path,) = (folder / "logs").rglob("*.json")
@@ -222,6 +222,6 @@ def finished_run(
         log_task(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "log_task", look)
+        patch.setattr(run_log, "log_task", look)
         outcome = run_main(folder, data_path=str(digit_folder), cache_dir=str(folder / "cache"))
     return FinishedRun(outcome.code, outcome.config, outcome.folder, jsons, modules)

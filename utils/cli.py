@@ -33,9 +33,9 @@ _OF_THE_MACHINE = {
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, or SIGTERM, such as a cluster sends before it takes the machine away."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, hint: str | None = None) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.hint = number, hint  # hint: how to go on, where that is not what the command says
 
 
 class OutputFailed(Exception):
@@ -113,15 +113,13 @@ def _discard(stream: TextIO) -> None:
         pass
 
 
-def run_command(
-    prog: str, action: Callable[[], int], *, hint: Callable[[], str] | str = HINT_GO_ON, needs_output: bool = True
-) -> int:
+def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON, needs_output: bool = True) -> int:
     """Do what a command does; return its exit code.
 
     Args:
         prog: the command's name, in front of each line about a fault.
         action: the command; it returns an exit code.
-        hint: what to say to a user who stopped it (a function is asked at that moment).
+        hint: how a user who stopped it can go on.
         needs_output: whether standard output is all that the command is for, so that it ends when that fails.
     """
     streams = sys.stdout, sys.stderr
@@ -140,10 +138,9 @@ def run_command(
                 print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
                 code = 2
             except KeyboardInterrupt as stop:
-                number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-                said = hint if isinstance(hint, str) else hint()
-                print(f"\n{prog}: stopped; {said}", file=sys.stderr)
-                code = 128 + number
+                stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+                print(f"\n{prog}: stopped; {stopped.hint or hint}", file=sys.stderr)
+                code = 128 + stopped.number
         if out.error is not None and not isinstance(out.error, BrokenPipeError):
             print(f"{prog}: error: standard output cannot be written ({out.error.strerror})", file=sys.stderr)
             code = code or 2

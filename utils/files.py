@@ -167,6 +167,23 @@ class FolderLock:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); free space, start again") from error
         return self
 
+    def check(self) -> None:
+        """Check that the lock's file is still the one that was locked.
+
+        Raises:
+            UserError: the file, or the folder that it lies in, was removed or exchanged.
+        """
+        held = os.fstat(self._handle)
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            raise UserError(
+                f"{self.what} was removed or exchanged while this process was at work in it; put it back, or start the "
+                "same command again to do what is missing there"
+            )
+
     def __exit__(self, *_: object) -> None:
         os.close(self._handle)  # gives the lock back; the file stays, for removing it would race with another process
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 
@@ -39,7 +39,7 @@ class Ranks:
             with _ended_rank_named():
                 dist.barrier()
 
-    def share(self, value: object) -> object:
+    def share(self, value: Any) -> Any:
         """Rank 0's ``value``, on every rank.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Log lines in PILOT's form, on the terminal and in the run's file."""
+"""Where log lines go: all of them to the run's file, in PILOT's form; those that matter at once to the terminal."""
 
 import logging
 import sys
@@ -9,11 +9,15 @@ from pathlib import Path
 from utils.errors import UserError
 
 LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
+FILE_ONLY = {"file_only": True}  # as ``extra`` of a log call: the line stays off the terminal
 
 
 def set_up_logging() -> None:
-    """Log lines to standard output in PILOT's form (progress bars go to standard error)."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stdout, force=True)
+    """Send log lines to standard output, but for those of the file alone (progress bars go to standard error)."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: not getattr(record, "file_only", False))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("timm", "huggingface_hub", "httpx", "PIL", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -23,11 +27,10 @@ def logging_to(path: Path) -> Iterator[None]:
     """Also write log lines to ``path``, appending."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); set log_dir to another folder") from error
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    handler.handleError = _raise_log_error
     logging.getLogger().addHandler(handler)
     try:
         yield
@@ -37,10 +40,12 @@ def logging_to(path: Path) -> Iterator[None]:
             handler.close()
 
 
-def _raise_log_error(record: logging.LogRecord) -> None:
+class _LogFile(logging.FileHandler):
     """A log that cannot be written, such as on a full disk, ends the run; logging itself would go on in silence."""
-    error = sys.exc_info()[1]
-    if not isinstance(error, OSError):
-        raise  # logging calls this while it handles the error
-    reason = error.strerror or str(error)
-    raise UserError(f"the log cannot be written ({reason}); free space or set log_dir, then start again") from error
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            raise  # logging calls this while it handles the error
+        reason = error.strerror or str(error)
+        raise UserError(f"the log cannot be written ({reason}); free space or set log_dir, then start again") from error

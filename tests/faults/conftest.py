@@ -95,12 +95,12 @@ class TinyRun:
         """Modules, classifier, manifest and results by name, but for times and for where they are."""
         found: dict[str, Any] = {}
         for path in [*self.checkpoints.rglob("*"), *self.logs.rglob("*")]:
-            if path.name == MANIFEST or path.suffix == ".json":
+            if path.name == MANIFEST or (path.suffix == ".json" and path.is_relative_to(self.logs)):
                 values = json.loads(path.read_bytes())
                 found[path.name] = {key: value for key, value in values.items() if key not in _NOT_THE_END}
                 config = values["config"].items()
                 found[path.name]["config"] = {k: v for k, v in config if k not in _WHERE}
-            elif path.is_file() and path.suffix in (".pth", ".csv"):
+            elif path.is_file() and path.suffix in (".pth", ".csv", ".json"):
                 found[str(path.relative_to(self.folder))] = path.read_bytes()
         return found
 

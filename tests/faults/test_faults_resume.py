@@ -12,14 +12,14 @@ import pytest
 import trainer
 from models.tosca import TOSCA
 from utils import files
-from utils.features import arrays
-from utils.results import record as report
+from utils.features import extraction
+from utils.results import record, run_log
 from utils.runs import checkpoint, resume
 from utils.runs.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "in extraction": (arrays.Store, "write", 2),
+    "in extraction": (extraction.Store, "write", 2),
     "in the first task": (TOSCA, "parameter_counts", 1),
     "in the last task": (trainer.BankTask, "epoch", 6),
     "in evaluation": (trainer, "evaluate", 2),
@@ -29,8 +29,8 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "half-way through a write": (files.os, "fsync", 9),
     "between a write and its name": (files.os, "replace", 5),
     "before the old files are removed": (CheckpointFolder, "remove_old_files", 4),
-    "before the results are written": (report, "write_run_json", 4),
-    "before the summary": (report, "log_summary", 1),
+    "before the results are written": (record, "write_run_json", 4),
+    "before the summary": (run_log, "log_summary", 1),
 }
 
 
@@ -99,8 +99,10 @@ def test_a_finished_run_says_so_shows_its_summary_and_changes_nothing(finished, 
     said = finished().out
     assert "This run is finished" in said
     assert "--fresh" in said
-    assert "top1 curve" in said
     assert "forgetting" in said
+    assert "top1 curve" not in said  # that stands in the log file
+    (log,) = finished.logs.rglob("*.log")
+    assert log.read_text().count("[selection: sample] CNN top1 curve") == 4  # after each task, and now
     assert tree(finished.checkpoints) == before
     assert finished.end() == undisturbed
 

@@ -8,6 +8,7 @@ import pytest
 
 import main
 import trainer
+from models import preparation
 from utils.errors import ConfigError, NumericError
 from utils.grid import make_grid
 from utils.runs.paths import run_paths
@@ -99,15 +100,15 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
     keys = {"data_path": str(digit_folder), "cache_dir": str(tmp_path / "bank"), "epochs": 1, "seed": [1, 2]}
     keys |= {"augment_seed": 0}
     loads, learned = [], []
-    load, run_seed = trainer.load_backbone, trainer.run_seed
+    load, run_seed = preparation.load_backbone, trainer.run_seed
 
-    def stop_at_the_fourth(setup, seed, *, fresh):
+    def stop_at_the_fourth(setup, seed):
         if len(learned) == 3:
             raise KeyboardInterrupt
         learned.append(setup.config.flow)
-        return run_seed(setup, seed, fresh=fresh)
+        return run_seed(setup, seed)
 
-    monkeypatch.setattr(trainer, "load_backbone", lambda *args: loads.append(1) or load(*args))
+    monkeypatch.setattr(preparation, "load_backbone", lambda *args: loads.append(1) or load(*args))
     monkeypatch.setattr(trainer, "run_seed", stop_at_the_fourth)
     assert run_main(tmp_path, *GRID, **keys).code == 130
     assert len(loads) == 1  # all cells share one backbone
@@ -128,17 +129,17 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
     before = written(tmp_path)
     monkeypatch.setattr(trainer, "run_seed", lambda *_, **__: pytest.fail("a finished run was started again"))
     assert run_main(tmp_path, *GRID, **keys).code == 0
-    assert "all 8 runs were finished already: nothing to do" in capsys.readouterr().out
+    assert "8 runs, all finished already: nothing to do" in capsys.readouterr().out
     assert written(tmp_path) == before
 
 
 def test_a_cell_that_diverges_does_not_stop_the_others(digit_folder, run_main, tmp_path, capsys, monkeypatch):
     run_seed = trainer.run_seed
 
-    def diverge(setup, seed, *, fresh):
+    def diverge(setup, seed):
         if setup.config.lr == 5:
             raise NumericError("loss is nan")
-        return run_seed(setup, seed, fresh=fresh)
+        return run_seed(setup, seed)
 
     monkeypatch.setattr(trainer, "run_seed", diverge)
     outcome = run_main(tmp_path, "--sweep", "lr=5,0.025", data_path=str(digit_folder), epochs=1)

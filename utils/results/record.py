@@ -1,49 +1,22 @@
-"""What a run tells: PILOT's log lines, the run's JSON, and the closing summary."""
+"""The run's JSON, CSVs and picture: made from its manifest, and made again whenever they differ from it."""
 
 import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import atomic_write, write_json
+from utils.files import atomic_write, json_lines
 from utils.results import metrics
-from utils.results.cost import cost_summary
-from utils.results.metrics import GLOSSARY, SELECTION_NAMES
+from utils.results.metrics import GLOSSARY
 from utils.runs.manifest import RunManifest, TaskRecord
 from utils.runs.paths import RunPaths
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-
-
-# -- one task ---------------------------------------------------------------------------------------------------------
-
-
-def log_task(record: TaskRecord, selection: str) -> None:
-    """PILOT's ``CNN: {...}`` line for ``selection``; the others beside it, each under its own name."""
-    for name, result in record.results.items():
-        label = "CNN" if name == selection else "Accuracy"
-        log.info("[selection: %s] %s: %s", SELECTION_NAMES[name], label, result["groups"])
-
-
-def log_curves(results: dict[str, Any], selection: str) -> None:
-    """PILOT's curve and average lines for ``selection``; the others beside it, each under its own name."""
-    for name, result in results.items():
-        place, label = SELECTION_NAMES[name], "CNN " if name == selection else ""
-        log.info("[selection: %s] %stop1 curve: %s", place, label, _rounded(result["top1_curve"]))
-        log.info("[selection: %s] %stop5 curve: %s", place, label, _rounded(result["top5_curve"]))
-        average = f"Average Accuracy{' (CNN)' if name == selection else ''}: {result['average']:.2f}"
-        log.info("[selection: %s] %s", place, average)
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 2) for value in values]
-
-
-# -- one run ----------------------------------------------------------------------------------------------------------
 
 
 def collect_results(tasks: Sequence[TaskRecord]) -> dict[str, Any]:
@@ -110,11 +83,35 @@ def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
 
 
 def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
-    """Replace the run's JSON, and the CSV of its curves; return what the JSON holds."""
+    """Bring the run's JSON, and the CSVs of its curves, to what ``manifest`` says; return what the JSON holds.
+
+    A file that says so already is left alone.
+    """
     values = run_json(manifest)
-    write_json(paths.file(".json"), values)
-    atomic_write(paths.file(".csv"), curves_csv(values).encode())
+    write_if_different(paths.file(".json"), json_lines(values).encode() + b"\n")
+    write_if_different(paths.file(".csv"), curves_csv(values).encode())
+    if any(record.epochs for record in manifest.tasks):
+        write_if_different(paths.file(".epochs.csv"), epochs_csv(manifest).encode())
     return values
+
+
+def write_if_different(path: Path, content: bytes) -> None:
+    """Replace a file whose content is another one, or that is not there."""
+    try:
+        if path.read_bytes() == content:
+            return
+    except OSError:
+        pass
+    atomic_write(path, content)
+
+
+def epochs_csv(manifest: RunManifest) -> str:
+    """One line for each epoch of each task (both from 1): mean loss and training accuracy in percent."""
+    lines = ["task,epoch,loss,accuracy"]
+    for task, record in enumerate(manifest.tasks, start=1):
+        for epoch, stats in enumerate(record.epochs, start=1):
+            lines.append(f"{task},{epoch},{stats.loss},{stats.accuracy}")
+    return "\n".join(lines) + "\n"
 
 
 def curves_csv(run: dict[str, Any]) -> str:
@@ -131,58 +128,21 @@ def curves_csv(run: dict[str, Any]) -> str:
 
 
 def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
-    """The run's curves as a picture beside its JSON. A run never fails for want of a picture."""
+    """The run's curves as a picture beside its JSON, unless the one that is there is newer than that.
+
+    A run never fails for want of a picture.
+    """
+    picture = paths.file(".png")
+    try:
+        if picture.stat().st_mtime_ns >= paths.file(".json").stat().st_mtime_ns:
+            return
+    except OSError:
+        pass
     try:
         from utils.results import drawing, figures
 
-        drawing.save(figures.run_curves(run), paths.file(".png"))
+        drawing.save(figures.run_curves(run), picture)
     except ImportError:
         log.info("No picture of the curves: it needs matplotlib (pip install matplotlib)")
     except UserError as error:
         log.warning("No picture of the curves: %s", error)
-
-
-def summary_table(run: dict[str, Any]) -> list[str]:
-    """The closing lines of a run: every selection beside the others, as they are."""
-    lines = [f"{'':27}{'Ā':>8}{'A_T':>8}{'forgetting':>12}{'selection accuracy':>20}"]
-    for name, result in run["results"].items():
-        selecting = run["selection_accuracy"].get(name)
-        chosen = f"{selecting[-1]:.1f}" if selecting else "–"
-        numbers = f"{result['average']:8.1f}{result['last']:8.1f}{result['forgetting']:12.1f}{chosen:>20}"
-        lines.append(f"{SELECTION_NAMES[name]:27}{numbers}")
-    return lines
-
-
-def log_summary(run: dict[str, Any]) -> None:
-    tasks = len(run["task_sizes"])
-    log.info(
-        "Summary: %s on %s, %d tasks, seed %d (%%)",
-        run["config"]["model_name"],
-        run["config"]["dataset"],
-        tasks,
-        run["seed"],
-    )
-    for line in summary_table(run):
-        log.info("  %s", line)
-    log.info("  Backbone %s, read at: %s", run["backbone"]["name"], run["backbone"].get("pooling", "token"))
-    seconds = run["seconds"]
-    log.info(
-        "  %.1f s (features %.1f, training %.1f, evaluation %.1f), %d images through the backbone",
-        *(seconds[k] for k in ("total", "features", "train", "evaluate")),
-        run["backbone_forwards"],
-    )
-    if run["cost"]:
-        log.info("Cost summary: %s", cost_summary(run["cost"]))
-    for term in ("Ā", "A_T", "forgetting", "selection accuracy", "oracle"):
-        log.info("  %s: %s", term, GLOSSARY[term])
-
-
-def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
-    """Mean ± sample standard deviation over seeds, for each selection."""
-    for name in runs[0]["results"]:
-        a, last = ([r["results"][name][k] for r in runs] for k in ("average", "last"))
-        (a_mean, a_std), (l_mean, l_std) = metrics.mean_std(a), metrics.mean_std(last)
-        log.info(
-            "[selection: %s] over %d seeds: Ā %.2f ± %.2f, A_T %.2f ± %.2f",
-            *(SELECTION_NAMES[name], len(runs), a_mean, a_std, l_mean, l_std),
-        )

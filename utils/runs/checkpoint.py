@@ -129,11 +129,13 @@ class CheckpointFolder:
     def move_aside(self) -> Path | None:
         """Move a run's files to a new folder beside this one and return it; None if there are none.
 
+        Where this folder is a disk of its own, or its parent cannot be written, the new folder lies inside.
+
         They are gathered in a hidden folder, the manifest first, which is then named. Killed half-way, the next call
         gathers the rest, so that a run is never split.
         """
         folder = self.folder.resolve()
-        gathered = folder.parent / f".{folder.name}.moving"
+        gathered = _outside(folder) / f".{folder.name}.moving"
         aside = _name_aside(folder)
         try:
             files = self.run_files()
@@ -159,7 +161,12 @@ class CheckpointFolder:
     def commit(
         self, manifest: RunManifest, state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
     ) -> RunManifest:
-        """Save what task ``task`` changed, then the manifest that names it; return that manifest."""
+        """Save what task ``task`` changed, then the manifest that names it; return that manifest.
+
+        Raises:
+            CheckpointError: a module of an earlier task is not there any more.
+        """
+        self._check_modules(manifest)
         files = {name: sha for name, sha in manifest.files.items() if MODULE_FILE.fullmatch(name)}
         files |= self._save_module(task, module)
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
@@ -168,6 +175,23 @@ class CheckpointFolder:
         self.write_manifest(manifest)
         self.remove_old_files(manifest)
         return manifest
+
+    def _check_modules(self, manifest: RunManifest) -> None:
+        for name in manifest.files:
+            if MODULE_FILE.fullmatch(name) and not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name} was removed while the run was at work; {HINT_RESTORE}")
+
+    def verify(self, manifest: RunManifest) -> None:
+        """Read every file that ``manifest`` names once more, and the manifest too.
+
+        Raises:
+            CheckpointError: one is missing or not what was saved.
+        """
+        for name, sha256 in manifest.files.items():
+            self._verified(name, sha256)
+        found = self.read_manifest()
+        if found is None or found.files != manifest.files:
+            raise CheckpointError(f"{self.manifest_path} was changed while the run was at work; {HINT_RESTORE}")
 
     def remove_old_files(self, manifest: RunManifest) -> None:
         """Remove every classifier and evaluation but those that ``manifest``, which is on disk, names."""
@@ -188,7 +212,7 @@ class CheckpointFolder:
         """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
         folder = self.folder.resolve()
         aside = _name_aside(folder)
-        copy = CheckpointFolder(folder.parent / f".{folder.name}.copying")  # a killed copy is written over
+        copy = CheckpointFolder(_outside(folder) / f".{folder.name}.copying")  # a killed copy is written over
         copy.copy_files(self, manifest)
         copy.write_manifest(manifest)
         os.replace(copy.folder, aside)
@@ -265,9 +289,15 @@ def _named_evaluation(manifest: RunManifest) -> str | None:
     return next((name for name in manifest.files if EVALUATION_FILE.fullmatch(name)), None)
 
 
+def _outside(folder: Path) -> Path:
+    """Where a folder's files can be moved to by renaming them: its parent; itself, if that is on another disk."""
+    own_disk = folder.is_dir() and (os.path.ismount(folder) or os.stat(folder).st_dev != os.stat(folder.parent).st_dev)
+    return folder if own_disk or not os.access(folder.parent, os.W_OK | os.X_OK) else folder.parent
+
+
 def _name_aside(folder: Path) -> Path:
     """A new folder beside ``folder``, named by the time."""
-    return free_name(folder.parent / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    return free_name(_outside(folder) / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _sha256_of_values(values: dict[str, Any]) -> str:

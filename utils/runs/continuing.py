@@ -78,7 +78,7 @@ def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) ->
     Raises:
         CheckpointError: no run there, a damaged or an unfinished one. ConfigError: this run does not fit it.
     """
-    checkpoint = CheckpointFolder(Path(config.continue_from).expanduser())
+    checkpoint = CheckpointFolder(Path(config.continue_from or "").expanduser())
     manifest = read_run(checkpoint)
     if config.seed != (manifest.seed,):
         raise ConfigError(

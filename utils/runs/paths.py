@@ -8,6 +8,8 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import free_name
 
+SUFFIXES = (".log", ".json", ".png", ".csv", ".epochs.csv", ".npz", ".tensorboard", ".wandb", ".mlflow")
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -22,7 +24,7 @@ class RunPaths:
     def move_aside(self) -> list[Path]:
         """Rename another run's files at this stem; return their new names."""
         stamp, moved = time.strftime("%Y%m%d-%H%M%S"), []
-        for suffix in (".log", ".json", ".png", ".csv", ".npz", ".tensorboard", ".wandb", ".mlflow"):
+        for suffix in SUFFIXES:
             path = self.file(suffix)
             if path.exists():
                 new = free_name(path.with_name(f"{self.stem}.{stamp}{suffix}"))
@@ -39,9 +41,9 @@ def run_paths(config: Config, seed: int) -> RunPaths:
 
     Domain-incremental runs have ``domain/1``: a task is one domain.
     """
-    first, step = 0 if config.init_cls == config.increment else config.init_cls, config.increment
+    first, step = str(0 if config.init_cls == config.increment else config.init_cls), str(config.increment)
     if config.scenario == "domain":
-        first, step = "domain", 1
-    folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / str(first) / str(step)
+        first, step = "domain", "1"
+    folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / first / step
     backbone = config.backbone_type.replace("/", "_")
     return RunPaths(folder, f"{config.prefix}_{seed}_{backbone}" if config.prefix else f"{seed}_{backbone}")

@@ -14,6 +14,7 @@ from utils.files import human_size
 from utils.runs.checkpoint import MANIFEST
 from utils.runs.paths import run_paths
 from utils.runs.setup import Setup
+from utils.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +51,27 @@ def plan(setup: Setup, wanted: Sequence[View], *, with_modules: bool) -> dict[st
 def _log_tasks(setup: Setup) -> None:
     for seed in setup.config.seed:
         stream = setup.stream(seed)
-        log.info("Seed %d: %d tasks", seed, len(stream.tasks))
+        log.info("Seed %d: %s", seed, counted(len(stream.tasks), "task"))
         for task in stream.tasks:
             names = [stream.class_names[c] for c in stream.row_class[task.rows.start : task.rows.stop]]
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             log.info(
-                "  task %d: %d classes (%s), %d training and %d test images",
-                *(task.index + 1, len(names), shown, len(task.train), len(task.test)),
+                "  task %d: %s (%s), %d training and %d test images",
+                *(task.index + 1, counted(len(names), "class"), shown, len(task.train), len(task.test)),
             )
 
 
 def _lacking(setup: Setup, wanted: Sequence[View]) -> list[tuple[FeatureBank, list[View]]]:
     """For each seed its bank and what no earlier seed will have put there; in memory every seed begins anew."""
-    found, counted = [], set()
+    found: list[tuple[FeatureBank, list[View]]] = []
+    known: set[tuple[str, int, int | None]] = set()
     for seed in setup.config.seed:
         bank = setup.bank(seed)
         augment_seed = bank.transforms.augment_seed
         keys = {(split, view, None if view == TEST_VIEW else augment_seed): (split, view) for split, view in wanted}
-        found.append((bank, [want for key, want in keys.items() if key not in counted]))
+        found.append((bank, [want for key, want in keys.items() if key not in known]))
         if bank.cache_dir is not None:
-            counted |= keys.keys()
+            known |= keys.keys()
     return found
 
 

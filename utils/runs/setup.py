@@ -58,6 +58,10 @@ class Setup:
         return identity if base_sha256 is None else {**identity, "base": base_sha256}
 
     def checkpoint(self, seed: int) -> CheckpointFolder:
-        """``tosca/``, or with several seeds ``tosca/seed<seed>/``."""
-        folder = Path(self.config.checkpoint_dir).expanduser()
-        return CheckpointFolder(folder / f"seed{seed}" if len(self.config.seed) > 1 else folder)
+        return checkpoint_of(self.config, seed)
+
+
+def checkpoint_of(config: Config, seed: int) -> CheckpointFolder:
+    """``tosca/``, or with several seeds ``tosca/seed<seed>/``."""
+    folder = Path(config.checkpoint_dir).expanduser()
+    return CheckpointFolder(folder / f"seed{seed}" if len(config.seed) > 1 else folder)

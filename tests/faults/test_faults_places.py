@@ -1,0 +1,220 @@
+"""Checkpoint folders that vanish or are disks of their own; names and tensors that nobody should trust."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from models.tosca import TOSCA
+from utils.runs import checkpoint
+from utils.runs.checkpoint import MANIFEST, CheckpointFolder
+
+# -- a folder that changes during a run -------------------------------------------------------------------------------
+
+
+def at_task(patch, task, act) -> None:
+    """Let ``act`` happen when task number ``task`` begins."""
+    fit = TOSCA.fit
+
+    def acting(self, data, *args):
+        if data.index == task:
+            act()
+        return fit(self, data, *args)
+
+    patch.setattr(TOSCA, "fit", acting)
+
+
+def exchange(folder) -> None:
+    other = folder.with_name("other")
+    shutil.copytree(folder, other)
+    shutil.rmtree(folder)
+    other.rename(folder)
+
+
+CHANGES = {
+    "removed": shutil.rmtree,
+    "exchanged": exchange,
+    "renamed": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "a module removed": lambda folder: (folder / "task0.pth").unlink(),
+    "a module changed": lambda folder: (folder / "task0.pth").write_bytes(b"other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("task", [1, 2])
+def test_a_checkpoint_folder_that_changes_during_a_run_is_no_success(run, undisturbed, monkeypatch, change, task):
+    with monkeypatch.context() as patch:
+        at_task(patch, task, lambda: CHANGES[change](run.checkpoints))
+        error = run().error
+    assert str(run.checkpoints) in error
+    assert "while" in error or "damaged" in error
+    again = run() if change != "a module changed" and change != "a module removed" else run("--fresh")
+    if again.code == 2:  # files are missing: it says so again instead of going on without them
+        assert "--fresh" in again.error
+        again = run("--fresh")
+    assert again.code == 0
+    assert {"task0.pth", "task1.pth", "task2.pth", MANIFEST} <= {path.name for path in run.checkpoints.iterdir()}
+
+
+def test_a_log_folder_that_is_removed_during_a_run_is_no_success(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_task(patch, 1, lambda: shutil.rmtree(run.logs))
+        assert "was removed or exchanged" in run().error
+    assert run().code == 0
+
+
+# -- a folder that is a disk of its own -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_disk(half, monkeypatch):
+    """The checkpoint folder as a mount point: nothing can be renamed out of it."""
+    replace, folder = os.replace, half.checkpoints.resolve()
+
+    def refuse(source, target):
+        if str(source).startswith(str(folder)) != str(target).startswith(str(folder)):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", refuse)
+    monkeypatch.setattr(checkpoint.os.path, "ismount", lambda path: str(path) == str(folder))
+    return half
+
+
+def test_what_a_mount_point_holds_is_moved_aside_within_it(own_disk, tree):
+    before = tree(own_disk.checkpoints)
+    ending = own_disk(lr=0.1)
+    assert ending.code == 0
+    (aside,) = own_disk.checkpoints.glob("tosca.*")
+    assert f"to {aside}" in ending.out
+    assert tree(aside) == before
+
+
+# -- an interrupted --fresh -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_fresh_start_that_is_stopped_goes_on_without_fresh(finished, undisturbed, monkeypatch, task):
+    with monkeypatch.context() as patch:
+        at_task(patch, task, lambda: os.kill(os.getpid(), signal.SIGINT))
+        stopped = finished("--fresh")
+    assert stopped.code == 130
+    assert "stopped; start the same command again without --fresh to go on" in stopped.err
+    ending = finished()
+    assert ending.code == 0
+    assert "This run is finished" not in ending.out
+    assert len(list(finished.folder.glob("tosca.*"))) == 1
+
+
+def test_fresh_with_several_seeds_moves_all_aside_before_the_first_begins(run, monkeypatch):
+    assert run(seed=[3, 4]).code == 0
+    with monkeypatch.context() as patch:
+        at_task(patch, 0, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run("--fresh", seed=[3, 4]).code == 130
+    assert len(list((run.checkpoints).glob("seed4.*"))) == 1  # going on without --fresh cannot meet the old run
+    assert "This run is finished" not in run(seed=[3, 4]).out
+
+
+# -- hostile checkpoints ----------------------------------------------------------------------------------------------
+
+
+def reseal(folder, change) -> None:
+    """Change the manifest as somebody would who knows how its SHA-256 is made."""
+    path = folder / MANIFEST
+    values = json.loads(path.read_bytes())
+    values.pop("sha256")
+    change(values)
+    text = json.dumps(values, sort_keys=True)
+    path.write_text(json.dumps({**values, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.pth", "/etc/passwd", "sub/task0.pth", "task0.pth.exe", "run.manifest", "", "task0.pth\n", ".lock"],
+)
+def test_a_name_that_is_no_plain_file_of_a_run_is_refused(finished, tree, name):
+    secret = finished.folder / "outside.pth"
+    secret.write_bytes(b"secret")
+    sha256 = hashlib.sha256(b"secret").hexdigest()
+    reseal(finished.checkpoints, lambda values: values["files"].update({name: sha256}))
+    assert f"names {name!r}, which is no file of a run" in finished().error
+    target = finished.folder / "new"
+    error = finished(continue_from=str(finished.checkpoints), checkpoint_dir=str(target)).error
+    assert "which is no file of a run" in error
+    assert not list(target.glob("*.pth"))
+
+
+def test_a_link_out_of_the_folder_is_refused(finished):
+    module = finished.checkpoints / "task0.pth"
+    module.rename(finished.folder / "outside.pth")
+    module.symlink_to(finished.folder / "outside.pth")
+    assert "task0.pth is a link to elsewhere" in finished().error
+
+
+def test_a_pipe_in_place_of_a_module_is_refused_at_once(finished):
+    module = finished.checkpoints / "task0.pth"
+    module.unlink()
+    os.mkfifo(module)
+    assert "no regular file" in finished().error
+
+
+def resave(folder, name, change) -> None:
+    """Change the tensors in a file, and the manifest so that it fits."""
+    state = torch.load(folder / name, weights_only=True)
+    change(state)
+    torch.save(state, folder / name)
+    sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    reseal(folder, lambda values: values["files"].update({name: sha256}))
+
+
+def narrow(state) -> None:
+    for key, tensor in state.items():
+        state[key] = tensor[..., :3].clone() if tensor.dim() else tensor
+
+
+def nan(state) -> None:
+    next(tensor for tensor in state.values() if tensor.is_floating_point()).view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize("name", ["task1.pth", "classifier2.pth"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(narrow, "do not fit"), (nan, "not finite"), (dict.clear, "do not fit"), (lambda s: s.popitem(), "do not fit")],
+)
+def test_tensors_of_another_shape_or_with_nan_are_one_line(finished, name, change, words):
+    resave(finished.checkpoints, name, change)
+    assert words in finished().error
+
+
+def test_a_module_too_many_or_too_few_is_one_line(finished):
+    reseal(finished.checkpoints, lambda values: values["files"].pop("task1.pth"))
+    assert "do not fit" in finished().error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(tasks="many"),
+        lambda values: values.update(class_order=[]),
+        lambda values: values["tasks"][0].update(results=[]),
+        lambda values: values.update(files={"task0.pth": "not a hash"}),
+        lambda values: values.update(seconds=None),
+    ],
+)
+def test_a_resealed_manifest_of_another_shape_is_one_line(finished, change):
+    reseal(finished.checkpoints, change)
+    assert f"{MANIFEST} is damaged (" in finished().error
+
+
+def test_a_damaged_file_of_results_beside_the_manifest_is_named(finished):
+    path = finished.checkpoints / "evaluation2.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "evaluation2.json is damaged" in finished().error
+    path.unlink()
+    assert "evaluation2.json is missing" in finished().error
+    assert CheckpointFolder(finished.checkpoints).run_files()

@@ -1,0 +1,147 @@
+"""What a run says: PILOT's lines in the file, one line a task on the terminal, one way to count."""
+
+import ast
+import csv
+import json
+import re
+
+import pytest
+
+from utils.words import counted, fixed
+
+
+@pytest.fixture(scope="module")
+def run(finished_run):
+    return finished_run.json()
+
+
+def lines_of(finished_run) -> list[str]:
+    """The messages of the log file, without time and file name."""
+    return [line.partition(" => ")[2] for line in finished_run.log().splitlines()]
+
+
+def test_the_file_begins_with_a_line_for_each_key(finished_run, run):
+    lines = lines_of(finished_run)
+    for name, value in run["config"].items():
+        assert f"{name}: {value}" in lines
+
+
+def test_the_file_has_the_class_order_as_numbers(finished_run, run):
+    (numbers,) = [line for line in lines_of(finished_run) if re.fullmatch(r"\[\d+(, \d+)*\]", line)]
+    assert [sorted(run["class_order"])[number] for number in ast.literal_eval(numbers)] == run["class_order"]
+
+
+def test_the_file_has_pilots_lines_of_a_task_in_their_order(finished_run, run):
+    text = "\n".join(lines_of(finished_run))
+    for task, (first, stop) in enumerate([(0, 2), (2, 4), (4, 6)]):
+        module = re.escape(str(finished_run.checkpoints / f"task{task}.pth"))
+        pattern = (
+            rf"Learning on {first}-{stop}\n"
+            rf"Task {task}, Epoch 1/2 => Loss \d+\.\d{{3}}, Train_accy \d+\.\d{{2}}\n"
+            rf"Task {task}, Epoch 2/2 => Loss \d+\.\d{{3}}, Train_accy \d+\.\d{{2}}\n"
+            rf"All params: (\d+)\nTrainable params: (\d+)\ntosca parameters saved to {module}\n"
+            r"\[selection: .*\] (CNN|Accuracy): \{"
+        )
+        assert (found := re.search(pattern, text)), pattern
+    assert int(found[2]) == run["parameters"]["trainable"]
+    parameters = run["parameters"]
+    assert int(found[1]) == parameters["backbone"] + 3 * parameters["luca_per_task"] + parameters["classifier"]
+
+
+def test_the_file_ends_with_forgetting_and_the_summary(finished_run, run):
+    text = "\n".join(lines_of(finished_run))
+    forgetting = round(run["results"]["sample"]["forgetting"], 2) + 0.0
+    assert f"[selection: sample] Forgetting (CNN): {forgetting:.2f}" in text
+    assert text.index("Forgetting (CNN)") < text.index("oracle: the accuracy when") < text.index("Summary: ")
+
+
+def test_every_epoch_is_in_the_json_and_in_a_csv_of_its_own(finished_run, run):
+    assert [len(epochs) for epochs in run["epochs"]] == [2, 2, 2]
+    with open(finished_run.log_file().with_suffix(".epochs.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["task"], row["epoch"]) for row in rows] == [(str(t), str(e)) for t in (1, 2, 3) for e in (1, 2)]
+    flat = [epoch for epochs in run["epochs"] for epoch in epochs]
+    assert [(float(row["loss"]), float(row["accuracy"])) for row in rows] == [
+        (epoch["loss"], epoch["accuracy"]) for epoch in flat
+    ]
+    said = re.findall(r"Loss (\S+), Train_accy (\S+)", finished_run.log())
+    assert said == [(f"{epoch['loss']:.3f}", f"{epoch['accuracy']:.2f}") for epoch in flat]
+
+
+def test_the_terminal_has_one_line_a_task_and_the_summary_last(digit_folder, run_main, tmp_path, capsys):
+    outcome = run_main(tmp_path, data_path=str(digit_folder), selection="ridge")
+    said = capsys.readouterr().out.splitlines()
+    assert outcome.code == 0
+    results = outcome.json()["results"]
+    tasks = [line for line in said if re.search(r"Task \d of 3", line)]
+    for task, line in enumerate(tasks):
+        shown = [fixed(results[name]["top1_curve"][task], 1) for name in ("ridge", "sample", "oracle")]
+        assert f"Task {task + 1} of 3: ridge {shown[0]}, sample {shown[1]}, oracle (true task) {shown[2]} %" in line
+    assert len(tasks) == 3
+    summary = next(number for number, line in enumerate(said) if "Summary: tosca on imagefolder, 3 tasks" in line)
+    assert len(said) - summary == 1 + 1 + len(results) + 2  # title, head, selections, backbone, times
+    assert summary < 12
+    assert not any("CNN" in line or "curve" in line or "mean over" in line for line in said)
+
+
+def test_domains_are_named(run_main, make_folder, tmp_path, capsys):
+    for name in ("paper", "screen"):
+        for split in ("train", "test"):
+            made = make_folder(tmp_path / "flat" / name, classes=2, train=2, test=2)
+            (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
+            (made / split).rename(tmp_path / "data" / split / name)
+    outcome = run_main(tmp_path, data_path=str(tmp_path / "data"), scenario="domain", shuffle=False)
+    said = capsys.readouterr().out
+    assert outcome.code == 0
+    assert "2 classes, 2 domains" in said
+    assert "Task 1 of 2 (domain paper): " in said
+    assert "Task 2 of 2 (domain screen): " in said
+    (log,) = (tmp_path / "logs").rglob("*.log")
+    assert re.search(r"CNN: \{'total': \S+ 'domain paper': \S+ 'domain screen': ", log.read_text())
+
+
+def test_one_task_is_said_in_the_singular(run_main, make_folder, tmp_path, capsys):
+    data = make_folder(tmp_path / "data", classes=2, train=1, test=1)
+    assert run_main(tmp_path, data_path=str(data)).code == 0
+    said = capsys.readouterr().out
+    assert "1 task," in said
+    assert "1 tasks" not in said
+    assert "-0.0" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"), [(1, "task", "1 task"), (0, "task", "0 tasks"), (2, "class", "2 classes")]
+)
+def test_nouns_are_counted(number, noun, text):
+    assert counted(number, noun) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(-0.04, "0.0"), (-0.06, "-0.1"), (12.345, "12.3"), (-0.0, "0.0")])
+def test_what_rounds_to_zero_has_no_sign(value, text):
+    assert fixed(value, 1) == text
+
+
+# -- what is on disk counts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".epochs.csv", ".png"])
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_report_that_differs_from_the_manifest_is_made_again(finished_run, run_main, tmp_path, suffix, how):
+    import shutil
+
+    for name in ("tosca", "logs"):
+        shutil.copytree(finished_run.folder / name, tmp_path / name)
+    keys = {name: finished_run.config[name] for name in ("data_path", "cache_dir")}
+    assert run_main(tmp_path, **keys).code == 0
+    path = next((tmp_path / "logs").rglob("*.json")).with_suffix(suffix)
+    before = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif suffix == ".json":  # as a kill after the last commit leaves it
+        path.write_text(json.dumps({**json.loads(before), "status": "running"}))
+    elif suffix != ".png":
+        path.write_bytes(before[:-5])
+    assert run_main(tmp_path, **keys).code == 0
+    if suffix != ".png":
+        assert path.read_bytes() == before
+    assert path.stat().st_size > 0

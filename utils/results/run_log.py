@@ -1,0 +1,164 @@
+"""What a run says. The log file has PILOT's lines in full; the terminal has one line a task and the summary.
+
+PILOT counts tasks and classes from 0, and its lines keep that; words count tasks from 1 (docs/outputs.md).
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.config import Config
+from utils.data.tasks import Task, TaskStream
+from utils.grid import Cell
+from utils.logs import FILE_ONLY
+from utils.results import metrics
+from utils.results.cost import cost_summary
+from utils.results.metrics import GLOSSARY, SELECTION_NAMES
+from utils.results.read import Run
+from utils.results.render import as_text
+from utils.results.tables import make_sections
+from utils.runs.manifest import BaseFacts, EpochStats, TaskRecord
+from utils.words import counted, fixed
+
+log = logging.getLogger(__name__)
+
+
+def log_header(config: Config, backbone: object, stream: TaskStream, seed: int) -> None:
+    """What is about to be done; the file also has a line for each key and the class order as numbers."""
+    for name, value in config.as_dict().items():
+        log.info("%s: %s", name, value, extra=FILE_ONLY)
+    for line in config.remarks:
+        log.info("Config: %s", line)
+    log.info("Backbone: %s", backbone)
+    sizes, classes = stream.task_sizes, len(stream.class_names)
+    tasks = counted(len(sizes), "domain" if stream.domains else "task")
+    log.info("%s on %s, seed %d: %s, %s", config.model_name, config.dataset, seed, counted(classes, "class"), tasks)
+    number = {name: place for place, name in enumerate(sorted(stream.class_names))}
+    log.info("%s", [number[name] for name in stream.class_names], extra=FILE_ONLY)
+    log.info("Seed %d, class order: %s", seed, list(stream.class_names), extra=FILE_ONLY)
+
+
+def log_base(folder: object, facts: BaseFacts) -> None:
+    """Which saved run is continued, and what is tested."""
+    learned = f"{counted(facts.tasks, 'task')}, {counted(facts.classes, 'class')}"
+    log.info("Continuing the run in %s: %s; evaluation covers %s", folder, learned, facts.evaluation)
+
+
+# -- one task ---------------------------------------------------------------------------------------------------------
+
+
+def log_task_start(task: Task) -> None:
+    """PILOT's line of the classifier rows that a task trains."""
+    log.info("Learning on %d-%d", task.rows.start, task.rows.stop, extra=FILE_ONLY)
+
+
+def log_epoch(task: int, epoch: int, epochs: int, stats: EpochStats) -> None:
+    """PILOT's line of an epoch; ``task`` and ``epoch`` count from 0."""
+    shown = task, epoch + 1, epochs, stats.loss, stats.accuracy
+    log.info("Task %d, Epoch %d/%d => Loss %.3f, Train_accy %.2f", *shown, extra=FILE_ONLY)
+
+
+def log_saved(record: TaskRecord, tasks: int, method: str, path: object | None) -> None:
+    """PILOT's counts of parameters, and where the task's module is (None: the method has none)."""
+    count = record.parameters
+    everything = count["backbone"] + count["luca_per_task"] * tasks + count["classifier"]
+    log.info("All params: %d", everything, extra=FILE_ONLY)
+    log.info("Trainable params: %d", count["trainable"], extra=FILE_ONLY)
+    if path is not None:
+        log.info("%s parameters saved to %s", method, path, extra=FILE_ONLY)
+
+
+def log_task(record: TaskRecord, selection: str) -> None:
+    """PILOT's ``CNN: {...}`` line for ``selection``; the others beside it, each under its own name."""
+    for name, result in record.results.items():
+        label = "CNN" if name == selection else "Accuracy"
+        log.info("[selection: %s] %s: %s", SELECTION_NAMES[name], label, result["groups"], extra=FILE_ONLY)
+
+
+def log_curves(results: dict[str, Any], selection: str) -> None:
+    """PILOT's curve and average lines for ``selection``; the others beside it, each under its own name."""
+    for name, result in results.items():
+        place, label = SELECTION_NAMES[name], "CNN " if name == selection else ""
+        log.info("[selection: %s] %stop1 curve: %s", place, label, _rounded(result["top1_curve"]), extra=FILE_ONLY)
+        log.info("[selection: %s] %stop5 curve: %s", place, label, _rounded(result["top5_curve"]), extra=FILE_ONLY)
+        average = f"Average Accuracy{' (CNN)' if name == selection else ''}: {result['average']:.2f}"
+        log.info("[selection: %s] %s", place, average, extra=FILE_ONLY)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+def log_task_line(record: TaskRecord, selection: str, stream: TaskStream, task: int) -> None:
+    """The one line of a task on the terminal: the selection asked for, ``sample`` and the oracle."""
+    names = [name for name in dict.fromkeys((selection, "sample", "oracle")) if name in record.results]
+    shown = ", ".join(f"{SELECTION_NAMES[name]} {fixed(record.results[name]['top1'], 1)}" for name in names)
+    log.info("%s: %s %% of all test images so far", task_title(stream, task), shown or "not tested,")
+
+
+def task_title(stream: TaskStream, task: int) -> str:
+    """``Task 1 of 5``, in a domain-incremental run with the domain's name; ``task`` counts from 0."""
+    named = f" (domain {stream.domains[task]})" if stream.domains and stream.domains[task] else ""
+    return f"Task {task + 1} of {len(stream.tasks)}{named}"
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def summary_table(run: dict[str, Any]) -> list[str]:
+    """The closing lines of a run: every selection beside the others, as they are."""
+    lines = [f"{'':27}{'Ā':>8}{'A_T':>8}{'forgetting':>12}{'selection accuracy':>20}"]
+    for name, result in run["results"].items():
+        selecting = run["selection_accuracy"].get(name)
+        chosen = fixed(selecting[-1], 1) if selecting else "–"
+        average, last, forgetting = (fixed(result[key], 1) for key in ("average", "last", "forgetting"))
+        lines.append(f"{SELECTION_NAMES[name]:27}{average:>8}{last:>8}{forgetting:>12}{chosen:>20}")
+    return lines
+
+
+def log_summary(run: dict[str, Any], selection: str) -> None:
+    """The end of a run; the file has PILOT's line of forgetting and the meaning of all terms before it."""
+    for name, result in run["results"].items():
+        place, label = SELECTION_NAMES[name], " (CNN)" if name == selection else ""
+        log.info("[selection: %s] Forgetting%s: %s", place, label, fixed(result["forgetting"], 2), extra=FILE_ONLY)
+    for term in ("Ā", "A_T", "forgetting", "selection accuracy", "oracle"):
+        log.info("%s: %s", term, GLOSSARY[term], extra=FILE_ONLY)
+    tasks = counted(len(run["task_sizes"]), "domain" if run.get("domains") else "task")
+    config = run["config"]
+    log.info("Summary: %s on %s, %s, seed %d (%%)", config["model_name"], config["dataset"], tasks, run["seed"])
+    for line in summary_table(run):
+        log.info("  %s", line)
+    log.info("  Backbone %s, read at: %s", run["backbone"]["name"], run["backbone"].get("pooling", "token"))
+    seconds = run["seconds"]
+    log.info(
+        "  %.1f s (features %.1f, training %.1f, evaluation %.1f), %s through the backbone",
+        *(seconds[k] for k in ("total", "features", "train", "evaluate")),
+        counted(run["backbone_forwards"], "image"),
+    )
+    if run["cost"]:
+        log.info("Cost summary: %s", cost_summary(run["cost"]))
+
+
+def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
+    """Mean ± sample standard deviation over seeds, for each selection."""
+    for name in runs[0]["results"]:
+        a, last = ([r["results"][name][k] for r in runs] for k in ("average", "last"))
+        (a_mean, a_std), (l_mean, l_std) = metrics.mean_std(a), metrics.mean_std(last)
+        log.info(
+            "[selection: %s] over %d seeds: Ā %.2f ± %.2f, A_T %.2f ± %.2f",
+            *(SELECTION_NAMES[name], len(runs), a_mean, a_std, l_mean, l_std),
+        )
+
+
+def log_sweep(cells: Sequence[Cell], runs: Sequence[dict[str, Any]], done: int) -> None:
+    """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
+    selection = cells[0].config.selection
+    sections, _ = make_sections([Run(run) for run in runs])
+    for line in as_text(sections, [selection, "sample", "oracle"]).splitlines():
+        log.info("%s", line)
+    if done == len(runs) and runs:
+        log.info("Sweep: %s, all finished already: nothing to do; --fresh starts over", counted(done, "run"))
+    else:
+        log.info("Sweep: %s, %d of them finished earlier", counted(len(runs), "run"), done)
+    log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)
