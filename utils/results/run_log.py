@@ -158,7 +158,7 @@ def log_sweep(cells: Sequence[Cell], runs: Sequence[dict[str, Any]], done: int) 
     for line in as_text(sections, [selection, "sample", "oracle"]).splitlines():
         log.info("%s", line)
     if done == len(runs) and runs:
-        log.info("Sweep: %s, all finished already: nothing to do; --fresh starts over", counted(done, "run"))
+        log.info("Sweep: %s, all finished already: nothing to do; --fresh starts them over", counted(done, "run"))
     else:
         log.info("Sweep: %s, %d of them finished earlier", counted(len(runs), "run"), done)
     log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)
