@@ -123,20 +123,24 @@ class Differences:
 
     def table(self, selections: Selections = None) -> Table:
         """Return the table; ``selections`` have been chosen before it was made."""
-        labels = ("data set", "measure", "best", *self.comparison.labels)
+        labels = ("data set", "measure", "best", "against")  # few columns: a phone shows the first numbers too
         numbers = ("shared seeds", "best − this", "95 % interval", "p (t)", "p (Wilcoxon)", "p (t, Holm)")
         rows = []
         before = None
         for pair in self.comparison.pairs:
             d = pair.difference
             place = (pair.best.column, pair.measure)
-            words = [pair.best.column, COMPARED[pair.measure], ", ".join(w for w in pair.best.row if w != "–")]
-            texts = [*(words if place != before else [""] * 3), *pair.other.row, str(d.count)]
+            words = [pair.best.column, COMPARED[pair.measure], _words(pair.best)]
+            texts = [*(words if place != before else [""] * 3), _words(pair.other), str(d.count)]
             texts += ["–" if d.mean is None else fixed(d.mean), _interval(d), *map(p_text, (d.p_t, d.p_wilcoxon))]
             rows.append(Row(tuple(map(Cell, [*texts, p_text(pair.p_holm)])), place != before))
             before = place
         title = "Differences to the best, over shared seeds, in percentage points"
         return Table(f"{self.comparison.key}-differences", title, (*labels, *numbers), len(labels), tuple(rows))
+
+
+def _words(entry: Entry) -> str:
+    return ", ".join(word for word in entry.row if word != "–")
 
 
 def _interval(difference: Difference) -> str:

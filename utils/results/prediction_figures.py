@@ -170,7 +170,7 @@ def reliability(group: Group) -> Figure | None:
         figure = Figure(figsize=(0.6 + 2.9 * columns, 3.0 * rows), layout="constrained")
         panes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, name in zip(panes, shown, strict=False):
-            bins = _pooled([run.values["details"][name]["reliability"] for run in group.runs])
+            bins = pooled([run.values["details"][name]["reliability"] for run in group.runs])
             _reliability_panel(axes, bins)
             ece = metrics.expected_calibration_error(bins)
             axes.set_title(f"{selection_name(name)}, ECE {0.0 if ece is None else ece:.1f}")
@@ -179,7 +179,7 @@ def reliability(group: Group) -> Figure | None:
     return figure
 
 
-def _pooled(of_runs: Sequence[Sequence[dict[str, float | None]]]) -> list[metrics.ReliabilityBin]:
+def pooled(of_runs: Sequence[Sequence[dict[str, float | None]]]) -> list[metrics.ReliabilityBin]:
     """The bins of the images of all runs together."""
     pooled = []
     for same in zip(*of_runs, strict=True):
