@@ -55,6 +55,7 @@ SETTINGS = {
 AIMS = {
     r"\.task\d+\.pth\.\d+\.partial": "while a module is written",
     r"\.classifier\d+\.pth\.\d+\.partial": "while the classifier is written",
+    r"\.evaluation\d+\.json\.\d+\.partial": "while the results beside the manifest are written",
     r"\.run\.manifest\.\d+\.partial": "while the manifest is written",
     r"task\d+\.pth": "after a module, before the manifest",
     r"classifier\d+\.pth": "after the classifier, before the manifest",
@@ -155,9 +156,9 @@ def phase_at_death(life: Life, work: Path) -> str:
         return "inside a write"
     if "Summary" in said:
         return "after the last task"
-    if "learning rows" in said:
+    if "Task 1 of" in said or "Resuming from" in said:
         return "training, evaluating, saving"
-    if "Config:" not in said:
+    if "Backbone:" not in said:
         return "starting"
     return "extracting features"
 
