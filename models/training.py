@@ -70,7 +70,7 @@ def train_with_progress(
     on_epoch: OnEpoch | None = None,
 ) -> None:
     """``train`` on one CPU thread, with a progress bar for ``task``."""
-    bar = progress(batches, total=config.epochs, desc=f"Task {task}", unit="epoch", leave=False)
+    bar = progress(batches, total=config.epochs, desc=f"Task {task + 1}", unit="epoch", leave=False)
 
     def show(epoch: int, stats: EpochStats) -> None:
         bar.set_postfix(loss=f"{stats.loss:.3f}", accuracy=f"{stats.accuracy:.1f}", refresh=False)
