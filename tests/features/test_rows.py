@@ -396,3 +396,17 @@ def test_checksums_depend_on_every_bit_of_a_row() -> None:
         changed[bit // 8] ^= 1 << bit % 8
         assert sums.of(3, np.frombuffer(changed, dtype=np.float32)) != expected
     assert sums.of(4, FEATURES[3]) != expected
+
+
+def test_a_task_reads_its_own_checksums_alone(rows: FolderRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them for each task would make a stream's cost the square of its size."""
+    asked: list[int] = []
+    from_buffer = np.frombuffer
+
+    def counting(content: bytes, **kinds: Any) -> np.ndarray:
+        asked.append(len(content))
+        return from_buffer(content, **kinds)
+
+    monkeypatch.setattr(np, "frombuffer", counting)
+    rows.read(0, np.array([2, 3, 7]))
+    assert sum(asked) == 3 * 4

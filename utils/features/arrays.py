@@ -154,9 +154,7 @@ class ArrayReader:
             BankError: the disk does not give them.
         """
         found = np.empty((len(rows), self.shape[1]), dtype="<f4")
-        ends = np.flatnonzero(np.diff(rows) != 1) + 1
-        starts = [0, *ends.tolist()] if len(rows) else []
-        for start, end in zip(starts, [*ends.tolist(), len(rows)], strict=False):
+        for start, end in _runs(rows):
             self._read_into(found[start:end], self._offset + int(rows[start]) * self.shape[1] * 4)
         return found
 
@@ -179,24 +177,36 @@ class ArrayReader:
             raise _cannot_be_read(self.path, error) from error
 
 
-def read_checksums(path: Path, images: int) -> np.ndarray | None:
-    """``(images,)`` uint32, or None if the file is not there.
+def read_checksums(path: Path, images: int, rows: np.ndarray | None = None) -> np.ndarray | None:
+    """Checksums of ``rows`` (of all ``images`` by default), uint32, or None if the file is not there.
 
     Raises:
         BankError: it cannot be read, or has another size.
     """
+    rows = np.arange(images) if rows is None else rows
+    found = np.empty(len(rows), dtype="<u4")
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for start, end in _runs(rows) if size == 4 * images else ():  # only what is asked for: tasks are many
+                file.seek(4 * int(rows[start]))
+                found[start:end] = np.frombuffer(file.read(4 * (end - start)), dtype="<u4")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _cannot_be_read(path, error) from error
-    if len(content) != 4 * images:
+    if size != 4 * images:
         raise BankError(
-            f"{path} is damaged ({len(content)} bytes, expected {4 * images}); remove it: it is made again from the "
-            "rows as they are"
+            f"{path} is damaged ({size} bytes, expected {4 * images}); remove it: it is made again from the rows as "
+            "they are"
         )
-    return np.frombuffer(content, dtype="<u4")
+    return found
+
+
+def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where rows that follow each other begin and end among ``rows``."""
+    ends = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+    return zip([0, *ends], [*ends, len(rows)], strict=True) if len(rows) else iter(())
 
 
 class ArrayWriter:

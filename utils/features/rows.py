@@ -180,9 +180,9 @@ class FolderRows:
             raise BankError(f"the features in {path} are not filled yet") from None
         wrong = ~np.isfinite(found).all(axis=1)
         what = "holds rows that are not finite numbers"
-        expected = read_checksums(checksums_path(path), self._shape[0])
+        expected = read_checksums(checksums_path(path), self._shape[0], rows)
         if not wrong.any() and expected is not None:
-            wrong = RowChecksums(path).of_all(rows, found) != expected[rows]
+            wrong = RowChecksums(path).of_all(rows, found) != expected
             what = "holds rows that differ from what was written (their checksums do not fit)"
         if wrong.any():
             raise BankError(
