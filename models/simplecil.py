@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.lda import finite_float64, float64_device
+from models.streaming.means import appended, row_means
 from utils.config import Config
 from utils.methods import Method
 
@@ -33,11 +34,8 @@ class SimpleCIL(Learner):
 
     def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         features = finite_float64(task.test_view(), float64_device(self.device))
-        member = F.one_hot((task.labels - task.first_row).to(features.device), task.new_rows)  # (images, new rows)
-        images = member.sum(dim=0)
-        means = member.double().T @ features / images.clamp(min=1)[:, None]
-        self.prototypes = torch.cat([self.prototypes, means.float().to(self.device)])
-        self.images = torch.cat([self.images, images.to(self.device)])
+        means, images = row_means(features, task.labels - task.first_row, task.new_rows)
+        self.prototypes, self.images = appended(self.prototypes, means), appended(self.images, images)
 
     def scores(self, features: Tensor) -> Tensor:
         """Cosines; 0 where the feature or the prototype is zero."""

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.conftest import ROOT
 from utils.config import KEYS, known_key, load_config, make_config
 from utils.errors import ConfigError
 from utils.foreign import UNUSED_KEYS
+from utils.methods import METHODS
 
 REQUIRED = {"dataset": "cub", "init_cls": 10, "increment": 10, "backbone_type": "vit_base_patch16_224"}
 EXPERIMENTS = sorted((ROOT / "exps").glob("*.json"))
@@ -83,9 +85,31 @@ def test_defaults_are_those_of_the_release():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_shipped_experiment_loads(path):
-    config = load_config(path)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_shipped_experiment_serves_every_method(path, method):
+    """One file for each data set: another method keeps its protocol and the features that it needs."""
+    config, tosca = load_config(path, [f"model_name={method}"]), load_config(path)
     assert make_config(config.as_dict()) == config
+    assert config.model_name == method
+    for name, key in KEYS.items():
+        assert getattr(config, name) == getattr(tosca, name) or key.affects == "method"
+
+
+def test_there_is_one_experiment_for_each_data_set_of_the_paper():
+    names = [path.stem for path in EXPERIMENTS]
+    assert names == sorted(
+        f"tosca_{data}" for data in ["cifar", "cub", "ina", "inr", "omni", "vtab", "objectnet", "demo"]
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "exps/README.md", "docs/baselines.md", "docs/extending.md"])
+def test_the_commands_of_the_documents_name_experiments_that_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("$data", "cub").replace("exps/my_pets.json", "")
+    for name, method in re.findall(r"--config=(exps/\S+\.json)(?: model_name=(\w+))?", text):
+        assert (ROOT / name).is_file(), f"{page}: {name}"
+        assert method in {*METHODS, "", "pnorm"}, f"{page}: {method}"
+    swept = {name for names in re.findall(r"model_name=([\w,]+)", text) for name in names.split(",")}
+    assert swept <= {*METHODS, "pnorm"}, page
 
 
 @pytest.mark.parametrize(
@@ -360,3 +384,37 @@ def test_a_huge_number_is_one_line_or_bounded_by_the_data(key):
         with pytest.raises(ConfigError, match=rf"{key.name}|seed must be") as caught:
             make_config({**REQUIRED, key.name: huge})
         assert "\n" not in str(caught.value)
+
+
+# -- keys that one method alone has -----------------------------------------------------------------------------------
+
+
+def test_a_methods_own_key_is_checked_and_stands_flat_in_the_json():
+    config = make_config({**REQUIRED, "model_name": "knn", "neighbours": 3})
+    assert config.own == {"neighbours": 3, "temperature": 0.07}
+    assert config.as_dict()["neighbours"] == 3 and "own" not in config.as_dict()
+    assert make_config(config.as_dict()) == config
+    assert config != make_config({**REQUIRED, "model_name": "knn"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_name": "knn", "neighbours": 0}, "neighbours must be at least 1, got 0"),
+        ({"model_name": "knn", "neighbours": 1.5}, "neighbours must be a whole number, got 1.5"),
+        ({"neighbours": 3}, "key 'neighbours' belongs to knn, but model_name is 'tosca'.*set model_name=knn"),
+        ({"model_name": "knn", "neighbour": 3}, "unknown key 'neighbour'.*nearest known key is 'neighbours'"),
+        ({"own": {}}, "unknown key 'own'"),
+    ],
+)
+def test_a_mistake_in_a_methods_own_key_is_explained(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_config({**REQUIRED, **values})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_methods_own_key_is_read_from_the_command_line_by_its_type(tmp_path):
+    path = write(tmp_path, REQUIRED)
+    assert load_config(path, ["model_name=fecam", "shrinkage=1e2"]).own == {"shrinkage": 100.0}
+    with pytest.raises(ConfigError, match="shrinkage must be a number, got 'much'"):
+        load_config(path, ["model_name=fecam", "shrinkage=much"])

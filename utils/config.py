@@ -3,12 +3,12 @@
 import dataclasses
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from utils.consistency import check_together
 from utils.errors import ConfigError
 from utils.foreign import BACKBONE_ALIASES, UNUSED_KEYS
 from utils.json_files import read_json, unique_keys
@@ -29,7 +29,7 @@ class Config:
         ConfigError: a value of the wrong type, not among the choices, or out of range.
     """
 
-    # -- the release's keys -------------------------------------------------------------------------------------
+    # -- the release's keys
     prefix: str = _key("", doc="goes in front of the log's file name", affects="place")
     dataset: str = _key(doc="which data set", affects="data", choices=DATASETS)
     shuffle: bool = _key(True, doc="draw the class order from the seed; false: sorted folder order", affects="stream")
@@ -141,6 +141,7 @@ class Config:
         None,
         doc="larger images are refused; by default 178956970, as Pillow does: they may be decompression bombs",
         low=1,
+        high=10**15,
         affects="speed",
     )
     checkpoint_dir: str = _key("tosca", doc="where modules are saved", affects="place")
@@ -187,37 +188,16 @@ class Config:
     def __post_init__(self) -> None:
         for name, key in KEYS.items():
             object.__setattr__(self, name, key.checked(getattr(self, name)))
-        object.__setattr__(self, "own", _checked_own(self.method, self.own))
+        object.__setattr__(self, "own", self.method.checked_keys(self.own))
         for name, value in self.method.fixed:
             if (given := getattr(self, name)) not in (value, KEYS[name].default):
                 raise ConfigError(f"{name} is always {value!r} under {self.model_name}, got {given!r}; remove the key")
-        if "/" in self.prefix or "\\" in self.prefix:
-            raise ConfigError(f"prefix must not contain a path separator, got {self.prefix!r}; log_dir sets the folder")
-        for name in ("data_path", "backbone_weights", "cache_dir", "checkpoint_dir", "log_dir", "continue_from"):
-            _check_path(name, getattr(self, name))
-        for name in ("device", "seed"):
-            values = getattr(self, name)
-            if not values:
-                raise ConfigError(f"{name} must not be empty")
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{name} {list(values)} repeats a value; give each once")
-        for seed in (*self.seed, *([self.augment_seed] if self.augment_seed is not None else [])):
-            if seed >= 2**32:
-                raise ConfigError(f"seed must be below 2**32, got {seed}")
-        for device in self.device:
-            if not re.fullmatch(r"-1|cpu|\d{1,4}", device):
-                raise ConfigError(
-                    f'device must be "-1", "cpu" or the number of an accelerator such as "0", got {device!r}'
-                )
         for name in ("init_cls", "increment"):
             if self.scenario == "domain":  # a task is a domain: equal runs are to have equal configs
                 object.__setattr__(self, name, None)
             elif getattr(self, name) is None:
                 raise ConfigError(f"required key {name!r} is missing")
-        if self.scenario == "domain" and self.dataset != "imagefolder":
-            raise ConfigError(f'scenario "domain" needs dataset "imagefolder", got {self.dataset!r}')
-        if not self.backbone_type:
-            raise ConfigError("backbone_type must name a timm model, got ''")
+        check_together(self)
 
     @property
     def remarks(self) -> list[str]:
@@ -262,7 +242,10 @@ def _shared_keys() -> dict[str, Key]:
     """The fields of ``Config`` as keys."""
     kinds = get_type_hints(Config)
     fields = [field for field in dataclasses.fields(Config) if field.name not in ("own", "unused")]
-    return {field.name: Key(field.name, kinds[field.name], field.default, **field.metadata) for field in fields}
+    keys = {field.name: Key(field.name, kinds[field.name], field.default, **field.metadata) for field in fields}
+    if clash := [key.name for method in METHODS.values() for key in method.keys if key.name in {*keys, *UNUSED_KEYS}]:
+        raise ValueError(f"a method declares the key {clash[0]!r}, which every config has or accepts; rename it")
+    return keys
 
 
 KEYS: Mapping[str, Key] = _shared_keys()  # what every config has
@@ -272,29 +255,6 @@ def known_key(name: str) -> Key | None:
     """The key of that name, be it shared or a method's own."""
     own = (key for method in METHODS.values() for key in method.keys)
     return KEYS.get(name) or next((key for key in own if key.name == name), None)
-
-
-def _checked_own(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's own keys with their values, as given or by default."""
-    keys = {key.name: key for key in method.keys}
-    if foreign := [name for name in given if name not in keys]:
-        owners = [m.name for m in METHODS.values() if foreign[0] in {key.name for key in m.keys}]
-        raise ConfigError(
-            f"key {foreign[0]!r} belongs to {' and '.join(owners)}, but model_name is {method.name!r}: remove the key "
-            f"or set model_name={owners[0]}"
-        )
-    if absent := [key.name for key in method.keys if key.required and key.name not in given]:
-        raise ConfigError(f"required key {absent[0]!r} of {method.name} is missing")
-    return {name: key.checked(given.get(name, key.default)) for name, key in keys.items()}
-
-
-def _check_path(name: str, value: str | None) -> None:
-    if value == "":
-        raise ConfigError(f"{name} must name a {'file' if name == 'backbone_weights' else 'folder'}, got ''")
-    try:
-        Path(value or "").expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{name}: the home folder at the start of {shown(value)} is not known") from None
 
 
 def parse_value(key: str, text: str) -> Any:

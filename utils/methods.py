@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.errors import ConfigError
 from utils.keys import Key
 
 __all__ = ["DATASETS", "FLOWS", "METHODS", "SELECTIONS", "Key", "Method", "Selection", "read_methods", "read_names"]
@@ -44,6 +45,7 @@ class Method:
         keys: config keys of its own, which the learner reads as ``config.own["key"]``.
         selections: how it may choose the module that answers; a name refers to what another method declares.
         continual: False: it sees the images of earlier tasks again, so its numbers are an upper bound.
+        exemplars: whether it keeps training images or their features; tables say so.
         views: ``test``: it trains on the test transform; ``augmented``: on the augmented views.
         modular: whether it saves a module for each task.
         reads: which of the shared keys it reads, by what they touch: ``training``, ``module``.
@@ -55,6 +57,7 @@ class Method:
     keys: tuple[Key, ...] = ()
     selections: tuple[Selection | str, ...] = ("sample",)
     continual: bool = True
+    exemplars: bool = False
     views: str = "test"
     modular: bool = False
     reads: tuple[str, ...] = ()
@@ -77,6 +80,23 @@ class Method:
         if key.name in dict(self.fixed):
             return True
         return key.affects in ("training", "module") and key.affects not in self.reads
+
+    def checked_keys(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return this method's own keys with their values, as given or by default.
+
+        Raises:
+            ConfigError: a key of another method, a required one that is missing, or an impossible value.
+        """
+        keys = {key.name: key for key in self.keys}
+        if foreign := [name for name in given if name not in keys]:
+            owners = [m.name for m in METHODS.values() if foreign[0] in {key.name for key in m.keys}]
+            raise ConfigError(
+                f"key {foreign[0]!r} belongs to {' and '.join(owners)}, but model_name is {self.name!r}: remove it "
+                f"or set model_name={owners[0]}"
+            )
+        if absent := [key.name for key in self.keys if key.required and key.name not in given]:
+            raise ConfigError(f"required key {absent[0]!r} of {self.name} is missing")
+        return {name: key.checked(given.get(name, key.default)) for name, key in keys.items()}
 
 
 # -- reading declarations ---------------------------------------------------------------------------------------------
@@ -133,7 +153,10 @@ def read_names(path: Path, variable: str) -> tuple[str, ...]:
 
 def _assigned(path: Path, variable: str) -> ast.expr | None:
     """The expression that a file assigns to ``variable`` at its top level."""
-    for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+    text = path.read_text(encoding="utf-8")
+    if variable not in text:  # parsing takes most of the time
+        return None
+    for node in ast.parse(text, str(path)).body:
         if isinstance(node, ast.Assign):
             targets, value = node.targets, node.value
         elif isinstance(node, ast.AnnAssign) and node.value is not None:

@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import knn, registry
 from models.base import Learner
+from models.fecam import FeCAM
+from models.knn import KNN
 from models.linear_joint import L2, LinearJoint, fit_softmax
+from models.ncm_euclidean import NcmEuclidean
 from models.ncm_lda import NcmLda
 from models.ranpac import RANDOM_FEATURES, RanPAC
 from models.simplecil import SimpleCIL
@@ -18,7 +22,7 @@ from utils.errors import ConfigError, NumericError
 from utils.methods import METHODS
 
 DIM, CPU = 6, torch.device("cpu")
-LEARNERS = [SimpleCIL, NcmLda, RanPAC, LinearJoint]
+LEARNERS = [SimpleCIL, NcmEuclidean, NcmLda, FeCAM, RanPAC, KNN, LinearJoint]
 JOINT = (LinearJoint,)  # what sees the data of all tasks
 
 
@@ -52,12 +56,12 @@ def stream(features: Tensor, labels: Tensor, sizes: list[int], *, joint: bool) -
     return tasks
 
 
-def untaught(kind: type[Learner], dim: int = DIM) -> Learner:
-    return kind(tiny_config(model_name=sys.modules[kind.__module__].METHOD.name), dim, CPU, seed=0)
+def untaught(kind: type[Learner], dim: int = DIM, **keys: float) -> Learner:
+    return kind(tiny_config(model_name=sys.modules[kind.__module__].METHOD.name, **keys), dim, CPU, seed=0)
 
 
-def taught(kind: type[Learner], features: Tensor, labels: Tensor, sizes: list[int]) -> Learner:
-    learner = untaught(kind, features.shape[1])
+def taught(kind: type[Learner], features: Tensor, labels: Tensor, sizes: list[int], **keys: float) -> Learner:
+    learner = untaught(kind, features.shape[1], **keys)
     for task in stream(features, labels, sizes, joint=kind in JOINT):
         learner.learn(task)
     return learner
@@ -130,7 +134,7 @@ def test_a_feature_that_is_not_finite_is_refused(kind, data):
         taught(kind, *data, [5])
 
 
-@pytest.mark.parametrize("kind", [SimpleCIL, NcmLda, RanPAC])
+@pytest.mark.parametrize("kind", [SimpleCIL, NcmEuclidean, NcmLda, FeCAM, RanPAC, KNN])
 def test_a_row_without_images_cannot_win(kind):
     """As when a domain lacks a class."""
     learner = untaught(kind, 2)
@@ -141,6 +145,86 @@ def test_a_row_without_images_cannot_win(kind):
 
 def test_only_the_joint_classifier_is_not_continual():
     assert [name for name, method in METHODS.items() if not method.continual] == ["linear_joint"]
+
+
+def test_every_method_without_modules_is_held_here():
+    assert {kind.__module__ for kind in LEARNERS} == {
+        found.__module__ for name, found in registry.LEARNERS.items() if not METHODS[name].modular
+    }
+
+
+def test_only_the_nearest_neighbours_keep_images():
+    assert [name for name, method in METHODS.items() if method.exemplars] == ["knn"]
+
+
+def test_nearest_mean_worked_by_hand():
+    features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+    learner = taught(NcmEuclidean, features, torch.tensor([0, 0, 1]), [1, 1])
+    assert learner.means.tolist() == [[1, 0], [0, 3]]
+    torch.testing.assert_close(answers(learner, torch.tensor([[1.0, 1.0]])), torch.tensor([[-1.0, -5.0]]))
+
+
+def test_nearest_mean_looks_at_the_length_too():
+    learner = taught(NcmEuclidean, torch.tensor([[1.0, 0.0], [9.0, 9.0]]), torch.tensor([0, 1]), [2])
+    assert answers(learner, torch.tensor([[0.1, 0.1], [100.0, 1.0]])).argmax(dim=1).tolist() == [0, 1]
+
+
+def test_nearest_mean_is_exact_far_from_the_origin():
+    """The squares are of the size 1e8; in float32 their difference would be lost."""
+    learner = taught(NcmEuclidean, torch.tensor([[1e4, 0.0], [1e4, 1.0]]), torch.tensor([0, 1]), [2])
+    torch.testing.assert_close(answers(learner, torch.tensor([[1e4, 0.25]])), torch.tensor([[-0.0625, -0.5625]]))
+
+
+def test_fecam_worked_by_hand():
+    """Covariance + 1 · I: of row 0 diag(3, 1), so its correlation is I; of row 1 [[3, 2], [2, 3]], so it is 2/3."""
+    features = torch.tensor([[3.0, 0.0], [5.0, 0.0], [3.0, 3.0], [5.0, 5.0]])
+    learner = taught(FeCAM, features, torch.tensor([0, 0, 1, 1]), [1, 1], shrinkage=1)
+    assert learner.means.tolist() == [[4, 0], [4, 4]]
+    x, y = 0 - 0.5**0.5, 1 - 0.5**0.5  # (0, 1) − (4, 4)/‖(4, 4)‖
+    in_row_1 = 9 / 5 * (x * x + y * y - 4 / 3 * x * y)  # the inverse correlation is 9/5 · [[1, −2/3], [−2/3, 1]]
+    torch.testing.assert_close(answers(learner, torch.tensor([[0.0, 7.0]])), torch.tensor([[-2.0, -in_row_1]]))
+
+
+def test_fecam_adds_100_to_every_variance_as_pilot_does():
+    features = torch.tensor([[0.0, 0.0, 1.0], [20.0, 20.0, 1.0]])  # covariance 200 between the first two
+    learner = taught(FeCAM, features, torch.tensor([0, 0]), [1])
+    correlation = torch.tensor([[1, 2 / 3, 0], [2 / 3, 1, 0], [0, 0, 1]])
+    lower = torch.zeros(3, 3)
+    lower[tuple(torch.tril_indices(3, 3))] = learner.factors[0]
+    torch.testing.assert_close(lower.T @ lower, correlation.inverse())
+
+
+def test_fecam_gives_every_class_its_own_metric():
+    """Two means at equal angles: the class that spreads towards the sample wins, though they are equally near."""
+    wide, narrow = torch.tensor([[8.0, 2.0], [12.0, -2.0]]), torch.tensor([[2.0, 8.0], [-2.0, 12.0]])
+    across = torch.tensor([[-2.0, 8.0], [2.0, 12.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    sample = torch.tensor([[1.0, 1.0]])
+    both = answers(taught(FeCAM, torch.cat([wide, narrow]), labels, [2], shrinkage=1), sample)
+    assert both[0, 0] == pytest.approx(both[0, 1].item())
+    assert answers(taught(FeCAM, torch.cat([wide, across]), labels, [2], shrinkage=1), sample).argmax() == 0
+
+
+def test_nearest_neighbours_worked_by_hand():
+    features = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 4.0]])  # cosines to (1, 0): 1, 0 and 0.6
+    labels, sample = torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.0]])
+    learner = taught(KNN, features, labels, [1, 1], neighbours=2, temperature=0.5)
+    vote = torch.exp(torch.tensor(-0.4 / 0.5))
+    torch.testing.assert_close(answers(learner, sample), torch.stack([torch.tensor(1.0), vote])[None])
+    learner = taught(KNN, features, labels, [1, 1], neighbours=1)
+    torch.testing.assert_close(answers(learner, sample), torch.tensor([[1.0, 0.6 - 2]]))  # no vote: behind all votes
+
+
+def test_more_neighbours_than_images_is_all_images():
+    learner = taught(KNN, torch.eye(2), torch.tensor([0, 1]), [2], neighbours=50)
+    assert answers(learner, torch.tensor([[1.0, 0.0]])).argmax() == 0
+
+
+def test_many_samples_are_answered_in_parts(data, monkeypatch):
+    learner = taught(KNN, *data, [5])
+    whole = answers(learner, data[0])
+    monkeypatch.setattr(knn, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(answers(learner, data[0]), whole)
 
 
 def test_simplecil_worked_by_hand():

@@ -203,7 +203,10 @@ def _columns(runs: Sequence[Run]) -> tuple[str, ...]:
 def label_of(column: str, run: Run) -> str:
     """Return what ``run`` shows in a label column."""
     if column == "method":
-        return str(run.identity["model_name"]) + ("" if run.values["continual"] else " (not continual)")
+        name = str(run.identity["model_name"])
+        if name in METHODS and METHODS[name].exemplars:
+            return f"{name} (keeps all images)"
+        return name if run.values["continual"] else f"{name} (not continual)"
     if column == "weights":
         return _weights(run)
     if column == "images":
