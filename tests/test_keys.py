@@ -25,6 +25,7 @@ OTHER = {
     "backbone_type": "vit_small_patch16_224",
     "init_cls": 3,
     "sigma": 16.0,
+    "compile": True,
 }
 
 
