@@ -127,7 +127,7 @@ def test_later_tasks_start_from_xavier_weights_and_zero_biases():
 
 def test_reset_also_resets_the_layer_norm():
     luca = hand_worked_luca("tosca")
-    luca.reset_xavier()
+    luca.reset_xavier(torch.Generator())
     assert (luca.norm.weight == 1).all() and (luca.norm.bias == 0).all()
 
 
