@@ -130,7 +130,7 @@ class ContinualClassifier(Predictor):
             augment_seed=self.config.view_seed(self._manifest.seed),
             fingerprints={},
             cache_dir=None,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             num_workers=0,
         )
 

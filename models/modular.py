@@ -83,7 +83,7 @@ class ModularLearner(Learner):
         entropies, best = [], features.new_full((features.shape[0],), torch.inf)
         chosen = {"sample": torch.zeros(features.shape[0], dtype=torch.long, device=features.device), **chosen}
         scores: dict[str, Tensor] = {}
-        for first, logits in self._all_logits(features):
+        for first, logits in self.all_logits(features):
             found = entropy(logits)  # (some modules, samples)
             entropies.append(found)
             lowest, index = found.min(dim=0)
@@ -105,7 +105,7 @@ class ModularLearner(Learner):
         by_task = self._task_scores(features, router)
         module = by_task.argmax(dim=1)
         logits = self._logits_by_group(features, module, 1)
-        return Prediction(self._own_rows(logits, module), module, entropy(logits), task_scores=by_task)
+        return Prediction(self.own_rows(logits, module), module, entropy(logits), task_scores=by_task)
 
     def _route(self, features: Tensor, router: str) -> Tensor:
         """The task of the best row: ``(samples, dim) -> (samples,)``."""
@@ -117,7 +117,7 @@ class ModularLearner(Learner):
         best = scores.new_full((len(scores), self.tasks), -torch.inf)
         return best.scatter_reduce(1, self.row_task.expand_as(scores), scores, "amax")
 
-    def _own_rows(self, logits: Tensor, module: Tensor) -> Tensor:
+    def own_rows(self, logits: Tensor, module: Tensor) -> Tensor:
         """Rule out the rows of other tasks: ``(samples, rows), (samples,) -> (samples, rows)``."""
         return logits.masked_fill(self.row_task != module[:, None], -torch.inf)
 
@@ -142,14 +142,14 @@ class ModularLearner(Learner):
         if shuffled is not None:
             result["batch_shuffled"] = self._by_batch(features, entropies, shuffled)
         for name, module in chosen.items():
-            scores = self._own_rows(answers[name].scores, module) if name in self.routers else answers[name].scores
+            scores = self.own_rows(answers[name].scores, module) if name in self.routers else answers[name].scores
             result[name] = Prediction(scores, module, answers[name].entropy, entropies)
         return result
 
     @torch.no_grad()
     def entropies(self, features: Tensor) -> Tensor:
         """Entropy of every module's prediction, in nats: ``(samples, dim) -> (samples, modules)``."""
-        parts = [torch.cat([entropy(logits) for _, logits in self._all_logits(p)]).T for p in features.split(SAMPLES)]
+        parts = [torch.cat([entropy(logits) for _, logits in self.all_logits(p)]).T for p in features.split(SAMPLES)]
         return torch.cat(parts)
 
     def _by_batch(self, features: Tensor, entropies: Tensor, order: Tensor | None = None) -> Prediction:
@@ -166,7 +166,7 @@ class ModularLearner(Learner):
 
     # -- logits, in bounded memory -----------------------------------------------------------------------------------
 
-    def _all_logits(self, features: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def all_logits(self, features: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Logits of all modules, some modules at a time: the first one's number, ``(modules, samples, rows)``."""
         directions = F.normalize(self.weight, dim=1)
         count = len(next(iter(self.modules.values())))

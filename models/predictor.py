@@ -49,7 +49,7 @@ class Predictor:
         self._manifest = manifest
         self._learned = manifest.learned()
         self._transforms = Transforms(config.image_size, 0)
-        self._batch_size = config.feature_batch_size or default_batch_size(backbone.device, config.image_size)
+        self.batch_size = config.feature_batch_size or default_batch_size(backbone.device, config.image_size)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ class Predictor:
         learner = make_learner(self.config, self.backbone.feature_dim, moved, self._manifest.seed)
         learner.load_state_dict(self.learner.state_dict(), self.module_states())
         self.learner = learner
-        self._batch_size = self.config.feature_batch_size or default_batch_size(moved, self.config.image_size)
+        self.batch_size = self.config.feature_batch_size or default_batch_size(moved, self.config.image_size)
         return self
 
     def module_states(self) -> list[dict[str, Tensor]]:
@@ -122,8 +122,8 @@ class Predictor:
         """
         selection = self._checked(selection)
         sources = sources_of(images)
-        starts = range(0, len(sources), self._batch_size)
-        batches = ([self._pixels(source) for source in sources[start : start + self._batch_size]] for start in starts)
+        starts = range(0, len(sources), self.batch_size)
+        batches = ([self._pixels(source) for source in sources[start : start + self.batch_size]] for start in starts)
         parts = [self._answer(pixels, top_k, selection) for pixels in batches]
         empty = torch.empty(0, self.backbone.feature_dim, device=self.backbone.device)
         return Predictions.joined(parts) if parts else self.classify_features(empty, top_k, selection)
@@ -155,13 +155,13 @@ class Predictor:
         good: list[Path] = []
         pixels: list[Tensor] = []
         errors: list[tuple[Path, DataError]] = []
-        for path, loaded in loaded_ahead(paths, self._pixels, ahead=2 * self._batch_size):
+        for path, loaded in loaded_ahead(paths, self._pixels, ahead=2 * self.batch_size):
             if isinstance(loaded, DataError):
                 errors.append((path, loaded))
             else:
                 good.append(path)
                 pixels.append(loaded)
-            if len(good) + len(errors) == self._batch_size:
+            if len(good) + len(errors) == self.batch_size:
                 yield good, pixels, errors
                 good, pixels, errors = [], [], []
         if good or errors:

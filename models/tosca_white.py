@@ -172,7 +172,7 @@ class WhiteTOSCA(ModularLearner):
             else:
                 module = self.row_task[pair.argmax(dim=1)]
             chosen = entropies.gather(1, module[:, None])[:, 0]
-            answers[name] = Prediction(self._own_rows(own, module), module, chosen, entropies)
+            answers[name] = Prediction(self.own_rows(own, module), module, chosen, entropies)
         return answers
 
     def _inside_tasks(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ class WhiteTOSCA(ModularLearner):
         Shape: ``(samples, dim) -> (samples, modules), (samples, rows)``.
         """
         entropies, own = [], features.new_zeros(len(features), len(self.row_task))
-        for first, logits in self._all_logits(features):  # (some modules, samples, rows)
+        for first, logits in self.all_logits(features):  # (some modules, samples, rows)
             entropies.append(entropy(logits).T)
             numbers = torch.arange(first, first + len(logits), device=logits.device)
             mine = (self.row_task == numbers[:, None])[:, None]  # (some modules, 1, rows)

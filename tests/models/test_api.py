@@ -155,7 +155,7 @@ def test_batch_selection_is_refused_with_the_reason(model):
 
 def test_eight_threads_answer_as_one_does(model, run_of_four):
     test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
-    model._batch_size = 4
+    model.batch_size = 4
     streamed = torch.cat([answers.probabilities for _, answers, _ in model.predict_files(test)])
     torch.testing.assert_close(streamed, model.predict(test).probabilities, rtol=0, atol=0)
     features = model.predict(test).features

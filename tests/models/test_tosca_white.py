@@ -182,7 +182,7 @@ def test_blend_worked_by_hand(three_tasks, monkeypatch):
     pair = torch.tensor([[0.4, 0.4, 0.2]]).log()
     monkeypatch.setattr(RidgePair, "scores", lambda self, features: pair)
     monkeypatch.setattr(
-        learner, "_all_logits", lambda features: [(0, torch.tensor([[[3.0, 1.0, 9.0]], [[7.0, 7.0, 5.0]]]))]
+        learner, "all_logits", lambda features: [(0, torch.tensor([[[3.0, 1.0, 9.0]], [[7.0, 7.0, 5.0]]]))]
     )
     p = torch.tensor([3.0, 1.0]).softmax(dim=0)
     expected = torch.stack([0.4 * p[0].sqrt(), 0.4 * p[1].sqrt(), torch.tensor(0.2)]).log()
