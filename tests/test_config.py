@@ -365,6 +365,15 @@ def test_keys_of_pilot_that_mean_nothing_here_are_accepted_with_a_line_each():
     ]
 
 
+def test_a_run_logs_what_a_foreign_key_means_here(digit_folder, run_main, tmp_path):
+    outcome = run_main(tmp_path, data_path=str(digit_folder), epochs=1, memory_size=0, init_lr=0.1)
+    assert outcome.code == 0
+    (log,) = (tmp_path / "logs").rglob("*.log")
+    text = log.read_text(encoding="utf-8")
+    assert "memory_size has no effect here: no old images are kept" in text
+    assert "init_lr has no effect here: the first task trains as the others do, lr=0.025" in text
+
+
 @pytest.mark.parametrize("name", UNUSED_KEYS)
 def test_every_foreign_key_has_a_line_and_is_no_key_of_ours(name):
     (line,) = make_config({**REQUIRED, name: None}).remarks
