@@ -157,6 +157,12 @@ def test_an_upper_bound_is_labelled(tmp_path):
     assert any("upper bound" in note for note in section.notes)
 
 
+def test_a_method_that_keeps_images_is_labelled(tmp_path):
+    write(tmp_path, run_values(model="knn"))
+    (section,), _ = sections_of(tmp_path)
+    assert section.groups[0].labels["method"] == "knn (keeps all images)"
+
+
 def unfinished(seed: int, tasks: int) -> dict[str, Any]:
     values = run_values(seed)
     for result in values["results"].values():
