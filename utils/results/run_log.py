@@ -12,6 +12,7 @@ from utils.config import Config
 from utils.data.tasks import Task, TaskStream
 from utils.grid import Cell
 from utils.logs import FILE_ONLY
+from utils.methods import SELECTIONS
 from utils.results import metrics
 from utils.results.cost import cost_summary
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES
@@ -117,6 +118,20 @@ def summary_table(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def best_order_free(run: dict[str, Any]) -> str | None:
+    """Say which selection that looks at one image at a time has the highest A_T, and how far ``sample`` is from it.
+
+    None for a run that has one such selection alone, or no test images. Of equal ones the first declared counts.
+    """
+    last = {name: run["results"][name]["last"] for name in SELECTIONS if name in run["results"]}
+    free = {name: value for name, value in last.items() if not SELECTIONS[name].ordered and value is not None}
+    if len(free) < 2 or "sample" not in free:
+        return None
+    best = max(free, key=lambda name: free[name])
+    words = f"Of the selections that look at one image at a time, {SELECTION_NAMES[best]} is best: A_T {free[best]:.1f}"
+    return words if best == "sample" else f"{words}, sample is {free[best] - free['sample']:.1f} points below it"
+
+
 def log_summary(run: dict[str, Any], selection: str) -> None:
     """The end of a run; the file has PILOT's line of forgetting and the meaning of all terms before it."""
     for name, result in run["results"].items():
@@ -129,6 +144,8 @@ def log_summary(run: dict[str, Any], selection: str) -> None:
     log.info("Summary: %s on %s, %s, seed %d (%%)", config["model_name"], config["dataset"], tasks, run["seed"])
     for line in summary_table(run):
         log.info("  %s", line)
+    if (best := best_order_free(run)) is not None:
+        log.info("  %s", best)
     log.info("  Backbone %s, read at: %s", run["backbone"]["name"], run["backbone"].get("pooling", "token"))
     seconds = run["seconds"]
     log.info(
