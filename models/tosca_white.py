@@ -92,12 +92,12 @@ class WhiteTOSCA(ModularLearner):
         total_rows = task.first_row + task.new_rows
         statistics = copy.deepcopy(self.statistics)  # a task that fails leaves the learner as it was
         statistics.update(task.test_view(), task.labels, total_rows)
-        whitening = stored_whitening(statistics, self.device)
+        whitening = self.task_whitening(statistics)
         luca = self.fresh_luca(task)
         classifier = CosineClassifier(own_means(luca, whitening, task), self.sigma)
         classifier.sigma.requires_grad_(False)
         try:
-            epochs = self._noisy_epochs(task, whitening)
+            epochs = self.noisy_epochs(task, whitening)
             train_with_progress(luca, classifier, epochs, self.config, task.index, on_epoch=on_epoch)
             rows = own_means(luca, whitening, task)
             check_finite({**dict(luca.named_parameters(prefix="LuCA")), "the classifier's rows": rows})
@@ -107,6 +107,11 @@ class WhiteTOSCA(ModularLearner):
         kept = {WHITENING + name: part for name, part in whitening._asdict().items()}
         self.add_module({**dict(luca.named_parameters()), **kept})
         self.routers["ridges"].update(task.test_view(), task.labels, total_rows)
+
+    def task_whitening(self, statistics: StreamingLDA) -> Whitening:
+        """The newest task's whitening as it will be saved, so that a loaded learner is the same to the last bit."""
+        directions, scales, mean = (part.to(self.device) for part in make_whitening(statistics))
+        return Whitening(directions.half().float(), scales, mean)
 
     def fresh_luca(self, task: TaskData) -> LuCA:
         """The module before training, as TOSCA starts it, but for the last layers of adapter and calibrator: zero.
@@ -121,7 +126,7 @@ class WhiteTOSCA(ModularLearner):
                 parameter.zero_()
         return luca.to(self.device)
 
-    def _noisy_epochs(self, task: TaskData, whitening: Whitening) -> Iterator[Epoch]:
+    def noisy_epochs(self, task: TaskData, whitening: Whitening) -> Iterator[Epoch]:
         """The batches of each epoch: whitened features with fresh noise, rows counted from the task's first."""
         for epoch, steps in enumerate(shuffled_epochs(task, self.config, self.seed)):
             generator = torch.Generator().manual_seed(derive_seed("noise", self.seed, task.index, epoch))
@@ -216,12 +221,6 @@ class WhiteTOSCA(ModularLearner):
         trained_rows = int((self.row_task == self.tasks - 1).sum())
         classifier = len(self.row_task) * self.dim
         return {"luca_per_task": luca, "classifier": classifier, "trainable": luca + trained_rows * self.dim}
-
-
-def stored_whitening(statistics: StreamingLDA, device: torch.device) -> Whitening:
-    """The whitening as it will be saved, so that a loaded learner is the same to the last bit."""
-    directions, scales, mean = (part.to(device) for part in make_whitening(statistics))
-    return Whitening(directions.half().float(), scales, mean)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from models.streaming.ridge import RandomRidge
 from models.streaming.ridge_pair import RidgePair
 from models.streaming.whitening import Whitening, make_whitening
 from models.tosca import class_means
-from models.tosca_white import DIRECTIONS, WHITENING, WhiteTOSCA, own_means, stored_whitening
+from models.tosca_white import DIRECTIONS, WHITENING, WhiteTOSCA, own_means
 from models.training import train
 from tests.conftest import Outcome, tiny_config
 from tests.models.test_tosca import CPU, DIM, FakeTask, fake_task, some_features
@@ -99,7 +99,7 @@ def test_training_sees_whitened_features_with_fresh_unit_noise_and_rows_of_the_t
     task, learner = fake_task(1, classes=2, images=2000), make_white(batch_size=1000, epochs=2)
     whitening = Whitening(torch.eye(DIM), torch.full((DIM,), 2.0), torch.ones(DIM))
     residues = []
-    for epoch, steps in enumerate(learner._noisy_epochs(task, whitening)):
+    for epoch, steps in enumerate(learner.noisy_epochs(task, whitening)):
         batches = list(steps)
         generator = torch.Generator().manual_seed(derive_seed("batches", 1993, 1, epoch))
         order = torch.randperm(4000, generator=generator)
@@ -115,13 +115,13 @@ def test_a_task_is_learned_as_the_method_says():
     learner, task = make_white(), fake_task(0)
     statistics = StreamingLDA(DIM)
     statistics.update(task.test_view(), task.labels, 2)
-    whitening = stored_whitening(statistics, CPU)
+    whitening = learner.task_whitening(statistics)
     luca = learner.fresh_luca(task)
     with torch.no_grad():
         rows = class_means(F.layer_norm(whitening(task.test_view()), (DIM,)) / 2, task.labels, 2)
     classifier = CosineClassifier(rows, torch.tensor(16.0))
     classifier.sigma.requires_grad_(False)
-    train(luca, classifier, learner._noisy_epochs(task, whitening), learner.config)
+    train(luca, classifier, learner.noisy_epochs(task, whitening), learner.config)
     learner.learn(task)
     assert all(torch.equal(p, learner.modules[name][0]) for name, p in luca.named_parameters())
     assert torch.equal(learner.weight, own_means(luca, whitening, task))
