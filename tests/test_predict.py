@@ -130,7 +130,7 @@ def test_an_unreadable_image_is_reported_and_the_rest_goes_on(run, images, tmp_p
         (["nowhere.png"], "nowhere.png does not exist"),
         ([".", "--checkpoint", "nowhere"], "no image there"),
         ([str(ROOT / "assets"), "--top-k", "0"], "--top-k must be at least 1, got 0"),
-        ([], "required: PATH"),
+        ([], "give images, folders, or - for a list on standard input"),
         ([".", "--json", "--csv"], "not allowed with"),
     ],
 )
