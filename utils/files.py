@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -194,15 +195,15 @@ class FolderLock:
         even if they outlive it for a moment.
         """
         try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.lockf(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            else:
+            if sys.platform == "win32":
                 import msvcrt
 
                 os.lseek(self._handle, 1 << 20, os.SEEK_SET)  # beyond the text that names the holder
                 msvcrt.locking(self._handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as: no locks on this file system
                 os.close(self._handle)
@@ -215,11 +216,12 @@ class FolderLock:
 
 
 def human_size(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
-        count /= 1000
-    raise AssertionError
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def free_name(path: Path) -> Path:
