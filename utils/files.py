@@ -6,8 +6,8 @@ import json
 import os
 import re
 import socket
-import sys
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
