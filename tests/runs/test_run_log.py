@@ -79,7 +79,7 @@ def test_the_terminal_has_one_line_a_task_and_the_summary_last(digit_folder, run
         assert f"Task {task + 1} of 3: ridge {shown[0]}, sample {shown[1]}, oracle (true task) {shown[2]} %" in line
     assert len(tasks) == 3
     summary = next(number for number, line in enumerate(said) if "Summary: tosca on imagefolder, 3 tasks" in line)
-    assert len(said) - summary == 1 + 1 + len(results) + 3  # title, head, selections, backbone, times, cost
+    assert len(said) - summary == 1 + 1 + len(results) + 4  # title, head, selections, the best, backbone, times, cost
     assert summary < 12
     assert not any("CNN" in line or "curve" in line or "mean over" in line for line in said)
 
