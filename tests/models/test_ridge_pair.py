@@ -109,6 +109,12 @@ def test_temperature_is_chosen_on_images_that_the_regression_did_not_see(data):
         torch.testing.assert_close(pair.losses[number], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_each_regression_has_the_temperature_of_its_smallest_loss():
+    pair = RidgePair(DIM, 20, 0)
+    pair.losses = (torch.arange(len(TEMPERATURES)) - torch.tensor([[2], [8]])).abs().double()
+    assert pair.temperatures == [2.0, 16.0]
+
+
 def test_losses_of_all_tasks_are_added(data):
     first, second = parts(data)
     alone = fitted([first]).losses

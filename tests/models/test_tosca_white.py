@@ -257,6 +257,9 @@ def test_a_restored_learner_answers_and_learns_on_bit_for_bit(three_tasks):
     restored.load_state_dict(original.state_dict(), [original.module_state(task) for task in range(2)])
     for learner in (original, restored):
         learner.learn(fake_task(2))
+    again = make_white()
+    again.load_state_dict(restored.state_dict(), [restored.module_state(task) for task in range(3)])
+    assert torch.equal(again.answer(some_features(), "blend").scores, original.answer(some_features(), "blend").scores)
     assert original.state_dict().keys() == restored.state_dict().keys()
     assert all(torch.equal(value, restored.state_dict()[name]) for name, value in original.state_dict().items())
     for name, prediction in original.predict(some_features()).items():
