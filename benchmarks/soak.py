@@ -55,7 +55,7 @@ SETTINGS = {
 AIMS = {
     r"\.task\d+\.pth\.\d+\.partial": "while a module is written",
     r"\.classifier\d+\.pth\.\d+\.partial": "while the classifier is written",
-    r"\.evaluation\d+\.json\.\d+\.partial": "while the results beside the manifest are written",
+    r"\.evaluation\d+\.manifest\.\d+\.partial": "while the results beside the manifest are written",
     r"\.run\.manifest\.\d+\.partial": "while the manifest is written",
     r"task\d+\.pth": "after a module, before the manifest",
     r"classifier\d+\.pth": "after the classifier, before the manifest",

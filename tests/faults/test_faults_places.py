@@ -212,9 +212,9 @@ def test_a_resealed_manifest_of_another_shape_is_one_line(finished, change):
 
 
 def test_a_damaged_file_of_results_beside_the_manifest_is_named(finished):
-    path = finished.checkpoints / "evaluation2.json"
+    path = finished.checkpoints / "evaluation2.manifest"
     path.write_bytes(path.read_bytes()[:-20])
-    assert "evaluation2.json is damaged" in finished().error
+    assert "evaluation2.manifest is damaged" in finished().error
     path.unlink()
-    assert "evaluation2.json is missing" in finished().error
+    assert "evaluation2.manifest is missing" in finished().error
     assert CheckpointFolder(finished.checkpoints).run_files()

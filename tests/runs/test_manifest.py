@@ -59,7 +59,11 @@ def test_json_and_back_is_the_same():
 def test_what_is_kept_beside_the_manifest_comes_back(tmp_path):
     made = save(CheckpointFolder(tmp_path), 4)
     assert CheckpointFolder(tmp_path).read_manifest() == made
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier3.pth", "evaluation3.json", "run.manifest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "classifier3.pth",
+        "evaluation3.manifest",
+        "run.manifest",
+    ]
 
 
 def test_only_the_last_task_keeps_what_grows_with_the_tasks():
@@ -84,7 +88,7 @@ def test_what_stands_beside_it_grows_with_the_square_of_the_tasks_and_no_faster(
     sizes = {}
     for tasks in (50, 100, 200):
         save(CheckpointFolder(tmp_path / str(tasks)), tasks)
-        sizes[tasks] = (tmp_path / str(tasks) / f"evaluation{tasks - 1}.json").stat().st_size
+        sizes[tasks] = (tmp_path / str(tasks) / f"evaluation{tasks - 1}.manifest").stat().st_size
     assert sizes[200] < 4.5 * sizes[100] < 4.5 * 4.5 * sizes[50]
 
 

@@ -3,7 +3,7 @@
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
 learning need after task t. ``run.manifest`` names both with their SHA-256, the run's identity, and its results so far,
 and ends with a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the
-last one whole. ``evaluation<t>.json`` holds those results after task t that grow with the square of the tasks.
+last one whole. ``evaluation<t>.manifest`` holds those results after task t that grow with the square of the tasks.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "run.manifest"  # JSON; not named so, for scripts that collect the JSON files below a log folder
 MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
-EVALUATION_FILE = re.compile(r"evaluation(\d{1,6})\.json")
+# JSON, but not named so, as the manifest: scripts collect the JSON files below a log folder
+EVALUATION_FILE = re.compile(r"evaluation(\d{1,6})\.manifest")
 OF_THE_LAST_TASK = (CLASSIFIER_FILE, EVALUATION_FILE)  # a commit writes new ones; the old ones go
 
 
@@ -156,7 +157,9 @@ class CheckpointFolder:
 
     def remove_partials(self) -> None:
         """Remove what killed writes left; only for the holder of the folder's lock."""
-        remove_partials(self.folder, rf"(task\d+\.pth|classifier\d+\.pth|evaluation\d+\.json|{re.escape(MANIFEST)})")
+        remove_partials(
+            self.folder, rf"(task\d+\.pth|classifier\d+\.pth|evaluation\d+\.manifest|{re.escape(MANIFEST)})"
+        )
 
     def commit(
         self, manifest: RunManifest, state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
@@ -170,7 +173,7 @@ class CheckpointFolder:
         files = {name: sha for name, sha in manifest.files.items() if MODULE_FILE.fullmatch(name)}
         files |= self._save_module(task, module)
         files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
-        files[f"evaluation{task}.json"] = self._save_evaluation(f"evaluation{task}.json", manifest)
+        files[f"evaluation{task}.manifest"] = self._save_evaluation(f"evaluation{task}.manifest", manifest)
         manifest = replace(manifest, files=files)
         self.write_manifest(manifest)
         self.remove_old_files(manifest)

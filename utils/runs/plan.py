@@ -115,6 +115,6 @@ def _files(setup: Setup, seed: int, *, with_modules: bool) -> list[Path]:
     """Modules, classifier, last evaluation and report of one seed."""
     folder, paths, tasks = setup.checkpoint(seed).folder, run_paths(setup.config, seed), len(setup.stream(seed).tasks)
     modules = [folder / f"task{i}.pth" for i in range(tasks)] if with_modules else []
-    last = [folder / f"classifier{tasks - 1}.pth", folder / f"evaluation{tasks - 1}.json", folder / MANIFEST]
+    last = [folder / f"classifier{tasks - 1}.pth", folder / f"evaluation{tasks - 1}.manifest", folder / MANIFEST]
     suffixes = [".log", ".json", ".csv", *([".epochs.csv"] if with_modules else []), ".npz", ".png"]
     return [*modules, *last, *(paths.file(suffix) for suffix in suffixes)]
