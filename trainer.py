@@ -24,7 +24,7 @@ from utils.logs import logging_to
 from utils.results import record, run_log
 from utils.results.predictions import write_predictions
 from utils.results.tracker import Tracker, tracking
-from utils.runs.checkpoint import CheckpointFolder
+from utils.runs.checkpoint import CheckpointFolder, module_name
 from utils.runs.manifest import EpochStats, RunManifest
 from utils.runs.paths import RunPaths, run_paths
 from utils.runs.plan import plan
@@ -186,7 +186,7 @@ def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest:
     run = record.write_run_json(outputs.paths, manifest)
     outputs.tracker.update(manifest.tasks)
     task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
-    module = f"task{task}.pth"
+    module = module_name(task)
     path = outputs.checkpoint.folder / module if module in manifest.files else None
     run_log.log_saved(newest, task + 1, config.model_name, path)
     run_log.log_task(newest, selection)

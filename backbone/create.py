@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import timm
-import torch
 
 from backbone.forward import TimmModel
 from utils.errors import BackboneError
+from utils.seeds import fixed_seed
 
 HUB_SECONDS = 3.0  # how long the model hub may take to accept a connection before it counts as out of reach
 
@@ -79,8 +79,8 @@ def create_model(name: str, image_size: int, pretrained: bool = False) -> TimmMo
         BackboneError: weights that cannot be had, or an image size that does not fit.
     """
     build = BUNDLED[name]["build"] if name in BUNDLED else {"model_name": name}
-    with torch.random.fork_rng(devices=[]), _quiet(), _short_of_the_hub(name, pretrained):
-        torch.default_generator.manual_seed(0)  # a random ViT (pretrained: false) is the same one in every run
+    # a random ViT (pretrained: false) is the same one in every run
+    with fixed_seed(0), _quiet(), _short_of_the_hub(name, pretrained):
         try:
             model = _build({**build, "pretrained": pretrained, "num_classes": 0}, image_size)
         except Exception as error:

@@ -20,8 +20,8 @@ from benchmarks.images import ROOT, machine, make_jpegs, peak_bytes, resident_by
 from utils.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
+from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
-from utils.features.batches import TEST_VIEW
 
 VIEWS = 4
 

@@ -24,10 +24,10 @@ from models.preparation import prepare, wanted_features
 from models.streaming.lda import StreamingLDA
 from models.task_data import BankTask
 from models.tosca import TOSCA
+from utils.cli import run_command
 from utils.config import Config, load_config
 from utils.data.tasks import Task, make_stream
-from utils.errors import UserError
-from utils.features.batches import TEST_VIEW
+from utils.features.arrays import TEST_VIEW
 from utils.hardware import Ranks
 from utils.results.metrics import mean_std
 from utils.runs.setup import Setup
@@ -128,26 +128,24 @@ def main() -> int:
     parser.add_argument("--repairs", action="store_true", help="every combination of new_rows, old_rows and sigma")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    try:
-        config = load_config(args.config, args.overrides)
-        setup = prepare(config, Ranks())
-        head = "| {} | Ā | A_T | selection accuracy after the last task |\n|---|---|---|---|"
-        if not args.repairs:
-            print(head.format("answer"))
-            print(*table([study(setup, config, seed) for seed in config.seed]), sep="\n")
-            return 0
-        print(head.format("repair and selection"))
-        for rows, old, sigma in itertools.product(
-            ("zeros", "prototypes"), ("train", "freeze"), ("learned", FIXED_SIGMA)
-        ):
-            repaired = dataclasses.replace(config, new_rows=rows, old_rows=old, sigma=sigma)
-            runs = [study(setup, repaired, seed) for seed in config.seed]
-            for line in table(runs, ("batch", "sample", "lda", "oracle")):
-                print(f"| new_rows={rows} old_rows={old} sigma={sigma}:{line[1:]}")
-            sys.stdout.flush()
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return run_command(parser.prog, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    setup = prepare(config, Ranks())
+    head = "| {} | Ā | A_T | selection accuracy after the last task |\n|---|---|---|---|"
+    if not args.repairs:
+        print(head.format("answer"))
+        print(*table([study(setup, config, seed) for seed in config.seed]), sep="\n")
+        return 0
+    print(head.format("repair and selection"))
+    for rows, old, sigma in itertools.product(("zeros", "prototypes"), ("train", "freeze"), ("learned", FIXED_SIGMA)):
+        repaired = dataclasses.replace(config, new_rows=rows, old_rows=old, sigma=sigma)
+        runs = [study(setup, repaired, seed) for seed in config.seed]
+        for line in table(runs, ("batch", "sample", "lda", "oracle")):
+            print(f"| new_rows={rows} old_rows={old} sigma={sigma}:{line[1:]}")
+        sys.stdout.flush()
     return 0
 
 

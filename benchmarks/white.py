@@ -29,10 +29,10 @@ from models.streaming.whitening import Whitening
 from models.task_data import BankTask
 from models.tosca_white import WhiteTOSCA
 from models.training import Epoch, shuffled_epochs
+from utils.cli import run_command
 from utils.config import Config, load_config
 from utils.data.tasks import Task
-from utils.errors import UserError
-from utils.features.batches import TEST_VIEW
+from utils.features.arrays import TEST_VIEW
 from utils.hardware import Ranks
 from utils.results import metrics
 from utils.results.statistics import paired
@@ -256,16 +256,16 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, help="also draw the tables into this PNG (needs matplotlib)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    try:
-        config = load_config(args.config, [*args.overrides, "model_name=tosca_white"])
-        setup = prepare(config, Ranks())
-        answers, parts = zip(*(study(setup, seed) for seed in config.seed), strict=True)
-        print(*answer_table(answers), "", *variant_table(parts), sep="\n")
-        if args.figure:
-            draw(answers, parts, args.figure)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return run_command(parser.prog, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, [*args.overrides, "model_name=tosca_white"])
+    setup = prepare(config, Ranks())
+    answers, parts = zip(*(study(setup, seed) for seed in config.seed), strict=True)
+    print(*answer_table(answers), "", *variant_table(parts), sep="\n")
+    if args.figure:
+        draw(answers, parts, args.figure)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from models.streaming import state_below
 from utils.config import Config
 from utils.errors import ConfigError
 from utils.methods import SELECTIONS
@@ -153,8 +154,7 @@ class Learner(ABC):
                 setattr(self, name, state[name].to(self.device))
             elif isinstance(value, dict):
                 for key, part in value.items():
-                    start = f"{key}."
-                    part.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+                    part.load_state_dict(state_below(state, key))
             else:
                 value.load_state_dict(state)
 

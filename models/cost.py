@@ -21,13 +21,13 @@ from torch.utils.flop_counter import flop_registry
 
 from backbone.classifier import CosineClassifier
 from backbone.create import create_model
-from backbone.luca import make_luca
+from backbone.luca import LuCA, make_luca
 from models.base import Learner
 from models.training import train
 from utils.config import Config
 from utils.data.tasks import Task, TaskStream
 from utils.errors import BackboneError
-from utils.features.bank import FeatureExtractor
+from utils.features.extraction import FeatureExtractor
 from utils.results.cost import (
     AS_PUBLISHED,
     EVAL_MS,
@@ -104,7 +104,7 @@ def step_flops(config: Config, dim: int, rows: int) -> int:
 
     They are linear in images and epochs, so one step of one image gives them.
     """
-    luca = make_luca(dim, mlp_ratio=config.mlp_ratio, se_ratio=config.se_ratio, flow=config.flow, first=True, seed=0)
+    luca = _any_luca(config, dim)
     classifier = CosineClassifier(torch.zeros(rows, dim), torch.tensor(1.0))
     batch = (torch.ones(1, dim), torch.zeros(1, dtype=torch.long))
     return count_flops(lambda: train(luca, classifier, [[batch]], config))
@@ -112,9 +112,14 @@ def step_flops(config: Config, dim: int, rows: int) -> int:
 
 def luca_flops(config: Config, dim: int) -> int:
     """Return the FLOPs of one feature through one LuCA."""
-    luca = make_luca(dim, mlp_ratio=config.mlp_ratio, se_ratio=config.se_ratio, flow=config.flow, first=True, seed=0)
+    luca = _any_luca(config, dim)
     with torch.no_grad():
         return count_flops(lambda: luca(torch.ones(1, dim)))
+
+
+def _any_luca(config: Config, dim: int) -> LuCA:
+    """A LuCA of the run's shape; its numbers do not matter."""
+    return make_luca(dim, mlp_ratio=config.mlp_ratio, se_ratio=config.se_ratio, flow=config.flow, first=True, seed=0)
 
 
 def training_flops(config: Config, dim: int, tasks: Sequence[Task]) -> int:

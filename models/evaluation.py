@@ -11,8 +11,8 @@ from torch import Tensor
 from models.base import Learner
 from models.modular import ModularLearner
 from utils.data.tasks import TaskStream
+from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
-from utils.features.batches import TEST_VIEW
 from utils.results import metrics
 from utils.results.predictions import Predictions, SelectionPredictions
 from utils.runs.manifest import TaskRecord
@@ -57,8 +57,9 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
     results: dict[str, dict[str, Any]] = {}
     confusion, entropy, answers = {}, {}, {}
     for name, prediction in predictions.items():
-        top = top_classes(prediction.scores, row_class).cpu().numpy()
-        probability = class_scores(prediction.scores, row_class).softmax(dim=1).amax(dim=1).cpu().numpy()
+        scores = class_scores(prediction.scores, row_class)
+        top = best_classes(scores).cpu().numpy()
+        probability = scores.softmax(dim=1).amax(dim=1).cpu().numpy()
         hits = top[:, 0] == true_class
         results[name] = {
             "top1": metrics.percent(hits),
@@ -93,7 +94,11 @@ def _groups(
 
 def top_classes(scores: Tensor, row_class: Tensor, k: int = 5) -> Tensor:
     """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``."""
-    of_class = class_scores(scores, row_class)
+    return best_classes(class_scores(scores, row_class), k)
+
+
+def best_classes(of_class: Tensor, k: int = 5) -> Tensor:
+    """The best classes, best first: ``(samples, classes) -> (samples, min(k, classes))``."""
     return of_class.topk(min(k, of_class.shape[1]), dim=1).indices
 
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.classifier import cosine_logits
-from models.base import Learner, Prediction
+from backbone.luca import LuCA, make_luca
+from models.base import Learner, Prediction, TaskData
 from utils.config import Config
+from utils.seeds import derive_seed
 
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
 SAMPLES = 5 * SELECTION_BATCH  # samples that are answered at a time
@@ -199,7 +201,17 @@ class ModularLearner(Learner):
         numbers = samples * (4 * self.dim + 2 * len(self.weight)) + copied
         return max(1, EVALUATION_BYTES // (4 * max(1, numbers)))
 
-    # -- state -----------------------------------------------------------------------------------------------------
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def fresh_luca(self, task: TaskData) -> LuCA:
+        """The module before training: the first task's from PyTorch's default initialisation, later ones' Xavier."""
+        c, seed = self.config, derive_seed("luca", self.seed, task.index)
+        shape = {"mlp_ratio": c.mlp_ratio, "se_ratio": c.se_ratio}
+        return make_luca(self.dim, **shape, flow=c.flow, first=task.index == 0, seed=seed).to(self.device)
+
+    def luca_state(self, task: int) -> dict[str, Tensor]:
+        """The parameters of a task's LuCA: all of the module, unless a method keeps more with it."""
+        return self.module_state(task)
 
     def add_module(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep a new task's module."""
@@ -216,8 +228,8 @@ class ModularLearner(Learner):
         self.modules = {name: torch.stack([m[name] for m in modules]).to(self.device) for name in names}
 
     def sparsity(self, task: int) -> float:
-        """The share of a module's parameters with |θ| < 1e-3."""
-        flat = torch.cat([p.flatten() for p in self.module_state(task).values()])
+        """The share of the LuCA's parameters with |θ| < 1e-3."""
+        flat = torch.cat([p.flatten() for p in self.luca_state(task).values()])
         return ((flat.abs() < 1e-3).sum() / len(flat)).item()
 
 

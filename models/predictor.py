@@ -19,11 +19,11 @@ from models.registry import make_learner
 from utils.config import Config
 from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.images import MAX_PIXELS
-from utils.data.modes import counted
 from utils.data.transforms import Transforms
 from utils.errors import DataError
 from utils.hardware import default_batch_size, forward_threads
 from utils.runs.manifest import RunManifest
+from utils.words import counted
 
 FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
 

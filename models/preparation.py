@@ -12,9 +12,8 @@ from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import make_stream
 from utils.errors import ConfigError
-from utils.features.arrays import View
+from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import resolve_cache_dir
-from utils.features.batches import TEST_VIEW
 from utils.hardware import Ranks, available_cpus
 from utils.results.tracker import check_tracker
 from utils.runs.continuing import find_saved_run, tests_old

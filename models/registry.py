@@ -9,9 +9,8 @@ import torch
 from models.base import Learner
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.features.arrays import View
-from utils.features.bank import FeatureExtractor
-from utils.features.batches import TEST_VIEW
+from utils.features.arrays import TEST_VIEW, View
+from utils.features.extraction import FeatureExtractor
 from utils.methods import METHODS, read_method
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backbone.classifier import CosineClassifier, first_rows
-from backbone.luca import LuCA, luca_stacked, make_luca
+from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, TaskData
 from models.modular import ModularLearner
 from models.streaming.lda import StreamingLDA
@@ -86,12 +86,6 @@ class TOSCA(ModularLearner):
         self.add_module(dict(luca.named_parameters()))
         for router in self.routers.values():
             router.update(task.test_view(), task.labels, task.first_row + task.new_rows)
-
-    def fresh_luca(self, task: TaskData) -> LuCA:
-        """The module before training: the first task's from PyTorch's default initialisation, later ones' Xavier."""
-        c, seed = self.config, derive_seed("luca", self.seed, task.index)
-        shape = {"mlp_ratio": c.mlp_ratio, "se_ratio": c.se_ratio}
-        return make_luca(self.dim, **shape, flow=c.flow, first=task.index == 0, seed=seed).to(self.device)
 
     def grown_classifier(self, task: TaskData) -> CosineClassifier:
         """The classifier with rows for the new task: random in the first task, zero in later ones."""

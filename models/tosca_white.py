@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backbone.classifier import CosineClassifier
-from backbone.luca import LuCA, luca_stacked, make_luca
+from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, Prediction, TaskData
 from models.modular import SAMPLES, ModularLearner, entropy, joined
 from models.streaming.lda import StreamingLDA
@@ -65,7 +65,7 @@ METHOD = Method(
     reads=("training", "module"),
     fixed=(("flow", "tosca"), ("sigma", 16.0), ("new_rows", "prototypes"), ("old_rows", "freeze")),
 )
-SIGMA = 16.0  # scale of the cosine logits
+SIGMA = float(dict(METHOD.fixed)["sigma"])  # scale of the cosine logits
 WHITENING = "whitening."  # in front of the names of a module's whitening, beside those of its LuCA
 DIRECTIONS = WHITENING + "directions"
 
@@ -77,7 +77,6 @@ class WhiteTOSCA(ModularLearner):
         statistics: of the frozen feature, for the next task's whitening.
     """
 
-    selections: ClassVar[tuple[str, ...]] = ("sample", "ridges", "blend")
     state_names: ClassVar[tuple[str, ...]] = (*ModularLearner.state_names, "statistics")
 
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
@@ -118,13 +117,11 @@ class WhiteTOSCA(ModularLearner):
 
         So it starts as the identity: LayerNorm(z) times the gate's ½.
         """
-        c, seed = self.config, derive_seed("luca", self.seed, task.index)
-        first, shape = task.index == 0, {"mlp_ratio": c.mlp_ratio, "se_ratio": c.se_ratio}
-        luca = make_luca(self.dim, **shape, flow="tosca", first=first, seed=seed)
+        luca = super().fresh_luca(task)
         with torch.no_grad():
             for parameter in (*luca.mlp[2].parameters(), *luca.se[2].parameters()):
                 parameter.zero_()
-        return luca.to(self.device)
+        return luca
 
     def noisy_epochs(self, task: TaskData, whitening: Whitening) -> Iterator[Epoch]:
         """The batches of each epoch: whitened features with fresh noise, rows counted from the task's first."""
@@ -209,11 +206,6 @@ class WhiteTOSCA(ModularLearner):
     def luca_state(self, task: int) -> dict[str, Tensor]:
         """The parameters of a task's LuCA, without its whitening."""
         return {name: p[task] for name, p in self.modules.items() if not name.startswith(WHITENING)}
-
-    def sparsity(self, task: int) -> float:
-        """The share of the LuCA's parameters with |θ| < 1e-3."""
-        flat = torch.cat([p.flatten() for p in self.luca_state(task).values()])
-        return ((flat.abs() < 1e-3).sum() / len(flat)).item()
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the modules and their rows; a whitening (``dim² + 2·dim`` numbers) and the regressions are not trained."""

@@ -8,7 +8,8 @@ import re
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,23 +22,37 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
     Raises:
         UserError: the disk is full, the folder cannot be written, or the name is too long; ``path`` is as before.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # remove_partials knows this form
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with replacing(path, partial_path(path)) as file:
+            file.write(content)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); what was there is unchanged: free space, correct the "
             "permissions or set another folder, then start again"
         ) from error
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden neighbour under which this process writes ``path``; ``remove_partials`` knows this form."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def replacing(path: Path, partial: Path) -> Iterator[BinaryIO]:
+    """Give the file ``partial`` to write; at the end flush it to disk and move it to ``path`` in one step.
+
+    After any error ``path`` is as before, and ``partial`` is gone. An ``OSError`` is the disk's and passes through.
+    """
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.streaming import state_below
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
 from models.streaming.whitening import Whitening, make_whitening
@@ -92,8 +93,7 @@ class RidgePair:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the ``state_dict`` of an object with the same dim, width and seed."""
         for name, ridge in self.ridges.items():
-            start = f"{name}."
-            ridge.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+            ridge.load_state_dict(state_below(state, name))
         device = self.ridges["plain"].projection.device
         parts = [state[name].to(device) for name in Whitening._fields if name in state]
         self.whitening = Whitening(*parts) if parts else None

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import DataError
+from utils.words import counted
 
 WHITE = (255, 255, 255)  # what a transparent picture is laid on, as a page shows it
 
@@ -156,12 +157,6 @@ def kind_sentences(kinds: Iterable[str]) -> list[str]:
     """One sentence for each kind among ``kinds`` (one word an image and kind), with how many images are of it."""
     counts = Counter(kinds)
     return [f"{counted(counts[kind], 'image')} {said}" for kind, said in KINDS.items() if counts[kind]]
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2 images``, ``2 classes``."""
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number} {noun}{ending}"
 
 
 def row_content(content: str) -> str:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.errors import BankError
-from utils.files import sync_folder
+from utils.files import replacing, sync_folder
 
 HINT_FEATURES_STAY = "start again afterwards: the features that are done stay"
 _BLOCK = 4096  # rows handled at a time where all are
@@ -82,15 +82,8 @@ def create_checksums(path: Path, values: np.ndarray) -> None:
 def _create(path: Path, write: Callable[[BinaryIO], object]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        try:
-            with open(partial, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with replacing(path, partial) as file:
+            write(file)
     except OSError as error:
         raise cannot_be_written(path, error) from error
 

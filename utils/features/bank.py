@@ -24,8 +24,7 @@ from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
 from utils.errors import BankError
 from utils.features.arrays import View
-from utils.features.extraction import Extraction, Store
-from utils.features.extraction import FeatureExtractor as FeatureExtractor
+from utils.features.extraction import Extraction, FeatureExtractor, Store
 from utils.features.rows import FolderRows, MemoryRows, Rows
 from utils.features.views import MissingViews
 from utils.files import human_size

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from utils.data.loader import load_ahead
-from utils.features.arrays import TEST_VIEW as TEST_VIEW
 from utils.features.arrays import ViewRow
 from utils.features.views import LOADED_TOGETHER, MissingViews, ViewsJob, load_views
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from utils.errors import UserError
-from utils.files import json_text, output_file
+from utils.files import json_text, output_file, partial_path
 from utils.methods import SELECTIONS
 from utils.results.escape import csv_cell, terminal
 
@@ -154,7 +154,7 @@ class FeatureFile:
 
     def __init__(self, path: Path, dim: int) -> None:
         self.path, self.dim, self.rows = output_file(path, "--features"), dim, 0
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial = partial_path(self.path)
 
     def __enter__(self) -> "FeatureFile":
         try:

@@ -32,6 +32,20 @@ MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"c
 # JSON, but not named so, as the manifest: scripts collect the JSON files below a log folder
 EVALUATION_FILE = re.compile(r"evaluation(\d{1,6})\.manifest")
 OF_THE_LAST_TASK = (CLASSIFIER_FILE, EVALUATION_FILE)  # a commit writes new ones; the old ones go
+NAMED_FILES = (MODULE_FILE, *OF_THE_LAST_TASK)  # what a manifest may name
+RUN_FILES = (*NAMED_FILES, re.compile(re.escape(MANIFEST)))
+
+
+def module_name(task: int) -> str:
+    return f"task{task}.pth"
+
+
+def classifier_name(task: int) -> str:
+    return f"classifier{task}.pth"
+
+
+def evaluation_name(task: int) -> str:
+    return f"evaluation{task}.manifest"
 
 
 class CheckpointFolder:
@@ -123,8 +137,7 @@ class CheckpointFolder:
         """The files here that belong to some run, ours or the release's; the manifest first."""
         if not self.folder.is_dir():
             return []
-        names = (MODULE_FILE, *OF_THE_LAST_TASK, re.compile(re.escape(MANIFEST)))
-        found = [path for path in self.folder.iterdir() if any(name.fullmatch(path.name) for name in names)]
+        found = [path for path in self.folder.iterdir() if any(form.fullmatch(path.name) for form in RUN_FILES)]
         return sorted(found, key=lambda path: (path.name != MANIFEST, path.name))
 
     def move_aside(self) -> Path | None:
@@ -157,9 +170,7 @@ class CheckpointFolder:
 
     def remove_partials(self) -> None:
         """Remove what killed writes left; only for the holder of the folder's lock."""
-        remove_partials(
-            self.folder, rf"(task\d+\.pth|classifier\d+\.pth|evaluation\d+\.manifest|{re.escape(MANIFEST)})"
-        )
+        remove_partials(self.folder, f"({'|'.join(form.pattern for form in RUN_FILES)})")
 
     def commit(
         self, manifest: RunManifest, state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
@@ -172,8 +183,8 @@ class CheckpointFolder:
         self._check_modules(manifest)
         files = {name: sha for name, sha in manifest.files.items() if MODULE_FILE.fullmatch(name)}
         files |= self._save_module(task, module)
-        files[f"classifier{task}.pth"] = self._save(f"classifier{task}.pth", state)
-        files[f"evaluation{task}.manifest"] = self._save_evaluation(f"evaluation{task}.manifest", manifest)
+        files[classifier_name(task)] = self._save(classifier_name(task), state)
+        files[evaluation_name(task)] = self._save_evaluation(evaluation_name(task), manifest)
         manifest = replace(manifest, files=files)
         self.write_manifest(manifest)
         self.remove_old_files(manifest)
@@ -235,7 +246,7 @@ class CheckpointFolder:
         """Write ``task<i>.pth`` under the release's keys; return its name with its SHA-256, nothing for no module."""
         if module is None:
             return {}
-        name = f"task{task}.pth"
+        name = module_name(task)
         return {name: self._save(name, {MODULE_PREFIX + key: tensor for key, tensor in module.items()})}
 
     def _save(self, name: str, state: dict[str, Tensor]) -> str:
@@ -278,7 +289,7 @@ def _check_files(files: dict[str, Any]) -> None:
         CheckpointError: the first that is not.
     """
     for name, sha256 in files.items():
-        if not any(form.fullmatch(name) for form in (MODULE_FILE, *OF_THE_LAST_TASK)):
+        if not any(form.fullmatch(name) for form in NAMED_FILES):
             raise CheckpointError(f"it names {name!r}, which is no file of a run")
         if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise CheckpointError(f"its SHA-256 of {name!r} is none")

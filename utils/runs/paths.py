@@ -8,7 +8,8 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import free_name
 
-SUFFIXES = (".log", ".json", ".png", ".csv", ".epochs.csv", ".npz", ".tensorboard", ".wandb", ".mlflow")
+WRITTEN_WHOLE = (".json", ".png", ".csv", ".epochs.csv", ".npz")  # by a temporary file, which a kill may leave
+SUFFIXES = (".log", *WRITTEN_WHOLE, ".tensorboard", ".wandb", ".mlflow")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
-from utils.features.arrays import View
+from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import FeatureBank, resolve_cache_dir
-from utils.features.batches import TEST_VIEW
 from utils.files import human_size
-from utils.runs.checkpoint import MANIFEST
-from utils.runs.paths import run_paths
+from utils.runs.checkpoint import MANIFEST, classifier_name, evaluation_name, module_name
+from utils.runs.paths import WRITTEN_WHOLE, run_paths
 from utils.runs.setup import Setup
 from utils.words import counted
 
@@ -114,7 +113,7 @@ def _duration(seconds: float) -> str:
 def _files(setup: Setup, seed: int, *, with_modules: bool) -> list[Path]:
     """Modules, classifier, last evaluation and report of one seed."""
     folder, paths, tasks = setup.checkpoint(seed).folder, run_paths(setup.config, seed), len(setup.stream(seed).tasks)
-    modules = [folder / f"task{i}.pth" for i in range(tasks)] if with_modules else []
-    last = [folder / f"classifier{tasks - 1}.pth", folder / f"evaluation{tasks - 1}.manifest", folder / MANIFEST]
-    suffixes = [".log", ".json", ".csv", *([".epochs.csv"] if with_modules else []), ".npz", ".png"]
-    return [*modules, *last, *(paths.file(suffix) for suffix in suffixes)]
+    modules = [module_name(task) for task in range(tasks)] if with_modules else []
+    last = [classifier_name(tasks - 1), evaluation_name(tasks - 1), MANIFEST]
+    suffixes = [suffix for suffix in (".log", *WRITTEN_WHOLE) if with_modules or suffix != ".epochs.csv"]
+    return [*(folder / name for name in (*modules, *last)), *(paths.file(suffix) for suffix in suffixes)]

@@ -14,7 +14,7 @@ from utils.json_files import read_json
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import adopt
 from utils.runs.manifest import RunManifest, versions
-from utils.runs.paths import RunPaths, run_paths
+from utils.runs.paths import WRITTEN_WHOLE, RunPaths, run_paths
 from utils.runs.setup import Setup, checkpoint_of
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def held_folders(config: Config, seed: int) -> Iterator[Callable[[], None]]:
         FolderLock(paths.folder / f".{paths.stem}.lock", report) as second,
     ):
         checkpoint.remove_partials()
-        remove_partials(paths.folder, re.escape(paths.stem) + r"\.(json|png|csv|epochs\.csv|npz)")
+        suffixes = "|".join(map(re.escape, WRITTEN_WHOLE))
+        remove_partials(paths.folder, f"{re.escape(paths.stem)}({suffixes})")
 
         def check() -> None:
             first.check()
