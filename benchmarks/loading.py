@@ -27,7 +27,7 @@ from utils.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.loader import load_ahead
-from utils.data.splits import ImageFiles
+from utils.data.splits import Dataset, ImageFiles
 from utils.data.transforms import Transforms, crop_and_flip, test_pixels, train_pixels
 from utils.features.views import MissingViews, ViewsJob, load_views
 from utils.files import sha256_of_file
@@ -82,6 +82,12 @@ def changed_by_draft(split: ImageFiles, size: int) -> tuple[int, int]:
     return changed, tried
 
 
+def jobs_of(data: Dataset, transforms: Transforms, views: int) -> list[ViewsJob]:
+    """What the loaders are asked for so that ``views`` views of every training image come out."""
+    missing = {("train", view): np.ones(len(data.train), dtype=bool) for view in range(views)}
+    return list(MissingViews(data, transforms, missing, fingerprint_splits(data, None)).jobs())
+
+
 def loader_rate(jobs: Sequence[ViewsJob], workers: int, processes: bool, seconds: float) -> float:
     """Views a second of wall time that come out of the product's loader once it has started."""
     loaded = load_ahead(load_views, itertools.cycle(jobs), workers=workers, ahead=3 * workers, processes=processes)
@@ -116,9 +122,7 @@ def main() -> None:
             print(f"{name:40s} {taken:8.0f} us of CPU time", flush=True)
         changed, tried = changed_by_draft(split, args.image_size)
         print(f"JPEG draft mode would change the test view of {changed} of the {tried} images that it is for: not used")
-        some = replace(data, train=split)
-        missing = {("train", view): np.ones(len(split), dtype=bool) for view in range(args.views)}
-        jobs = list(MissingViews(some, transforms, missing, fingerprint_splits(some, None)).jobs())
+        jobs = jobs_of(replace(data, train=split), transforms, args.views)
         for workers in dict.fromkeys((1, 2, available_cpus())):
             for processes in (False, True):
                 rate = loader_rate(jobs, workers, processes, args.seconds)
