@@ -174,6 +174,14 @@ class Config:
         affects="stream",
         recorded_as="base",
     )
+    test_old: str = _key(
+        "data",
+        doc="where a continued run has test images of the old classes from: `data`: from this data, if it has them; "
+        "`auto`: else from the test folder that the saved run recorded",
+        affects="data",
+        recorded_as="images_sha256",
+        choices=("data", "auto"),
+    )
     tracker: str = _key(
         "none",
         doc="also write the curves for a tracker",
@@ -226,6 +234,8 @@ class Config:
 
     def shares_backbone_with(self, other: "Config") -> bool:
         """Whether data and backbone that were loaded for ``other`` serve this config."""
+        if self.test_old == "auto" and self.continue_from != other.continue_from:  # the data has the base's test images
+            return False
         return all(getattr(self, n) == getattr(other, n) for n, key in KEYS.items() if not key.shares_the_backbone)
 
     def view_seed(self, seed: int) -> int:

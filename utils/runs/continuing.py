@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
+from utils.data.old_tests import TestFolder
 from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.runs.checkpoint import EVALUATION_FILE, MANIFEST, MODULE_FILE, CheckpointFolder
@@ -41,6 +42,16 @@ class SavedRun:
     @property
     def learned(self) -> LearnedClasses:
         return self.manifest.learned(self.tasks)
+
+    @property
+    def test_folders(self) -> list[TestFolder]:
+        """The test folders of its data and of the data of all runs before it."""
+        return recorded_test_folders(self.manifest)
+
+
+def recorded_test_folders(manifest: RunManifest) -> list[TestFolder]:
+    """The test folders that a run recorded; a run of an earlier version recorded none."""
+    return [facts for facts in manifest.data.get("test_folders", []) if {"folder", "images", "sha256"} <= set(facts)]
 
 
 def read_run(checkpoint: CheckpointFolder) -> RunManifest:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config
+from utils.data.old_tests import folders_to_record
 from utils.errors import ConfigError
 from utils.files import FolderLock, remove_partials
 from utils.json_files import read_json
@@ -120,6 +121,7 @@ def report_belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
 def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder) -> RunManifest:
     """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
     backbone, stream = setup.backbone, setup.stream(seed)
+    earlier = setup.base.test_folders if setup.base else []
     manifest = RunManifest(
         identity=identity,
         config=setup.config.as_dict(),
@@ -137,6 +139,7 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint:
             "train_images": len(setup.data.train),
             "test_images": len(setup.data.test),
             "images_sha256": setup.fingerprints,
+            "test_folders": folders_to_record(setup.data, setup.fingerprints, earlier),
         },
         versions=versions(),
         class_order=tuple(stream.class_names),
