@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from models.host_values import host_values
 from models.streaming import state_below
 from utils.config import Config
 from utils.errors import ConfigError
@@ -147,7 +148,7 @@ class Learner(ABC):
     def load_state_dict(self, state: Mapping[str, Tensor], modules: Sequence[Mapping[str, Tensor]] = ()) -> None:
         """Restore ``state_dict`` and, for a learner with modules, the ``module_state`` of every task."""
         self.row_task = state["row_task"].to(self.device)
-        self.tasks = int(self.row_task[-1]) + 1 if len(self.row_task) else 0
+        self.tasks = int(host_values(self.row_task[-1])) + 1 if len(self.row_task) else 0
         for name in self.state_names:
             value = getattr(self, name)
             if isinstance(value, Tensor):

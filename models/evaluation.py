@@ -53,7 +53,7 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
         torch.from_numpy(true_task).to(learner.device),
         torch.randperm(len(images), generator=generator).to(learner.device),
     )
-    row_class = torch.from_numpy(stream.row_class[: seen[-1].rows.stop]).to(learner.device)
+    row_class = stream.row_class[: seen[-1].rows.stop]
     results: dict[str, dict[str, Any]] = {}
     confusion, entropy, answers = {}, {}, {}
     for name, prediction in predictions.items():
@@ -92,7 +92,7 @@ def _groups(
     return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}
 
 
-def top_classes(scores: Tensor, row_class: Tensor, k: int = 5) -> Tensor:
+def top_classes(scores: Tensor, row_class: np.ndarray, k: int = 5) -> Tensor:
     """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``."""
     return best_classes(class_scores(scores, row_class), k)
 
@@ -102,10 +102,11 @@ def best_classes(of_class: Tensor, k: int = 5) -> Tensor:
     return of_class.topk(min(k, of_class.shape[1]), dim=1).indices
 
 
-def class_scores(scores: Tensor, row_class: Tensor) -> Tensor:
+def class_scores(scores: Tensor, row_class: np.ndarray) -> Tensor:
     """A class scores its best row: ``(samples, rows), (rows,) -> (samples, classes)``.
 
     In domain-incremental runs a class has one row for each of its domains; one without a row scores ``-inf``.
     """
     of_class = scores.new_full((len(scores), int(row_class.max()) + 1), float("-inf"))
-    return of_class.scatter_reduce_(1, row_class.expand_as(scores), scores, "amax")
+    index = torch.from_numpy(row_class).to(scores.device)
+    return of_class.scatter_reduce_(1, index.expand_as(scores), scores, "amax")

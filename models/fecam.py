@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
+from models.host_values import places
 from models.streaming.lda import finite_float64, float64_device
 from models.streaming.means import appended, row_means
 from utils.config import Config
@@ -50,7 +51,7 @@ class FeCAM(Learner):
         means, images = row_means(features, labels, task.new_rows)
         lower = torch.tril_indices(self.dim, self.dim, device=features.device)
         factors = [
-            whitening(features[labels == row] - means[row], self.config.own["shrinkage"])[lower[0], lower[1]]
+            whitening(features[places(labels == row)] - means[row], self.config.own["shrinkage"])[lower[0], lower[1]]
             for row in range(task.new_rows)
         ]
         self.means, self.images = appended(self.means, means), appended(self.images, images)
@@ -62,10 +63,10 @@ class FeCAM(Learner):
         lower = torch.tril_indices(self.dim, self.dim, device=self.device)
         factor = torch.zeros(self.dim, self.dim, device=self.device)
         found = features.new_full((len(features), len(self.means)), -torch.inf, dtype=torch.float32)
-        for row in self.images.nonzero().flatten().tolist():
+        for row in range(len(self.means)):
             factor[lower[0], lower[1]] = self.factors[row]
             found[:, row] = -((directions - centres[row]) @ factor.T).square().sum(dim=1)
-        return found
+        return found.masked_fill(self.images == 0, -torch.inf)
 
     def parameter_counts(self) -> dict[str, int]:
         """``classifier``: a mean and a symmetric matrix for each row. Nothing is trained by gradient."""

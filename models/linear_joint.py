@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
+from models.host_values import all_finite
 from models.streaming.lda import finite_float64, float64_device
 from utils.config import Config
 from utils.errors import NumericError
@@ -41,7 +42,7 @@ class LinearJoint(Learner):
         features, rows = task.seen()
         features = finite_float64(features, float64_device(self.device))
         weight, bias = fit_softmax(features, rows.to(features.device), task.first_row + task.new_rows)
-        if not (weight.isfinite().all() and bias.isfinite().all()):
+        if not (all_finite(weight) and all_finite(bias)):
             raise NumericError(f"task {task.index}: the weights of the joint linear classifier are not finite")
         self.weight, self.bias = weight.float().to(self.device), bias.float().to(self.device)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from backbone.classifier import cosine_logits
 from backbone.luca import LuCA, make_luca
 from models.base import Learner, Prediction, TaskData
+from models.host_values import host_values
 from utils.config import Config
 from utils.seeds import derive_seed
 
@@ -230,7 +231,7 @@ class ModularLearner(Learner):
     def sparsity(self, task: int) -> float:
         """The share of the LuCA's parameters with |θ| < 1e-3."""
         flat = torch.cat([p.flatten() for p in self.luca_state(task).values()])
-        return ((flat.abs() < 1e-3).sum() / len(flat)).item()
+        return float(host_values((flat.abs() < 1e-3).sum() / len(flat)))
 
 
 def joined(parts: Sequence[Prediction]) -> Prediction:

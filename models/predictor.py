@@ -176,8 +176,7 @@ class Predictor:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
         selection = self._checked(selection)
         answer = self.learner.answer(features, selection)
-        row_class = torch.from_numpy(self._learned.row_class).to(features.device)
-        probabilities = class_scores(answer.scores, row_class).softmax(dim=1)
+        probabilities = class_scores(answer.scores, self._learned.row_class).softmax(dim=1)
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
         about_modules = {
             name: None if value is None else value.cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, TaskData
+from models.host_values import host_values
 from models.modular import ModularLearner
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
@@ -104,7 +105,9 @@ class TOSCA(ModularLearner):
     def parameter_counts(self) -> dict[str, int]:
         luca = sum(p[0].numel() for p in self.modules.values())
         rows = len(self.row_task)
-        trained_rows = rows if self.config.old_rows == "train" else int((self.row_task == self.tasks - 1).sum())
+        trained_rows = (
+            rows if self.config.old_rows == "train" else int(host_values((self.row_task == self.tasks - 1).sum()))
+        )
         trained = luca + trained_rows * self.dim + (self.config.sigma == "learned")
         return {"luca_per_task": luca, "classifier": rows * self.dim + 1, "trainable": trained}
 
@@ -119,4 +122,5 @@ def set_rows(classifier: CosineClassifier, luca: LuCA, task: TaskData) -> None:
 def class_means(features: Tensor, labels: Tensor, count: int) -> Tensor:
     """Mean feature of each of ``count`` classes: ``(images, dim), (images,) -> (count, dim)``."""
     sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=count)[:, None]
+    images = labels.new_zeros(count).index_add_(0, labels, torch.ones_like(labels))
+    return sums / images[:, None]

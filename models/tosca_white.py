@@ -20,6 +20,7 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, Prediction, TaskData
+from models.host_values import host_values
 from models.modular import SAMPLES, ModularLearner, entropy, joined
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge_pair import RidgePair
@@ -89,7 +90,9 @@ class WhiteTOSCA(ModularLearner):
 
     def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         total_rows = task.first_row + task.new_rows
-        statistics = copy.deepcopy(self.statistics)  # a task that fails leaves the learner as it was
+        statistics = copy.copy(
+            self.statistics
+        )  # updates replace its tensors: a task that fails leaves the learner as it was
         statistics.update(task.test_view(), task.labels, total_rows)
         whitening = self.task_whitening(statistics)
         luca = self.fresh_luca(task)
@@ -210,7 +213,7 @@ class WhiteTOSCA(ModularLearner):
     def parameter_counts(self) -> dict[str, int]:
         """Of the modules and their rows; a whitening (``dim² + 2·dim`` numbers) and the regressions are not trained."""
         luca = sum(p.numel() for p in self.luca_state(0).values()) if self.modules else 0
-        trained_rows = int((self.row_task == self.tasks - 1).sum())
+        trained_rows = int(host_values((self.row_task == self.tasks - 1).sum()))
         classifier = len(self.row_task) * self.dim
         return {"luca_per_task": luca, "classifier": classifier, "trainable": luca + trained_rows * self.dim}
 

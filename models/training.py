@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from backbone.classifier import CosineClassifier
 from models.base import OnEpoch, TaskData
+from models.host_values import all_finite, host_values
 from models.steps import make_step
 from utils.config import Config
 from utils.errors import NumericError
@@ -54,7 +56,8 @@ def train(
             hits.append(hit)
         if schedule is not None:
             schedule.step()
-        stats = EpochStats(checked_mean(torch.stack(losses), epoch), 100 * torch.cat(hits).double().mean().item())
+        accuracy = 100 * float(host_values(torch.cat(hits).cpu().double().mean()))
+        stats = EpochStats(checked_mean(torch.stack(losses), epoch), accuracy)
         if on_epoch is not None:
             on_epoch(epoch, stats)
     step.finish()
@@ -101,10 +104,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.op
 
 def checked_mean(losses: Tensor, epoch: int) -> float:
     """Mean loss of an epoch; one look at the device for all its steps."""
-    if not bool((finite := torch.isfinite(losses)).all()):
-        step = int((~finite).nonzero()[0]) + 1
-        raise NumericError(f"epoch {epoch + 1}, step {step}: the loss is {losses[step - 1].item()}; {HINT_LOWER_LR}")
-    return losses.double().mean().item()
+    values = host_values(losses)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        step = bad[0] + 1
+        raise NumericError(f"epoch {epoch + 1}, step {step}: the loss is {values[bad[0]]}; {HINT_LOWER_LR}")
+    return float(host_values(losses.cpu().double().mean()))
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -114,5 +119,5 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
         NumericError: a tensor holds a NaN or an infinite number.
     """
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise NumericError(f"after its last step: {name} is not finite; {HINT_LOWER_LR}")

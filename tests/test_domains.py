@@ -96,7 +96,7 @@ def test_the_seed_shuffles_domains_and_leaves_classes_sorted(domains_folder):
 
 def test_a_class_scores_its_best_row():
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.2], [0.3, 0.2, -1.0, 0.4]])
-    row_class = torch.tensor([0, 1, 0, 3])  # class 2 has no row yet
+    row_class = np.array([0, 1, 0, 3])  # class 2 has no row yet
     inf = float("inf")
     assert class_scores(scores, row_class).tolist() == [
         pytest.approx([0.5, 0.9, -inf, 0.2]),

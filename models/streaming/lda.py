@@ -10,10 +10,12 @@ free of scale and of tuning, and a function of the streamed statistics alone.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.host_values import host_values
 from utils.errors import NumericError
 
 NO_SPREAD = 1e-12  # variance over mean square; float32 features that differ by rounding alone stay below
@@ -34,9 +36,8 @@ def finite_float64(features: Tensor, device: torch.device) -> Tensor:
         NumericError: a feature is NaN or infinite; it would poison the statistics for good.
     """
     values = features.to(device).double()  # in this order: the source may not know float64
-    finite = values.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
+    bad = np.flatnonzero(~host_values(values.isfinite().flatten(1).all(dim=1)))
+    if len(bad):
         raise NumericError(f"{len(bad)} of {len(values)} training features are NaN or infinite, the first at {bad[0]}")
     return values
 
@@ -46,21 +47,19 @@ def grown(values: Tensor, rows: int) -> Tensor:
     return torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
 
 
-def oas_covariance(scatter: Tensor, freedom: int) -> Tensor:
+def oas_covariance(scatter: Tensor, freedom: int | Tensor) -> Tensor:
     """Covariance shrunk towards a multiple of the identity: ``(dim, dim) -> (dim, dim)``, Chen et al. 2010, Eq. 23.
 
     Args:
         scatter: sum of the outer products of the centred features.
-        freedom: degrees of freedom of ``scatter``, at least 1.
+        freedom: degrees of freedom of ``scatter``, at least 1; a number or a float64 scalar.
     """
     covariance = scatter / freedom
     dim = len(covariance)
     trace, square = covariance.trace(), covariance.square().sum()  # Tr(S), Tr(S²)
     anisotropy = square - trace.square() / dim
-    shrinkage = 1.0
-    if anisotropy > 0:
-        numerator = (1 - 2 / dim) * square + trace.square()
-        shrinkage = min(1.0, float(numerator / ((freedom + 1 - 2 / dim) * anisotropy)))
+    ratio = ((1 - 2 / dim) * square + trace.square()) / ((freedom + 1 - 2 / dim) * anisotropy)
+    shrinkage = torch.where((anisotropy > 0) & (ratio < 1), ratio, 1.0)
     covariance = (1 - shrinkage) * covariance
     covariance.diagonal().add_(shrinkage * trace / dim)
     return covariance
@@ -121,11 +120,11 @@ class StreamingLDA:
 
     def covariance(self) -> Tensor:
         """Shrunk covariance within rows ``(dim, dim)``; the identity while no row has two different images."""
-        freedom = int(self.images.sum()) - int((self.images > 0).sum())
+        freedom = self.images.sum() - (self.images > 0).sum()
         mean_square = self.means.square().mean() if len(self.means) else 0.0
-        if freedom < 1 or self.scatter.diagonal().mean() / freedom <= NO_SPREAD * mean_square:
-            return torch.eye(len(self.scatter), dtype=torch.float64, device=self.device)
-        return oas_covariance(self.scatter, freedom)
+        no_spread = (freedom < 1) | (self.scatter.diagonal().mean() / freedom <= NO_SPREAD * mean_square)
+        identity = torch.eye(len(self.scatter), dtype=torch.float64, device=self.device)
+        return torch.where(no_spread, identity, oas_covariance(self.scatter, freedom.clamp(min=1)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """``images`` ``(rows,)``, ``means`` ``(rows, dim)`` and ``scatter`` ``(dim, dim)``."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.host_values import host_values, places
 from models.streaming.lda import finite_float64, float64_device, grown
 
 RIDGES = tuple(10.0**power for power in range(-8, 10))
@@ -57,7 +58,7 @@ class RandomRidge:
     @property
     def ridge(self) -> float:
         """The λ in use; the smallest while no task had the two images that a choice needs."""
-        return RIDGES[int(self.held_out_error.argmin())]
+        return RIDGES[int(host_values(self.held_out_error.argmin()))]
 
     def update(self, features: Tensor, rows: Tensor, total_rows: int) -> None:
         """Learn one task: features ``(images, dim)`` of ``rows`` ``(images,)``; ``total_rows`` exist from now on.
@@ -96,7 +97,7 @@ class RandomRidge:
         rows = rows.to(self.device)
         hidden = self._expand(finite_float64(features, self.device))
         targets = F.one_hot(rows, total_rows).double()
-        self.images = grown(self.images, total_rows) + torch.bincount(rows, minlength=total_rows)
+        self.images = grown(self.images, total_rows) + targets.sum(dim=0).long()
         self.held_out_error = self.held_out_error + self._held_out_errors(hidden, targets)
         own = self._accumulate(hidden, targets)
         self.weight, factor = self._solve()
@@ -121,7 +122,7 @@ class RandomRidge:
         count = int(FIT_SHARE * len(hidden))
         # Images come sorted by class as likely as not, so the split is drawn.
         order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(self.seed)).to(self.device)
-        targets = targets[:, targets.any(dim=0)]  # all other rows have zero weights and zero error
+        targets = targets[:, places(targets.any(dim=0))]  # all other rows have zero weights and zero error
         fit, judge = order[:count], order[count:]
         return ridge_path_errors(hidden[fit], targets[fit], hidden[judge], targets[judge])
 
@@ -196,4 +197,4 @@ def ridge_path_errors(fit: Tensor, fit_targets: Tensor, judge: Tensor, judge_tar
 
 def smallest_ridge(kernel: Tensor) -> float:
     """The least λ that float64 can tell from zero beside ``(size, size)`` ``kernel``, which may be singular."""
-    return len(kernel) * torch.finfo(kernel.dtype).eps * float(kernel.trace())
+    return len(kernel) * torch.finfo(kernel.dtype).eps * float(host_values(kernel.trace()))

@@ -49,7 +49,11 @@ class RidgePair:
     @property
     def temperatures(self) -> list[float]:
         """The τ in use of each regression."""
-        return [TEMPERATURES[int(losses.argmin())] for losses in self.losses]
+        return self._temperatures().tolist()
+
+    def _temperatures(self) -> Tensor:
+        """``(2,)`` on the CPU, from where a scalar multiplies on any device."""
+        return torch.tensor(TEMPERATURES, dtype=torch.float64)[self.losses.argmin(dim=1)]
 
     def update(self, features: Tensor, rows: Tensor, total_rows: int) -> None:
         """Learn one task: features ``(images, dim)`` of ``rows`` ``(images,)``; ``total_rows`` exist from now on.
@@ -72,7 +76,7 @@ class RidgePair:
         parts = [
             (temperature * ridge.scores(seen)).log_softmax(dim=1)
             for temperature, ridge, seen in zip(
-                self.temperatures, self.ridges.values(), self._inputs(features), strict=True
+                self._temperatures(), self.ridges.values(), self._inputs(features), strict=True
             )
         ]
         return torch.stack(parts).mean(dim=0)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.host_values import places
 from models.streaming.lda import StreamingLDA
 
 
@@ -32,5 +33,5 @@ def make_whitening(statistics: StreamingLDA) -> Whitening:
     Float32, on the device of the statistics. With no two different images in any class ``A`` is the identity.
     """
     values, vectors = torch.linalg.eigh(statistics.covariance())
-    mean = statistics.means[statistics.images > 0].mean(dim=0)
+    mean = statistics.means[places(statistics.images > 0)].mean(dim=0)
     return Whitening(vectors.float(), values.rsqrt().float(), mean.float())
