@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 
 from backbone.vit import load_backbone
 from models.base import Learner
@@ -99,8 +100,10 @@ class Held(nn.Module):
         parts = {name: self._read(part) for name, part in _parts(value).items()}
         if not parts:
             return value
-        if isinstance(value, (dict, tuple)):
-            return parts if isinstance(value, dict) else tuple(parts.values())
+        if isinstance(value, dict):
+            return parts
+        if isinstance(value, tuple):
+            return type(value)._make(parts.values()) if hasattr(value, "_make") else tuple(parts.values())
         twin = copy.copy(value)
         twin.__dict__.update(parts)
         return twin
@@ -152,6 +155,7 @@ def export(model: "Predictor", path: str | Path, selection: str | None = None) -
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (images,), dynamic_shapes=shapes)
+            _drop_unused(program)
             about = {"classes": list(model.class_names), "image_size": size, "selection": module.selection}
             if path.suffix == ".pt2":
                 torch.export.save(program, partial, extra_files={"classes.json": json.dumps(about, ensure_ascii=False)})
@@ -163,6 +167,18 @@ def export(model: "Predictor", path: str | Path, selection: str | None = None) -
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _drop_unused(program: torch.export.ExportedProgram) -> None:
+    """Leave out the tensors that this selection does not read, such as what further learning would need."""
+    unused = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    specs = program.graph_signature.input_specs
+    for spec in [s for s in specs if s.kind != InputKind.USER_INPUT and s.arg.name in unused]:
+        specs.remove(spec)
+        program.graph.erase_node(unused[spec.arg.name])
+        for tensors in (program.state_dict, program.constants):
+            tensors.pop(str(spec.target), None)
+    program.graph_module.recompile()
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: Mapping[str, Any]) -> None:

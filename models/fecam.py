@@ -62,11 +62,11 @@ class FeCAM(Learner):
         directions, centres = F.normalize(features.float(), dim=1), F.normalize(self.means, dim=1)
         lower = torch.tril_indices(self.dim, self.dim, device=self.device)
         factor = torch.zeros(self.dim, self.dim, device=self.device)
-        found = features.new_full((len(features), len(self.means)), -torch.inf, dtype=torch.float32)
+        found = []
         for row in range(len(self.means)):
             factor[lower[0], lower[1]] = self.factors[row]
-            found[:, row] = -((directions - centres[row]) @ factor.T).square().sum(dim=1)
-        return found.masked_fill(self.images == 0, -torch.inf)
+            found.append(-((directions - centres[row]) @ factor.T).square().sum(dim=1))
+        return torch.stack(found, dim=1).masked_fill(self.images == 0, -torch.inf)
 
     def parameter_counts(self) -> dict[str, int]:
         """``classifier``: a mean and a symmetric matrix for each row. Nothing is trained by gradient."""

@@ -50,14 +50,15 @@ class KNN(Learner):
 
     def scores(self, features: Tensor) -> Tensor:
         """The votes for each row; a row without a vote has its best cosine − 2, below every vote."""
+        if torch.compiler.is_compiling():  # the number of samples is a symbol then: no batches of them
+            return self._votes(F.normalize(features.float(), dim=1))
         step = max(1, CHUNK_BYTES // (4 * max(1, len(self.features))))
-        parts = [self._votes(F.normalize(part.float(), dim=1)) for part in features.split(step)]
-        return torch.cat(parts)
+        return torch.cat([self._votes(F.normalize(part.float(), dim=1)) for part in features.split(step)])
 
     def _votes(self, directions: Tensor) -> Tensor:
         rows = len(self.row_task)
         cosines = directions @ self.features.T  # (samples, images)
-        best = cosines.new_full((len(cosines), rows), -torch.inf)
+        best = cosines.new_full((cosines.shape[0], rows), -torch.inf)
         best.scatter_reduce_(1, self.rows.expand_as(cosines), cosines, "amax")
         nearest, index = cosines.topk(min(self.config.own["neighbours"], len(self.features)), dim=1)
         weights = torch.exp((nearest - 1) / self.config.own["temperature"])  # of the nearest of all: 1 at most

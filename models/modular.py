@@ -117,7 +117,7 @@ class ModularLearner(Learner):
     def _task_scores(self, features: Tensor, router: str) -> Tensor:
         """Each task's best score under a router: ``(samples, dim) -> (samples, tasks)``."""
         scores = self.routers[router].scores(features)
-        best = scores.new_full((len(scores), self.tasks), -torch.inf)
+        best = scores.new_full((scores.shape[0], self.tasks), -torch.inf)
         return best.scatter_reduce(1, self.row_task.expand_as(scores), scores, "amax")
 
     def own_rows(self, logits: Tensor, module: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class WhiteTOSCA(ModularLearner):
 
         Shape: ``(samples, dim) -> (samples, modules), (samples, rows)``.
         """
-        entropies, own = [], features.new_zeros(len(features), len(self.row_task))
+        entropies, own = [], features.new_zeros(features.shape[0], len(self.row_task))
         for first, logits in self.all_logits(features):  # (some modules, samples, rows)
             entropies.append(entropy(logits).T)
             numbers = torch.arange(first, first + len(logits), device=logits.device)

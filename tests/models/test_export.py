@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import predict
 from backbone.vit import load_backbone
@@ -15,6 +19,7 @@ from models.export import ImageClassifier, as_module, export
 from models.registry import make_learner
 from tests.conftest import tiny_config
 from utils.errors import CheckpointError, ConfigError, UserError
+from utils.methods import METHODS, SELECTIONS
 from utils.runs.checkpoint import MANIFEST
 
 CPU = torch.device("cpu")
@@ -73,7 +78,8 @@ def test_pt2_by_the_command(saved, finished_run, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
-def test_onnx(saved, tmp_path):
+@pytest.mark.slow
+def test_onnx_of_a_vit(saved, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(str(export(saved, tmp_path / "model.onnx", "sample")))
@@ -81,54 +87,134 @@ def test_onnx(saved, tmp_path):
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(saved.class_names)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_a_hundred_modules(tmp_path, suffix):
-    config = tiny_config()
-    backbone = load_backbone(config, CPU)
-    learner = make_learner(config, backbone.feature_dim, CPU, 0)
-    generator = torch.Generator().manual_seed(0)
-    for task in range(100):
-        features = torch.randn(6, backbone.feature_dim, generator=generator)
-        learner.learn(_Features(task, features))
-
-    class Model:
-        pass
-
-    model = Model()
-    model.backbone, model.learner, model.config = backbone, learner, config
-    model.row_class, model.class_names, model.selection = np.arange(200), [str(i) for i in range(200)], "sample"
-    path = export(model, tmp_path / f"model{suffix}")
-    if suffix == ".pt2":
-        answer = torch.export.load(path).module()
-    else:
-        session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
-
-        def answer(batch):
-            return session.run(None, {"images": batch.numpy()})
-
-    for count in (1, 5):
-        expected = learner.answer(backbone(images(count)))
-        scores, module, entropy = (torch.as_tensor(np.asarray(value)) for value in answer(images(count)))
-        torch.testing.assert_close(scores, expected.scores, **CLOSE)
-        torch.testing.assert_close(entropy, expected.entropy, **CLOSE)
-        assert torch.equal(module, expected.module)
+# -- every method and selection, on a frozen projection in place of a ViT ----------------------------------------------
 
 
-class _Features:
+class Projection(nn.Module):
+    """A frozen random projection of the pixels."""
+
+    def __init__(self, dim: int = 24) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.register_buffer("weight", torch.randn(3 * 32 * 32, dim, generator=generator) / 32)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.float() / 255 - 0.5).flatten(1) @ self.weight
+
+
+@dataclass
+class LearnedTask:
     """A task of two classes with three images each."""
 
-    new_rows = 2
+    index: int
+    all_features: list[torch.Tensor]
+    new_rows: int = 2
 
-    def __init__(self, index: int, features: torch.Tensor) -> None:
-        self.index, self.first_row, self.features = index, 2 * index, features
-        self.labels = torch.tensor([0, 0, 0, 1, 1, 1]) + self.first_row
+    @property
+    def first_row(self) -> int:
+        return 2 * self.index
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return torch.tensor([0, 0, 0, 1, 1, 1]) + self.first_row
 
     def epoch(self, epoch: int) -> torch.Tensor:
-        return self.features
+        return self.all_features[self.index]
 
     def test_view(self) -> torch.Tensor:
-        return self.features
+        return self.all_features[self.index]
+
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(2 * (self.index + 1)).repeat_interleave(3)
+        return torch.cat(self.all_features[: self.index + 1]), rows
+
+
+def learned(method: str, tasks: int, features: nn.Module, dim: int) -> SimpleNamespace:
+    """What ``export`` reads of a model whose learner has learned ``tasks`` tasks of two classes."""
+    config = tiny_config(model_name=method, **({"white_features": 200} if method == "tosca_white" else {}))
+    learner = make_learner(config, dim, CPU, 0)
+    generator = torch.Generator().manual_seed(0)
+    of_tasks = [torch.randn(6, dim, generator=generator) for _ in range(tasks)]
+    for task in range(tasks):
+        learner.learn(LearnedTask(task, of_tasks))
+    return SimpleNamespace(
+        backbone=SimpleNamespace(features=features, precision="fp32"),
+        learner=learner,
+        config=config,
+        row_class=np.arange(2 * tasks),
+        class_names=[str(number) for number in range(2 * tasks)],
+        selection="sample",
+    )
+
+
+def answering(path: Path) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """The exported model as a function of uint8 images."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+    return lambda batch: [torch.from_numpy(value) for value in session.run(None, {"images": batch.numpy()})]
+
+
+def assert_same_answers(model: SimpleNamespace, path: Path, selection: str) -> None:
+    answer = answering(path)
+    for count in (1, 5, 50):
+        expected = model.learner.answer(model.backbone.features(images(count)), selection)
+        scores, *about_module = answer(images(count))
+        torch.testing.assert_close(scores, expected.scores, **CLOSE)
+        if expected.module is not None:
+            module, found = about_module
+            assert torch.equal(module, expected.module)
+            torch.testing.assert_close(found, expected.entropy, **CLOSE)
+
+
+def single_image_selections() -> list[tuple[str, str]]:
+    names = {name: [s if isinstance(s, str) else s.name for s in method.selections] for name, method in METHODS.items()}
+    return [(method, s) for method, found in names.items() for s in found if not SELECTIONS[s].ordered]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("method", "selection"), single_image_selections())
+def test_every_selection_of_every_method(tmp_path, method, selection, suffix):
+    model = learned(method, 3, Projection(), 24)
+    assert_same_answers(model, export(model, tmp_path / f"model{suffix}", selection), selection)
+
+
+def test_onnx_with_its_metadata(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model = learned("tosca", 3, Projection(), 24)
+    path = export(model, tmp_path / "model.onnx", "ridge")
+    assert_same_answers(model, path, "ridge")
+    about = runtime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == model.class_names
+    assert (about["selection"], json.loads(about["image_size"])) == ("ridge", 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("selection", ["sample", "ridges", "blend"])
+def test_a_hundred_white_modules(tmp_path, selection, suffix):
+    model = learned("tosca_white", 100, Projection(), 24)
+    assert_same_answers(model, export(model, tmp_path / f"model{suffix}", selection), selection)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("selection", ["sample", "lda", "ridge"])
+def test_a_hundred_modules_on_a_vit(tmp_path, selection, suffix):
+    backbone = load_backbone(tiny_config(), CPU)
+    model = learned("tosca", 100, backbone.features, backbone.feature_dim)
+    assert_same_answers(model, export(model, tmp_path / f"model{suffix}", selection), selection)
+
+
+def test_the_file_holds_what_its_selection_reads_alone(tmp_path):
+    """Not what further learning needs: with a real backbone the statistics of ``ridge`` are hundreds of megabytes."""
+    model = learned("tosca", 3, Projection(), 24)
+    sizes = {s: export(model, tmp_path / "model.pt2", s).stat().st_size for s in ("sample", "ridge")}
+    weight = model.learner.routers["ridge"].weight
+    assert sizes["ridge"] - sizes["sample"] >= weight.numel() * 8
+    program = torch.export.load(export(model, tmp_path / "model.pt2", "sample"))
+    assert all(node.users for node in program.graph.nodes if node.op == "placeholder")
+    assert not any(tensor.shape == weight.shape for tensor in program.state_dict.values())
 
 
 def test_the_suffix_says_the_format(saved, tmp_path):
