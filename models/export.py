@@ -103,7 +103,7 @@ class Held(nn.Module):
         if isinstance(value, dict):
             return parts
         if isinstance(value, tuple):
-            return type(value)._make(parts.values()) if hasattr(value, "_make") else tuple(parts.values())
+            return tuple(parts.values()) if type(value) is tuple else type(value)(*parts.values())  # a NamedTuple
         twin = copy.copy(value)
         twin.__dict__.update(parts)
         return twin
