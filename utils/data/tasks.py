@@ -163,16 +163,21 @@ def make_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasse
 
 def _named_as_learned(data: Dataset, learned: LearnedClasses, *, domains: bool) -> Dataset:
     """``data`` with known names spelled as the saved run does; classes that a class-incremental run learns are new."""
-    new = set() if domains else set(np.unique(data.train.labels).tolist())
+    new = set() if domains else _numbers_in(data.train.labels)
     known = [name for number, name in enumerate(data.class_names) if number not in new]
     spelled = spelled_as(known, learned.class_names, "class", "the data")
     class_names = tuple(spelled.get(name, name) for name in data.class_names)
     if not domains or data.train_domains is None:
         return replace(data, class_names=class_names)
-    new = set(np.unique(data.train_domains).tolist())
+    new = _numbers_in(data.train_domains)
     known = [name for number, name in enumerate(data.domain_names) if number not in new]
     spelled = spelled_as(known, learned.domains, "domain", "the data")
     return replace(data, class_names=class_names, domain_names=tuple(spelled.get(n, n) for n in data.domain_names))
+
+
+def _numbers_in(labels: np.ndarray) -> set[int]:
+    """Which numbers occur. ``np.unique`` would say it too, but imports masked arrays, a fifth of a second."""
+    return set(np.flatnonzero(np.bincount(labels)).tolist())
 
 
 def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
