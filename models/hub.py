@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from models.continual import ContinualClassifier
 
 CARD, WEIGHTS = "README.md", "backbone"
+_HTTP_CLIENTS = ("httpx", "httpx2", "requests")  # one of them, as the version of huggingface_hub has it
 HINT_PATHS = ("data_path", "backbone_weights", "continue_from")  # places on the machine of the run, beside "place" keys
 
 
@@ -49,15 +50,15 @@ def find_pretrained(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError
 
         try:
             folder = Path(snapshot_download(str(name)))
         except HFValidationError as error:
             raise CheckpointError(f"{str(name)!r} is no folder, and no user/repo of the Hugging Face hub") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{str(name)!r} is no folder, and cannot be had from the hub ({first})") from error
+        except Exception as error:
+            reason = _reason(error)
+            raise CheckpointError(f"{str(name)!r} is no folder, and cannot be had from the hub ({reason})") from error
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{str(name)!r} holds no saved run: there is no {MANIFEST}")
     return folder
@@ -75,7 +76,6 @@ def push_to_hub(model: "ContinualClassifier", repo_id: str, *, private: bool = F
         UserError: the hub refused, in one line.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,10 +83,17 @@ def push_to_hub(model: "ContinualClassifier", repo_id: str, *, private: bool = F
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[".lock"])
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{repo_id} cannot be uploaded to the hub ({first})") from error
+        except Exception as error:
+            raise UserError(f"{repo_id} cannot be uploaded to the hub ({_reason(error)})") from error
     return str(url)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a fault of the hub, the network or the disk; any other error is raised again."""
+    known = type(error).__module__.partition(".")[0] in ("huggingface_hub", *_HTTP_CLIENTS)
+    if not known and not isinstance(error, OSError):
+        raise error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def model_card(model: "ContinualClassifier") -> str:

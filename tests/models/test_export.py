@@ -273,6 +273,23 @@ def test_the_upload_hands_the_folder_to_the_hubs_client(saved, monkeypatch):
     assert {"README.md", MANIFEST, "task0.pth", "task1.pth", "task2.pth"} <= set(uploaded["someone/owls"])
 
 
+@pytest.mark.parametrize("fault", ["network", "our own"])
+def test_an_upload_without_a_network_is_one_line_and_our_own_fault_is_none(saved, monkeypatch, fault):
+    of_a_client = type("ConnectError", (Exception,), {"__module__": "httpx2.errors"})  # no OSError, nor the hub's own
+    kind = of_a_client if fault == "network" else KeyError
+
+    class Api:
+        def create_repo(self, *_, **__):
+            raise kind("Name or service not known\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    expected = UserError if fault == "network" else KeyError
+    with pytest.raises(expected, match="Name or service not known") as caught:
+        saved.push_to_hub("someone/owls")
+    if fault == "network":
+        assert str(caught.value) == "someone/owls cannot be uploaded to the hub (Name or service not known)"
+
+
 @pytest.mark.parametrize("name", ["someone/there-is-none", "no such folder"])
 def test_what_is_neither_a_folder_nor_on_the_hub_is_one_line(name):
     with pytest.raises(CheckpointError, match="is no folder, and") as caught:
