@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbone.forward import TimmModel
 from utils.errors import BackboneError
+from utils.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,12 @@ def _load(model: TimmModel, state: State, path: Path) -> None:
         )
     if result.missing_keys:
         raise BackboneError(
-            f"backbone_weights {str(path)!r} lacks {len(result.missing_keys)} keys of {name}: "
+            f"backbone_weights {str(path)!r} lacks {counted(len(result.missing_keys), 'key')} of {name}: "
             f"{', '.join(result.missing_keys[:SHOWN])}; it belongs to another architecture: it has {len(state)} keys "
             f"such as {_some(state, 3)}"
         )
     if extra := [key for key in result.unexpected_keys if not key.startswith(HEADS)]:
-        log.warning("backbone_weights %s: %d keys not used: %s", path, len(extra), ", ".join(extra[:SHOWN]))
+        log.warning("backbone_weights %s: %s not used: %s", path, counted(len(extra), "key"), ", ".join(extra[:SHOWN]))
 
 
 def find_state(content: Mapping[str, Any], wanted: set[str]) -> tuple[str, str, State]:

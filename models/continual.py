@@ -39,6 +39,7 @@ from utils.files import FolderLock
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
+from utils.words import counted
 
 __all__ = ["ContinualClassifier", "Predictions"]
 
@@ -96,7 +97,7 @@ class ContinualClassifier(Predictor):
         """
         sources = sources_of(images)
         if len(sources) != len(labels):
-            raise DataError(f"{len(sources)} images but {len(labels)} labels")
+            raise DataError(f"{counted(len(sources), 'image')} but {counted(len(labels), 'label')}")
         if not sources:
             raise DataError("there is no image to learn from")
         if bad := [label for label in labels if not isinstance(label, str) or not label]:

@@ -86,7 +86,7 @@ def _groups(
     if len(set(stream.row_class.tolist())) == len(stream.row_class):
         return metrics.accuracy_groups(predicted, true_class, ranges, ranges[-1].start)
     hits = predicted == true_class
-    names = [f"domain {name}" if name else f"task {t}" for t, name in enumerate(stream.domains[: task + 1])]
+    names = [f"domain {name}" if name else f"task {t + 1}" for t, name in enumerate(stream.domains[: task + 1])]
     per_task = {name: metrics.percent(hits[true_task == t]) for t, name in enumerate(names)}
     old_new = {"old": metrics.percent(hits[true_task < task]), "new": metrics.percent(hits[true_task == task])}
     return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}

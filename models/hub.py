@@ -12,11 +12,13 @@ from utils.keys import REQUIRED
 from utils.results.metrics import selection_name
 from utils.results.record import run_json
 from utils.runs.checkpoint import MANIFEST
+from utils.words import counted, fixed
 
 if TYPE_CHECKING:
     from models.continual import ContinualClassifier
 
 CARD, WEIGHTS = "README.md", "backbone"
+_MEASURES = ("average", "last", "forgetting")
 _HTTP_CLIENTS = ("httpx", "httpx2", "requests")  # one of them, as the version of huggingface_hub has it
 HINT_PATHS = ("data_path", "backbone_weights", "continue_from")  # places on the machine of the run, beside "place" keys
 
@@ -103,7 +105,7 @@ def model_card(model: "ContinualClassifier") -> str:
     names = ", ".join(_plain(name) for name in model.class_names[:20])
     more = f" and {len(model.class_names) - 20} more" if len(model.class_names) > 20 else ""
     rows = [
-        f"| {selection_name(name)} | {result['average']:.2f} | {result['last']:.2f} | {result['forgetting']:.2f} |"
+        f"| {' | '.join([selection_name(name), *(fixed(result[key], 2) for key in _MEASURES)])} |"
         for name, result in run["results"].items()
     ]
     table = ["| selection | Ā | A_T | forgetting |", "|---|---|---|---|", *rows] if rows else ["Not evaluated."]
@@ -118,7 +120,7 @@ def model_card(model: "ContinualClassifier") -> str:
             f"{_plain(config.model_name)} learned on it, task after task.",
             *("", "## Data", ""),
             f"`{config.dataset}`: {run['data']['train_images']} training and {run['data']['test_images']} test images, "
-            f"{len(model.class_names)} classes: {names}{more}.",
+            f"{counted(len(model.class_names), 'class')}: {names}{more}.",
             *("", "## Protocol", ""),
             f"{model.tasks} {stream} of {', '.join(map(str, run['task_sizes']))} classes, seed {run['seed']}. No image "
             "of an earlier task is kept.",

@@ -43,7 +43,7 @@ class LinearJoint(Learner):
         features = finite_float64(features, float64_device(self.device))
         weight, bias = fit_softmax(features, rows.to(features.device), task.first_row + task.new_rows)
         if not (all_finite(weight) and all_finite(bias)):
-            raise NumericError(f"task {task.index}: the weights of the joint linear classifier are not finite")
+            raise NumericError(f"task {task.index + 1}: the weights of the joint linear classifier are not finite")
         self.weight, self.bias = weight.float().to(self.device), bias.float().to(self.device)
 
     def scores(self, features: Tensor) -> Tensor:

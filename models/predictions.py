@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.pickling import maker
+from utils.words import counted
 
 SHOWN_IMAGES = 20  # rows of the table in a notebook
 SHOWN_CLASSES = 3  # classes in each of its rows
@@ -111,8 +112,7 @@ class Predictions:
     def __repr__(self) -> str:
         first = ", ".join(f"{name} {share:.1%}" for name, share in self._best()[:3])
         more = ", …" if len(self) > 3 else ""
-        plural = "" if len(self) == 1 else "s"
-        return f"Predictions({len(self)} image{plural}, selection {self.selection}: {first}{more})"
+        return f"Predictions({counted(len(self), 'image')}, selection {self.selection}: {first}{more})"
 
     def _best(self) -> list[tuple[str, float]]:
         return list(zip(self.classes, self.probabilities[:, 0].tolist(), strict=True)) if len(self) else []
@@ -135,7 +135,7 @@ class Predictions:
         head = "".join(f"<th>{title}</th>" for title in titles)
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         rest = len(self) - len(rows)
-        caption = f"{len(self)} images, selection {html.escape(self.selection)}" + (
+        caption = f"{counted(len(self), 'image')}, selection {html.escape(self.selection)}" + (
             f"; {rest} not shown" if rest else ""
         )
         return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -15,6 +15,7 @@ from utils.methods import METHODS, read_method
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
 from utils.runs.tensors import HINT_RESTORE, first_line
+from utils.words import counted
 
 
 def find_learners(folder: Path) -> dict[str, type[Learner]]:
@@ -73,8 +74,8 @@ def load_learner(
     tensors, rows = checkpoint.load(manifest), manifest.learned().rows
     if len(tensors[1]) != (len(manifest.tasks) if config.method.modular else 0):
         raise CheckpointError(
-            f"{checkpoint.manifest_path} names {len(tensors[1])} modules, which do not fit its {len(manifest.tasks)} "
-            f"tasks; {HINT_RESTORE}"
+            f"{checkpoint.manifest_path} names {counted(len(tensors[1]), 'module')}, which do not fit its "
+            f"{counted(len(manifest.tasks), 'task')}; {HINT_RESTORE}"
         )
     try:
         learner.load_state_dict(*tensors)

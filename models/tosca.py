@@ -82,7 +82,7 @@ class TOSCA(ModularLearner):
             set_rows(classifier, luca, task)
             check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())})
         except NumericError as error:
-            raise NumericError(f"task {task.index}, {error}") from None
+            raise NumericError(f"task {task.index + 1}, {error}") from None
         self.weight, self.sigma = classifier.weight.detach(), classifier.sigma.detach()
         self.add_module(dict(luca.named_parameters()))
         for router in self.routers.values():

@@ -104,7 +104,7 @@ class WhiteTOSCA(ModularLearner):
             rows = own_means(luca, whitening, task)
             check_finite({**dict(luca.named_parameters(prefix="LuCA")), "the classifier's rows": rows})
         except NumericError as error:
-            raise NumericError(f"task {task.index}, {error}") from None
+            raise NumericError(f"task {task.index + 1}, {error}") from None
         self.statistics, self.weight = statistics, torch.cat([self.weight, rows])
         kept = {WHITENING + name: part for name, part in whitening._asdict().items()}
         self.add_module({**dict(luca.named_parameters()), **kept})

@@ -157,7 +157,7 @@ def test_a_misshapen_array_of_an_npz_is_an_error(tmp_path, trained):
 def test_keys_of_other_parts_are_not_used_and_said(tmp_path, trained, caplog):
     torch.save(trained.state_dict() | {"decoder.weight": torch.zeros(1)}, tmp_path / "more.pth")
     load(backbone_weights=str(tmp_path / "more.pth"), image_size=64)
-    assert "1 keys not used: decoder.weight" in caplog.text
+    assert "1 key not used: decoder.weight" in caplog.text
 
 
 NESTINGS = {

@@ -125,7 +125,7 @@ def test_counts_unlike_the_published_split_are_a_warning(run):
 
 
 def test_small_images_are_a_warning(run):
-    assert "21 images are smaller than image_size 64" in found(run, image_size=64)[1]["warnings"][0]
+    assert "smaller than image_size 64, so enlarged: 21 images" in found(run, image_size=64)[1]["warnings"][0]
 
 
 def test_several_processes_find_the_same(data):

@@ -25,7 +25,7 @@ def test_an_infinite_loss_names_task_epoch_step_and_earlier_tasks_stay(half, tre
     with monkeypatch.context() as patch:
         patch.setattr(CosineHead, "forward", infinite_once)
         error = half().error
-    assert "task 2, epoch 2, step 2: the loss is inf" in error
+    assert "task 3, epoch 2, step 2: the loss is inf" in error
     assert "lower lr" in error
     assert {name: tree(half.checkpoints)[name] for name in before if name.endswith(".pth")} == {
         name: content for name, content in before.items() if name.endswith(".pth")
@@ -36,7 +36,7 @@ def test_an_infinite_loss_names_task_epoch_step_and_earlier_tasks_stay(half, tre
 
 def test_a_learning_rate_beyond_reason_stops_the_run_and_saves_nothing_of_it(run):
     error = run(lr=1e18, scheduler="constant").error
-    assert "task 0, " in error
+    assert "task 1, " in error
     assert "lower lr" in error
     assert not list(run.checkpoints.glob("*.pth"))
 
@@ -54,7 +54,7 @@ def test_nan_parameters_after_the_last_step_are_named(run, monkeypatch):
 
     monkeypatch.setattr(training, "train", train)
     error = run().error
-    assert "task 0, after its last step: LuCA.se.0.weight is not finite" in error
+    assert "task 1, after its last step: LuCA.se.0.weight is not finite" in error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

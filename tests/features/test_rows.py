@@ -181,7 +181,7 @@ def test_where_checksums_cannot_be_added_rows_are_read_without(
     as_an_earlier_version(rows)
     read_only(monkeypatch, rows.folder)
     rows.add_checksums([TEST_VIEW, 0, 1])
-    assert "3 arrays lack checksums, which cannot be added" in caplog.text and rows.folder.name in caplog.text
+    assert "checksums of 3 arrays cannot be added" in caplog.text and rows.folder.name in caplog.text
     np.testing.assert_array_equal(rows.read(0, EVERY), FEATURES)
 
 

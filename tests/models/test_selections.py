@@ -82,7 +82,7 @@ def test_a_classifier_that_is_not_finite_is_not_saved(monkeypatch, name):
 
     learner = learned()
     monkeypatch.setattr(training, "train", train)
-    with pytest.raises(NumericError, match=rf"task 3, after its last step: {name} is not finite"):
+    with pytest.raises(NumericError, match=rf"task 4, after its last step: {name} is not finite"):
         learner.learn(Task(3))
     assert learner.tasks == 3 and len(learner.modules["norm.weight"]) == 3
 

@@ -381,7 +381,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
             return features
 
     task = fake_task(0)
-    with pytest.raises(NumericError, match=r"task 0, epoch 2, step [123]: the loss is nan"):
+    with pytest.raises(NumericError, match=r"task 1, epoch 2, step [123]: the loss is nan"):
         make_tosca().learn(Broken(task.index, task.first_row, task.new_rows, task.labels))
 
 

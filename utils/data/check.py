@@ -30,6 +30,7 @@ from utils.errors import DataError
 from utils.files import json_lines
 from utils.hardware import available_cpus
 from utils.progress import progress
+from utils.words import counted
 
 POOL_FROM = 1000  # images; below, starting processes takes longer than the scan
 SHOWN = 10  # findings of one kind in the summary; the JSON has all
@@ -163,7 +164,7 @@ def _compare_counts(findings: Findings, config: Config) -> None:
 def _compare_sizes(findings: Findings, config: Config) -> None:
     small = sum(n for size, n in findings.sizes.items() if min(size) < config.image_size)
     if small:
-        findings.warnings.append(f"{small} images are smaller than image_size {config.image_size}: they are enlarged")
+        findings.warnings.append(f"smaller than image_size {config.image_size}, so enlarged: {counted(small, 'image')}")
 
 
 def check_images(data: Dataset, *, threads: int) -> None:
@@ -295,7 +296,8 @@ def summary(findings: Findings) -> list[str]:
     facts = findings.as_dict()
     lines = [f"{findings.dataset}"]
     for split in ("train", "test"):
-        line = f"  {split:5}  {facts['images'][split]} images of {facts['classes'][split]} classes"
+        images, classes = counted(facts["images"][split], "image"), counted(facts["classes"][split], "class")
+        line = f"  {split:5}  {images} of {classes}"
         small, large = facts["smallest_class"][split], facts["largest_class"][split]
         if small:
             line += f"; smallest {small['class']} ({small['images']}), largest {large['class']} ({large['images']})"
@@ -308,7 +310,7 @@ def summary(findings: Findings) -> list[str]:
         if len(found) > SHOWN:
             lines.append(f"  … and {len(found) - SHOWN} more (--json has all)")
     lines += [f"warning: {sentence}" for sentence in findings.warnings]
-    lines.append("no problem found" if findings.good else f"{sum(map(len, facts['problems'].values()))} problems")
+    lines.append("no problem found" if findings.good else counted(sum(map(len, facts["problems"].values())), "problem"))
     return lines
 
 

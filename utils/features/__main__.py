@@ -12,6 +12,7 @@ from utils.errors import BankError
 from utils.features.bank import default_cache_dir
 from utils.features.rows import LOCK, MANIFEST
 from utils.files import FolderLock, human_size
+from utils.words import counted
 
 
 def banks(cache_dir: Path) -> list[Path]:
@@ -110,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
     found = banks(cache_dir)
     for bank in found:
         print(describe(bank))
-    print(f"{len(found)} banks in {cache_dir}, {human_size(sum(map(size_of, found)))}")
+    print(f"{counted(len(found), 'bank')} in {cache_dir}, {human_size(sum(map(size_of, found)))}")
     return 0
 
 

@@ -30,6 +30,7 @@ from utils.features.views import MissingViews
 from utils.files import human_size
 from utils.hardware import ONE_RANK, Ranks, default_batch_size, default_workers, total_memory
 from utils.progress import progress
+from utils.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,8 @@ class FeatureBank:
                 for count in batches:
                     bar.update(count)
         seconds = time.monotonic() - started
-        log.info("Features: %d forward passes in %.1f s, %.1f a second", views.count, seconds, views.count / seconds)
+        passes = counted(views.count, "forward pass")
+        log.info("Features: %s in %.1f s, %.1f a second", passes, seconds, views.count / seconds)
 
     def probe(self, wanted: Sequence[View], seconds: float = 3.0) -> float:
         """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept.

@@ -22,6 +22,7 @@ from utils.features.arrays import (
     read_checksums,
 )
 from utils.files import FolderLock, write_json
+from utils.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -230,16 +231,15 @@ class FolderRows:
                 if array != path:
                     raise
                 log.warning(
-                    "Feature bank %s: %d arrays lack checksums, which cannot be added (%s cannot be written); they are "
-                    "read without",
-                    *(self.folder.name, len(lacking) - number, self.folder),
+                    "Feature bank %s: checksums of %s cannot be added (%s cannot be written): they are read without",
+                    *(self.folder.name, counted(len(lacking) - number, "array"), self.folder),
                 )
                 return
         if lacking:
             log.info(
-                "Feature bank %s: added the checksums that %d arrays of an earlier version lacked, from their rows as "
-                "they are; nothing is computed again",
-                *(self.folder.name, len(lacking)),
+                "Feature bank %s: added the checksums that %s of an earlier version lacked, from the rows as they are; "
+                "nothing is computed again",
+                *(self.folder.name, counted(len(lacking), "array")),
             )
 
 

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.files import json_text, output_file, partial_path
 from utils.methods import SELECTIONS
 from utils.results.escape import csv_cell, terminal
+from utils.words import fixed
 
 # One answer: what Predictions.to_dicts gives for an image, and its "file".
 Answer = Mapping[str, Any]
@@ -75,7 +76,7 @@ class Table:
         lines = []
         for key, what in (("entropies", "entropy by task"), ("task_scores", f"{self.selection} score by task")):
             if key in answer:
-                shown = (f"{task}: {value:.4f}" for task, value in enumerate(answer[key], start=1))
+                shown = (f"{task}: {fixed(value, 4)}" for task, value in enumerate(answer[key], start=1))
                 lines.append(f"    {what}  {'  '.join(shown)}")
         return lines
 
@@ -85,7 +86,7 @@ class Table:
 
 
 def _number(value: float | None) -> str:
-    return f"{'–' if value is None else f'{value:.4f}':>7}"
+    return f"{'–' if value is None else fixed(value, 4):>7}"
 
 
 class JsonLines:

@@ -24,6 +24,7 @@ from utils.results.drawing import (
 from utils.results.metrics import selection_name
 from utils.results.prediction_figures import draw_predictions
 from utils.results.tables import Group, Section
+from utils.words import fixed
 
 _NUMBERED_TASKS = 12  # a matrix of more tasks has no numbers in its cells
 
@@ -156,7 +157,7 @@ def _matrix(axes: Axes, values: np.ndarray) -> Any:
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 tone = "white" if value > 55 else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=tone, fontsize=size)
+                axes.text(column, row, fixed(value, 0), ha="center", va="center", color=tone, fontsize=size)
     return image
 
 

@@ -20,6 +20,7 @@ from utils.results.escape import terminal
 from utils.results.metrics import selection_name
 from utils.results.predictions import Predictions, read_predictions
 from utils.results.tables import Group
+from utils.words import counted
 
 _NAMED_CLASSES = 25  # more do not fit beside a matrix: their numbers are shown then
 _FREQUENT = 15  # confusions that are listed by name
@@ -84,7 +85,9 @@ def class_confusion(runs: Sequence[Predictions], selection: str) -> Figure:
         _class_ticks(left, shown)
         left.set_xlabel("answer")
         left.set_ylabel("true class")
-        left.set_title(f"selection: {selection_name(selection)}, {len(names)} classes, {_seed_count(len(runs))}")
+        left.set_title(
+            f"selection: {selection_name(selection)}, {counted(len(names), 'class')}, {counted(len(runs), 'seed')}"
+        )
         figure.colorbar(
             image, ax=left, label="share of the class's images (%)", shrink=0.85, ticks=[0, 1, 5, 20, 50, 100]
         )
@@ -124,10 +127,6 @@ def _cut(name: str) -> str:
     return name if len(name) <= 22 else name[:21] + "…"
 
 
-def _seed_count(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"
-
-
 def class_accuracies(group: Group) -> Figure | None:
     """Draw the accuracies on the classes from worst to best, a line for each selection; None: the runs have none."""
     shown = _with_details(group)
@@ -139,7 +138,7 @@ def class_accuracies(group: Group) -> Figure | None:
             of_runs = [run.values["details"][name]["per_class"] for run in group.runs]
             curves = np.array([sorted(v for v in of_run if v is not None) for of_run in of_runs])
             draw_line(axes, index, selection_name(name), curves)
-        axes.set_title(f"accuracy on each class, {_seed_count(len(group.runs))}")
+        axes.set_title(f"accuracy on each class, {counted(len(group.runs), 'seed')}")
         finish_curves(axes, "classes, worst first", "accuracy (%)")
     return figure
 
@@ -237,5 +236,5 @@ def learning_curves(group: Group) -> Figure | None:
         panes[1].set_ylim(top=101)
         panes[1].set_xlabel("epoch, task after task")
         panes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        panes[0].set_title(f"learning, {_seed_count(len(group.runs))}")
+        panes[0].set_title(f"learning, {counted(len(group.runs), 'seed')}")
     return figure

@@ -128,8 +128,9 @@ def best_order_free(run: dict[str, Any]) -> str | None:
     if len(free) < 2 or "sample" not in free:
         return None
     best = max(free, key=lambda name: free[name])
-    words = f"Of the selections that look at one image at a time, {SELECTION_NAMES[best]} is best: A_T {free[best]:.1f}"
-    return words if best == "sample" else f"{words}, sample is {free[best] - free['sample']:.1f} points below it"
+    highest = fixed(free[best], 1)
+    words = f"Of the selections that look at one image at a time, {SELECTION_NAMES[best]} is best: A_T {highest}"
+    return words if best == "sample" else f"{words}, sample is {fixed(free[best] - free['sample'], 1)} points below it"
 
 
 def log_summary(run: dict[str, Any], selection: str) -> None:

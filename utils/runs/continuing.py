@@ -102,8 +102,8 @@ def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) ->
         return SavedRun(Path(earlier.folder), manifest, earlier.tasks, earlier.sha256)
     if not manifest.finished:
         raise CheckpointError(
-            f"the run in {config.continue_from!r} has learned {len(manifest.tasks)} of "
-            f"{len(manifest.task_sizes)} tasks; finish it with its own config first, then continue"
+            f"the run in {config.continue_from!r} has learned {len(manifest.tasks)} of {len(manifest.task_sizes)} "
+            "tasks; finish it with its own config first, then continue"
         )
     base = SavedRun(checkpoint.folder, manifest, len(manifest.tasks), _sha256(manifest))
     _check_fits(config, base, identity(base.sha256))

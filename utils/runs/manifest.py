@@ -18,6 +18,7 @@ import numpy as np
 from utils.data.tasks import LearnedClasses
 from utils.errors import CheckpointError
 from utils.runs.json_values import JsonValues
+from utils.words import counted
 
 FORMAT = 2  # 1 held everything in one file; it is still read
 
@@ -239,7 +240,7 @@ class RunManifest:
         get = JsonValues(values, "")
         rows = get.items("rows", dict)
         if len(rows) < len(self.tasks):
-            raise CheckpointError(f"it has rows of {len(rows)} tasks, not of {len(self.tasks)}")
+            raise CheckpointError(f"it has rows of {counted(len(rows), 'task')}, not of {len(self.tasks)}")
         tasks = [
             replace(
                 record,
@@ -300,7 +301,9 @@ def _check_counts(manifest: RunManifest) -> None:
     if not all(0 <= number < classes for number in manifest.row_class):
         raise CheckpointError(f"its row_class names classes that are not among the {classes} of class_order")
     if len(manifest.tasks) > len(manifest.task_sizes):
-        raise CheckpointError(f"it has results of {len(manifest.tasks)} tasks, but {len(manifest.task_sizes)} tasks")
+        raise CheckpointError(
+            f"it has results of {len(manifest.tasks)} tasks, but {counted(len(manifest.task_sizes), 'task')}"
+        )
 
 
 def versions() -> dict[str, str]:
