@@ -223,8 +223,9 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
 def _draw_group(group: Group, stem: Path) -> list[tuple[str, Path]]:
     drawn = []
     names = [n for n in ("batch", "sample", "lda", "ridge") if n in group.selections]
-    figure = accuracy_matrices(group, names)
-    drawn.append(("Accuracy on each task after each task", save_both(figure, Path(f"{stem}-matrix"))))
+    if whole := [n for n in names if all(run.values["results"][n]["matrix"] for run in group.runs)]:
+        figure = accuracy_matrices(group, whole)
+        drawn.append(("Accuracy on each task after each task", save_both(figure, Path(f"{stem}-matrix"))))
     if chosen := [n for n in names if all(n in run.values["confusion"] for run in group.runs)]:
         figure = confusions(group, chosen)
         drawn.append(

@@ -68,9 +68,12 @@ def accuracy_groups(
     """
     hits = predicted == true
     groups = {"total": percent(hits)}
+    right, images = (np.bincount(c, minlength=task_classes[-1].stop).cumsum() for c in (true[hits], true))
     for classes in task_classes:
-        inside = (true >= classes.start) & (true < classes.stop)
-        groups[f"{classes.start:02d}-{classes.stop - 1:02d}"] = percent(hits[inside])
+        first, last = classes.start - 1, classes.stop - 1
+        inside = images[last] - (images[first] if classes.start else 0)
+        found = right[last] - (right[first] if classes.start else 0)
+        groups[f"{classes.start:02d}-{last:02d}"] = float(found / inside * 100) if inside else None
     groups["old"] = percent(hits[true < known]) if known else 0.0  # as PILOT writes it for the first task
     groups["new"] = percent(hits[true >= known])
     return {name: round(value, 2) for name, value in groups.items() if value is not None}
@@ -78,7 +81,13 @@ def accuracy_groups(
 
 def task_accuracies(hits: np.ndarray, task: np.ndarray, tasks: int) -> list[float | None]:
     """One row of the accuracy matrix: percent correct on each of the ``tasks`` so far."""
-    return [percent(hits[task == t]) for t in range(tasks)]
+    return _percent_of_groups(hits, task, tasks)
+
+
+def _percent_of_groups(hits: np.ndarray, group: np.ndarray, groups: int) -> list[float | None]:
+    """``percent`` of the hits in each group, in one pass over them: ``(samples,), (samples,)``, groups from 0."""
+    right, images = np.bincount(group[hits], minlength=groups), np.bincount(group, minlength=groups)
+    return [float(r / n * 100) if n else None for r, n in zip(right[:groups], images[:groups], strict=True)]
 
 
 def average_accuracy(curve: Sequence[float]) -> float:
@@ -136,8 +145,10 @@ def entropy_by_module(
 ) -> dict[str, list[float | None]]:
     """Mean entropy (nats) of each module where it was the right choice and where it was not; None: never chosen so."""
     means = {}
-    for name, right in (("right", module == true_task), ("wrong", module != true_task)):
-        of_module = [entropy[right & (module == t)] for t in range(tasks)]
+    for name, side in (("right", module == true_task), ("wrong", module != true_task)):
+        chosen = module[side]
+        order = np.argsort(chosen, kind="stable")  # so that one pass serves all modules
+        of_module = np.split(entropy[side][order], np.searchsorted(chosen[order], np.arange(1, tasks)))
         means[name] = [float(values.mean()) if len(values) else None for values in of_module]
     return means
 
@@ -189,7 +200,7 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
 
 def class_accuracies(hits: np.ndarray, true: np.ndarray, classes: int) -> list[float | None]:
     """Percent correct on the test images of each class; None for a class without any."""
-    return [percent(hits[true == c]) for c in range(classes)]
+    return _percent_of_groups(hits, true, classes)
 
 
 def class_confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -19,24 +19,25 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
-def collect_results(tasks: Sequence[TaskRecord]) -> dict[str, Any]:
+def collect_results(tasks: Sequence[TaskRecord], *, with_matrix: bool = True) -> dict[str, Any]:
     """The records of the tasks so far -> for each selection its curves, matrix, average, last and forgetting.
 
-    A matrix's row is "after task", its column "on task"; tasks not learned yet are null.
+    A matrix's row is "after task", its column "on task"; tasks not learned yet are null. ``with_matrix`` false leaves
+    it empty.
     """
     results = {}
     for name in tasks[-1].results if tasks else ():
         of_name = [task.results[name] for task in tasks]
-        matrix = [r["per_task"] + [None] * (len(tasks) - len(r["per_task"])) for r in of_name]
+        rows = [r["per_task"] for r in of_name]
         curve = [r["top1"] for r in of_name]
         results[name] = {
             "top1_curve": curve,
             "top5_curve": [r["top5"] for r in of_name],
-            "matrix": matrix,
+            "matrix": [row + [None] * (len(tasks) - len(row)) for row in rows] if with_matrix else [],
             "average": metrics.average_accuracy(curve),
             "last": curve[-1],
-            "forgetting": metrics.forgetting(matrix),
-            "backward_transfer": metrics.backward_transfer(matrix),
+            "forgetting": metrics.forgetting(rows),
+            "backward_transfer": metrics.backward_transfer(rows),
         }
     return results
 
@@ -57,14 +58,14 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "task_sizes": values["task_sizes"][first:],
         **{name: values[name] for name in ("base", "domains") if values.get(name)},
         "continual": manifest.continual,
-        "results": collect_results(tasks),
+        "results": collect_results(tasks, with_matrix=manifest.shows_squares),
         "selection_accuracy": {n: of for n, of in selecting.items() if n != "oracle" and None not in of},
         "parameters": last.parameters or None,
         "sparsity": [task.sparsity for task in tasks if task.sparsity is not None],
         "confusion": last.confusion,
         "entropy": last.entropy,
         "details": last.details,
-        "epochs": [task.to_json()["epochs"] for task in tasks],
+        "epochs": [[epoch.to_json() for epoch in task.epochs] for task in tasks],
         "cost": manifest.cost,
         "seconds": _rounded_seconds(manifest.seconds),
         "backbone_forwards": manifest.backbone_forwards,

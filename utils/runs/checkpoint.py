@@ -3,7 +3,7 @@
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
 learning need after task t. ``run.manifest`` names both with their SHA-256, the run's identity, and its results so far,
 and ends with a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the
-last one whole. ``evaluation<t>.manifest`` holds those results after task t that grow with the square of the tasks.
+last one whole. ``evaluation<i>.manifest`` holds those results after task i that grow with the tasks; it never changes.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from utils.errors import CheckpointError
 from utils.files import atomic_write, free_name, json_lines, remove_partials, sha256_of_file, write_json
-from utils.runs.manifest import FORMAT, RunManifest
+from utils.runs.manifest import FORMATS, RunManifest
 from utils.runs.tensors import HINT_RESTORE, MODULE_PREFIX, first_line, load_tensors, module_from_file
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ MANIFEST = "run.manifest"  # JSON; not named so, for scripts that collect the JS
 MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
 # JSON, but not named so, as the manifest: scripts collect the JSON files below a log folder
 EVALUATION_FILE = re.compile(r"evaluation(\d{1,6})\.manifest")
-OF_THE_LAST_TASK = (CLASSIFIER_FILE, EVALUATION_FILE)  # a commit writes new ones; the old ones go
-NAMED_FILES = (MODULE_FILE, *OF_THE_LAST_TASK)  # what a manifest may name
+OF_A_TASK = (MODULE_FILE, EVALUATION_FILE)  # written once; a manifest names those of all tasks, and one classifier
+NAMED_FILES = (*OF_A_TASK, CLASSIFIER_FILE)  # what a manifest may name
 RUN_FILES = (*NAMED_FILES, re.compile(re.escape(MANIFEST)))
 
 
@@ -79,10 +79,10 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
         if not isinstance(values, dict) or "identity" not in values:
             raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {HINT_RESTORE}")
-        if values.get("format") not in (1, FORMAT):
+        if values.get("format") not in FORMATS:
             raise CheckpointError(
-                f"{path} has format {values.get('format')!r}, this version reads 1 and {FORMAT}; use the version that "
-                "wrote it, or another checkpoint_dir"
+                f"{path} has format {values.get('format')!r}, this version reads {', '.join(map(str, FORMATS))}; use "
+                "the version that wrote it, or another checkpoint_dir"
             )
         if (recorded := values.pop("sha256", None)) != (found := _sha256_of_values(values)):
             raise CheckpointError(
@@ -94,20 +94,24 @@ class CheckpointFolder:
             _check_files(manifest.files)
         except CheckpointError as error:
             raise CheckpointError(f"{path} is damaged ({error}); {HINT_RESTORE}") from None
-        name = _named_evaluation(manifest)
-        return manifest if name is None else self._with_evaluation(manifest, name)
+        return self._with_evaluations(manifest)
 
-    def _with_evaluation(self, manifest: RunManifest, name: str) -> RunManifest:
-        """The manifest with the results in the file ``name`` beside it."""
-        path = self._verified(name, manifest.files[name])
-        try:
-            return manifest.with_evaluation(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError, CheckpointError) as error:
-            raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
+    def _with_evaluations(self, manifest: RunManifest) -> RunManifest:
+        """The manifest with the results in the files beside it."""
+        for task in _evaluated(manifest.files):
+            name = evaluation_name(task)
+            path = self._verified(name, manifest.files[name])
+            try:
+                manifest = manifest.with_evaluation(task, json.loads(path.read_bytes()))
+            except (ValueError, RecursionError, CheckpointError) as error:
+                raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
+        if (lacking := manifest.without_row()) is not None:
+            raise CheckpointError(f"{self.manifest_path} names no {evaluation_name(lacking)}; {HINT_RESTORE}")
+        return manifest
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace ``run.manifest``: from here on a start of the same run goes on from ``manifest``."""
-        values = manifest.to_json(whole=_named_evaluation(manifest) is None)
+        values = manifest.to_json(whole=not _evaluated(manifest.files))
         write_json(self.manifest_path, {**values, "sha256": _sha256_of_values(values)})
 
     def _verified(self, name: str, sha256: str) -> Path:
@@ -181,10 +185,12 @@ class CheckpointFolder:
             CheckpointError: a module of an earlier task is not there any more.
         """
         self._check_modules(manifest)
-        files = {name: sha for name, sha in manifest.files.items() if MODULE_FILE.fullmatch(name)}
+        files = {n: sha for n, sha in manifest.files.items() if any(form.fullmatch(n) for form in OF_A_TASK)}
+        before = max((index for index in _evaluated(files) if index < task), default=-1)
+        for new in range(before + 1, len(manifest.tasks)):
+            files[evaluation_name(new)] = self._save_evaluation(evaluation_name(new), manifest.evaluation(new))
         files |= self._save_module(task, module)
         files[classifier_name(task)] = self._save(classifier_name(task), state)
-        files[evaluation_name(task)] = self._save_evaluation(evaluation_name(task), manifest)
         manifest = replace(manifest, files=files)
         self.write_manifest(manifest)
         self.remove_old_files(manifest)
@@ -210,7 +216,8 @@ class CheckpointFolder:
     def remove_old_files(self, manifest: RunManifest) -> None:
         """Remove every classifier and evaluation but those that ``manifest``, which is on disk, names."""
         for path in self.run_files():
-            if any(n.fullmatch(path.name) for n in OF_THE_LAST_TASK) and path.name not in manifest.files:
+            form = CLASSIFIER_FILE.fullmatch(path.name) or EVALUATION_FILE.fullmatch(path.name)
+            if form and path.name not in manifest.files:
                 path.unlink(missing_ok=True)
 
     def commit_all(
@@ -255,8 +262,8 @@ class CheckpointFolder:
         atomic_write(self.folder / name, buffer.getbuffer())
         return hashlib.sha256(buffer.getbuffer()).hexdigest()  # of what was meant, not of what the disk made of it
 
-    def _save_evaluation(self, name: str, manifest: RunManifest) -> str:
-        content = json_lines(manifest.evaluation()).encode()
+    def _save_evaluation(self, name: str, values: dict[str, Any]) -> str:
+        content = json_lines(values).encode()
         atomic_write(self.folder / name, content)
         return hashlib.sha256(content).hexdigest()
 
@@ -293,14 +300,13 @@ def _check_files(files: dict[str, Any]) -> None:
             raise CheckpointError(f"it names {name!r}, which is no file of a run")
         if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise CheckpointError(f"its SHA-256 of {name!r} is none")
-    for form in OF_THE_LAST_TASK:
-        if len(named := [name for name in files if form.fullmatch(name)]) > 1:
-            raise CheckpointError(f"it names both {named[0]!r} and {named[1]!r}")
+    if len(named := [name for name in files if CLASSIFIER_FILE.fullmatch(name)]) > 1:
+        raise CheckpointError(f"it names both {named[0]!r} and {named[1]!r}")
 
 
-def _named_evaluation(manifest: RunManifest) -> str | None:
-    """The name of the manifest's evaluation file; None if its results stand in the manifest (format 1)."""
-    return next((name for name in manifest.files if EVALUATION_FILE.fullmatch(name)), None)
+def _evaluated(files: dict[str, str]) -> list[int]:
+    """The tasks, counted from 0, with an evaluation among ``files``; none where the manifest holds all (format 1)."""
+    return sorted(int(found[1]) for name in files if (found := EVALUATION_FILE.fullmatch(name)))
 
 
 def _outside(folder: Path) -> Path:

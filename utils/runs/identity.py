@@ -1,6 +1,9 @@
-"""What makes two runs the same run."""
+"""What makes two runs the same run, and the versions of what computes them."""
 
+import platform
 from typing import Any
+
+import numpy as np
 
 from utils.config import Config
 
@@ -32,3 +35,17 @@ def fixed_once_saved(config: Config) -> list[str]:
     Modules and classifier were made for them; the rest (epochs, rate, views …) a new task may choose for itself.
     """
     return list(dict.fromkeys(key.identity_name for key in config.keys.values() if key.must_agree))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes the numbers."""
+    import PIL
+    import timm
+    import torch
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        **{m.__name__.lower(): m.__version__ for m in (torch, torchvision, timm, np)},
+        "pillow": PIL.__version__,
+    }

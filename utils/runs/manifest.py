@@ -3,12 +3,13 @@
 Both types are frozen. A run that goes on makes a new manifest from the old one (``with_task``, ``dataclasses.replace``)
 and the checkpoint folder writes that in one step.
 
-What grows with the square of the tasks is either kept for the last task alone, or stands on disk beside the manifest:
-``to_json(whole=False)`` leaves it out, ``evaluation`` gives it, ``with_evaluation`` puts it back.
+What grows with the tasks, for each task, stands on disk beside the manifest, in a file a task that is written once:
+``to_json(whole=False)`` leaves it out, ``evaluation`` gives it, ``with_evaluation`` puts it back. What grows with their
+square within one task is kept at the end alone, and on the way while there are few tasks (``FEW_TASKS``). So what a
+task writes grows at most as the tasks before it do.
 """
 
 import dataclasses
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,9 @@ from utils.errors import CheckpointError
 from utils.runs.json_values import JsonValues
 from utils.words import counted
 
-FORMAT = 2  # 1 held everything in one file; it is still read
+FORMAT = 3  # 1 held everything in one file, 2 the rows of all tasks in the last task's file; both are still read
+FORMATS = (1, 2, FORMAT)
+FEW_TASKS = 30  # up to here an unfinished run keeps, and shows, what grows with the square of the tasks
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class EpochStats:
     loss: float
     accuracy: float
 
+    def to_json(self) -> dict[str, float]:
+        """Return JSON-ready values under the names of the attributes."""
+        return {"loss": self.loss, "accuracy": self.accuracy}  # dataclasses.asdict takes ten times as long
+
 
 @dataclass(frozen=True)
 class TaskRecord:
@@ -43,7 +50,8 @@ class TaskRecord:
     Attributes:
         results: for each selection ``top1``, ``top5``, ``per_task``, ``groups`` and, with modules,
             ``selection_accuracy``, all in percent. Empty for a task that nobody tested; ``groups`` of the last alone.
-        confusion: for each selection of a module the counts of (true task, chosen module); of the last task alone.
+        confusion: for each selection of a module the counts of (true task, chosen module); of the last task alone, and
+            empty while a run of more than ``FEW_TASKS`` tasks goes on.
         entropy: for each such selection the mean entropy of the chosen module in nats, by module; of the last alone.
         sparsity: share of the new module's parameters that are nearly zero; None without modules.
         parameters: numbers of parameters, by what holds them.
@@ -68,7 +76,7 @@ class TaskRecord:
     def to_json(self, *, whole: bool = True) -> dict[str, Any]:
         """Return JSON-ready values under the names of the attributes; unless ``whole``, without ``evaluation``'s."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["epochs"] = [dataclasses.asdict(epoch) for epoch in self.epochs]
+        values["epochs"] = [epoch.to_json() for epoch in self.epochs]
         if whole:
             return values
         values["results"] = {name: _without(result, _IN_ROWS) for name, result in self.results.items()}
@@ -177,6 +185,11 @@ class RunManifest:
         return self.status == "finished"
 
     @property
+    def shows_squares(self) -> bool:
+        """Whether the report shows what grows with the square of the tasks."""
+        return self.finished or len(self.tasks) <= FEW_TASKS
+
+    @property
     def first_reported(self) -> int:
         """The first task (from 0) that results speak of: later than 0 where earlier tasks are not tested."""
         return self.base.reported_from_task if self.base else 0
@@ -184,6 +197,8 @@ class RunManifest:
     def with_task(self, record: TaskRecord, **changes: Any) -> "RunManifest":
         """Return the manifest after one more task, with other attributes changed by name."""
         done = len(self.tasks) + 1 == len(self.task_sizes)
+        if not done and len(self.tasks) >= FEW_TASKS:
+            record = replace(record, confusion={})
         tasks = (*(earlier.of_an_earlier_task() for earlier in self.tasks[-1:]), record)
         status = "finished" if done else "running"
         return replace(self, tasks=(*self.tasks[:-1], *tasks), status=status, **changes)
@@ -222,36 +237,40 @@ class RunManifest:
             values["base"] = dataclasses.asdict(self.base)
         return {name: value for name, value in values.items() if name != "base" or value is not None}
 
-    def evaluation(self) -> dict[str, Any]:
-        """Return what grows with the square of the tasks: rows of the accuracy matrix, and facts of the last task."""
-        rows = [
-            {name: {n: result[n] for n in _IN_ROWS if n in result} for name, result in record.results.items()}
-            for record in self.tasks
-        ]
-        last = self.tasks[-1] if self.tasks else TaskRecord()
-        return {"rows": rows, **{name: getattr(last, name) for name in _OF_THE_LAST}}
+    def evaluation(self, task: int) -> dict[str, Any]:
+        """Return what ``to_json(whole=False)`` leaves out of the record of ``task``, counted from 0."""
+        record = self.tasks[task]
+        row = {name: {n: result[n] for n in _IN_ROWS if n in result} for name, result in record.results.items()}
+        return {"row": row, **{name: getattr(record, name) for name in _OF_THE_LAST}}
 
-    def with_evaluation(self, values: Mapping[str, Any]) -> "RunManifest":
-        """Return the manifest with what ``evaluation`` gave; tasks whose results do not count stay without.
+    def with_evaluation(self, task: int, values: Mapping[str, Any]) -> "RunManifest":
+        """Return the manifest with what ``evaluation(task)`` gave; a task whose results do not count stays without.
 
         Raises:
             CheckpointError: something is absent or of another kind; it is named.
         """
         get = JsonValues(values, "")
-        rows = get.items("rows", dict)
-        if len(rows) < len(self.tasks):
-            raise CheckpointError(f"it has rows of {counted(len(rows), 'task')}, not of {len(self.tasks)}")
-        tasks = [
-            replace(
-                record,
-                results={n: {**r, **JsonValues(row, "a row's ").read(n, dict)} for n, r in record.results.items()},
-            )
-            for record, row in zip(self.tasks, rows, strict=False)
-        ]
-        if tasks and tasks[-1].results:
+        of_all = "rows" in values  # format 2: those of all tasks so far in one file
+        rows = get.items("rows", dict) if of_all else (get.read("row", dict),)
+        first = 0 if of_all else task
+        if first + len(rows) != task + 1:
+            raise CheckpointError(f"it has rows of {counted(len(rows), 'task')}, not of {task + 1}")
+        tasks = list(self.tasks)
+        for index, row in zip(range(first, len(tasks)), rows, strict=False):
+            of = JsonValues(row, "a row's ")
+            results = {name: {**result, **of.read(name, dict)} for name, result in tasks[index].results.items()}
+            tasks[index] = replace(tasks[index], results=results)
+            if index < len(tasks) - 1:
+                tasks[index] = tasks[index].of_an_earlier_task()
+        if task == len(tasks) - 1 and tasks[-1].results:
             facts = {name: get.read(name, dict) for name in ("confusion", "entropy")}
             tasks[-1] = replace(tasks[-1], **facts, details=get.read("details", dict, {}))
         return replace(self, tasks=tuple(tasks))
+
+    def without_row(self) -> int | None:
+        """Return the first task, counted from 0, whose results lack what ``evaluation`` gives; None: no task."""
+        lacking = (i for i, t in enumerate(self.tasks) if not all("per_task" in r for r in t.results.values()))
+        return next(lacking, None)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunManifest":
@@ -304,17 +323,3 @@ def _check_counts(manifest: RunManifest) -> None:
         raise CheckpointError(
             f"it has results of {len(manifest.tasks)} tasks, but {counted(len(manifest.task_sizes), 'task')}"
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes the numbers."""
-    import PIL
-    import timm
-    import torch
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        **{m.__name__.lower(): m.__version__ for m in (torch, torchvision, timm, np)},
-        "pillow": PIL.__version__,
-    }

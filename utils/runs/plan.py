@@ -111,9 +111,9 @@ def _duration(seconds: float) -> str:
 
 
 def _files(setup: Setup, seed: int, *, with_modules: bool) -> list[Path]:
-    """Modules, classifier, last evaluation and report of one seed."""
+    """Modules, evaluations, classifier and report of one seed."""
     folder, paths, tasks = setup.checkpoint(seed).folder, run_paths(setup.config, seed), len(setup.stream(seed).tasks)
     modules = [module_name(task) for task in range(tasks)] if with_modules else []
-    last = [classifier_name(tasks - 1), evaluation_name(tasks - 1), MANIFEST]
+    last = [*map(evaluation_name, range(tasks)), classifier_name(tasks - 1), MANIFEST]
     suffixes = [suffix for suffix in (".log", *WRITTEN_WHOLE) if with_modules or suffix != ".epochs.csv"]
     return [*(folder / name for name in (*modules, *last)), *(paths.file(suffix) for suffix in suffixes)]

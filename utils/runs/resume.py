@@ -14,7 +14,8 @@ from utils.files import FolderLock, remove_partials
 from utils.json_files import read_json
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import adopt
-from utils.runs.manifest import RunManifest, versions
+from utils.runs.identity import versions
+from utils.runs.manifest import RunManifest
 from utils.runs.paths import WRITTEN_WHOLE, RunPaths, run_paths
 from utils.runs.setup import Setup, checkpoint_of
 
