@@ -104,23 +104,34 @@ def write_json(path: Path, values: Any) -> None:
     atomic_write(path, json_lines(values).encode("utf-8") + b"\n")
 
 
-def json_lines(values: Any, levels: int = 3, indent: str = "") -> str:
+def json_lines(values: Any, levels: int = 3) -> str:
     """JSON whose first ``levels`` levels have a line for each item: readable, and fast to write where it is long."""
+    return _without_halves(_lines(values, levels, ""))
+
+
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # json.dumps would make an encoder at each call
+
+
+def _lines(values: Any, levels: int, indent: str) -> str:
     if not levels or not values or not isinstance(values, (dict, list, tuple)):
-        return json_text(values)
+        return _encode(values)
     inside = indent + " "
     if isinstance(values, dict):
         opening, closing = "{}"
-        items = [f"{json_text(str(key))}: {json_lines(value, levels - 1, inside)}" for key, value in values.items()]
+        items = [f"{_encode(str(key))}: {_lines(value, levels - 1, inside)}" for key, value in values.items()]
     else:
         opening, closing = "[]"
-        items = [json_lines(value, levels - 1, inside) for value in values]
+        items = [_lines(value, levels - 1, inside) for value in values]
     return opening + "\n" + ",\n".join(inside + item for item in items) + "\n" + indent + closing
 
 
 def json_text(values: Any) -> str:
     """JSON that every encoding of Unicode can write; what names that are not UTF-8 hold stands there escaped."""
-    text = json.dumps(values, allow_nan=False, ensure_ascii=False)
+    return _without_halves(_encode(values))
+
+
+def _without_halves(text: str) -> str:
+    """Escape the halves of surrogate pairs, which stand for bytes that are not UTF-8."""
     return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 

@@ -23,7 +23,7 @@ from utils.words import counted
 
 FORMAT = 3  # 1 held everything in one file, 2 the rows of all tasks in the last task's file; both are still read
 FORMATS = (1, 2, FORMAT)
-FEW_TASKS = 30  # up to here an unfinished run keeps, and shows, what grows with the square of the tasks
+FEW_TASKS = 30  # up to here the JSON of an unfinished run holds all that that of a finished one does
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,10 @@ class TaskRecord:
     def to_json(self, *, whole: bool = True) -> dict[str, Any]:
         """Return JSON-ready values under the names of the attributes; unless ``whole``, without ``evaluation``'s."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["epochs"] = [epoch.to_json() for epoch in self.epochs]
         if whole:
-            return values
+            return {**values, "epochs": [epoch.to_json() for epoch in self.epochs]}
         values["results"] = {name: _without(result, _IN_ROWS) for name, result in self.results.items()}
-        return {name: value for name, value in values.items() if name not in _OF_THE_LAST}
+        return {name: value for name, value in values.items() if name not in (*_OF_THE_LAST, "epochs")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskRecord":
@@ -90,7 +89,6 @@ class TaskRecord:
             CheckpointError: something is absent or of another kind; it is named.
         """
         get = JsonValues(values, "a task's ")
-        epochs = [JsonValues(item, "an epoch's ") for item in get.read("epochs", list, [])]
         return cls(
             results=get.objects("results"),
             confusion=get.read("confusion", dict, {}),
@@ -98,10 +96,14 @@ class TaskRecord:
             sparsity=get.read("sparsity", (float, int, type(None))),
             parameters=get.read("parameters", dict),
             details=get.read("details", dict, {}),
-            epochs=tuple(
-                EpochStats(float(e.read("loss", (float, int))), float(e.read("accuracy", (float, int)))) for e in epochs
-            ),
+            epochs=_epochs_from_json(get),
         )
+
+
+def _epochs_from_json(get: JsonValues) -> tuple[EpochStats, ...]:
+    epochs = [JsonValues(item, "an epoch's ") for item in get.read("epochs", list, [])]
+    numbers = [[float(epoch.read(name, (float, int))) for name in ("loss", "accuracy")] for epoch in epochs]
+    return tuple(EpochStats(*of_epoch) for of_epoch in numbers)
 
 
 _IN_ROWS = ("per_task", "groups")  # of a selection's results: one number for each task so far
@@ -185,8 +187,8 @@ class RunManifest:
         return self.status == "finished"
 
     @property
-    def shows_squares(self) -> bool:
-        """Whether the report shows what grows with the square of the tasks."""
+    def shows_all(self) -> bool:
+        """Whether the JSON holds what makes it long: matrices, confusions, epochs."""
         return self.finished or len(self.tasks) <= FEW_TASKS
 
     @property
@@ -241,7 +243,8 @@ class RunManifest:
         """Return what ``to_json(whole=False)`` leaves out of the record of ``task``, counted from 0."""
         record = self.tasks[task]
         row = {name: {n: result[n] for n in _IN_ROWS if n in result} for name, result in record.results.items()}
-        return {"row": row, **{name: getattr(record, name) for name in _OF_THE_LAST}}
+        epochs = [epoch.to_json() for epoch in record.epochs]
+        return {"row": row, "epochs": epochs, **{name: getattr(record, name) for name in _OF_THE_LAST}}
 
     def with_evaluation(self, task: int, values: Mapping[str, Any]) -> "RunManifest":
         """Return the manifest with what ``evaluation(task)`` gave; a task whose results do not count stays without.
@@ -260,6 +263,8 @@ class RunManifest:
             of = JsonValues(row, "a row's ")
             results = {name: {**result, **of.read(name, dict)} for name, result in tasks[index].results.items()}
             tasks[index] = replace(tasks[index], results=results)
+            if index == task and "epochs" in values:  # format 2 had them in the manifest
+                tasks[index] = replace(tasks[index], epochs=_epochs_from_json(get))
             if index < len(tasks) - 1:
                 tasks[index] = tasks[index].of_an_earlier_task()
         if task == len(tasks) - 1 and tasks[-1].results:
