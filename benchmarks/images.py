@@ -67,4 +67,4 @@ def resident_bytes() -> int:
     """The memory that this process has resident now."""
     import psutil
 
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_info().rss)

@@ -84,7 +84,7 @@ def best_way(backbone: Backbone, image_size: int) -> tuple[Tensor, bool]:
             alone_seconds(backbone, images, size, threaded)  # the first pass of a shape prepares its kernels
             forwards = max(size * forward_threads(backbone.device), 32)
             rates[size, threaded] = alone_seconds(backbone, images, forwards, threaded) / forwards
-    size, threaded = min(rates, key=rates.get)
+    size, threaded = min(rates, key=lambda way: rates[way])
     return torch.randint(0, 256, (size, 3, image_size, image_size), dtype=torch.uint8), threaded
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,16 @@ def model_with_modules(config: Config, modules: int) -> ContinualClassifier:
         "sigma": torch.tensor(10.0),
         "row_task": torch.arange(rows) // CLASSES_PER_TASK,
     }
-    shape = {"mlp_ratio": config.mlp_ratio, "se_ratio": config.se_ratio, "flow": config.flow}
-    lucas = [make_luca(backbone.feature_dim, **shape, first=False, seed=task) for task in range(modules)]
+    make = partial(make_luca, mlp_ratio=config.mlp_ratio, se_ratio=config.se_ratio, flow=config.flow, first=False)
+    lucas = [make(backbone.feature_dim, seed=task) for task in range(modules)]
     learner.load_state_dict(state, [luca.state_dict() for luca in lucas])
     manifest = RunManifest(
-        **{"identity": {}, "config": {}, "seed": 0, "backbone": {}, "data": {}, "versions": {}},
+        identity={},
+        config={},
+        seed=0,
+        backbone={},
+        data={},
+        versions={},
         tasks=(TaskRecord(),) * modules,
         task_sizes=(CLASSES_PER_TASK,) * modules,
         row_class=tuple(range(rows)),
@@ -121,8 +127,8 @@ def _save_demo(config: Config, checkpoint: Path) -> None:
     import trainer
 
     folder = checkpoint.parent
-    paths = {"checkpoint_dir": str(checkpoint), "log_dir": str(folder / "logs"), "cache_dir": "none"}
-    trainer.run(dataclasses.replace(config, **paths))
+    here = dataclasses.replace(config, checkpoint_dir=str(checkpoint), log_dir=str(folder / "logs"), cache_dir="none")
+    trainer.run(here)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from utils.data.tasks import Task, make_stream
 from utils.hardware import default_workers
 
 
-class Images(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Some images of a split under a transform, with their rows."""
 
     def __init__(self, split: Any, numbers: Any, rows: Any, transform: T.Compose) -> None:
@@ -50,7 +51,8 @@ class Images(torch.utils.data.Dataset):
         return len(self.numbers)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        return self.transform(self.split.load(int(self.numbers[item]))), int(self.rows[item])
+        pixels: Tensor = self.transform(self.split.load(int(self.numbers[item])))
+        return pixels, int(self.rows[item])
 
 
 class ReferenceLoop:
@@ -87,9 +89,12 @@ class ReferenceLoop:
     def _features(self, pixels: Tensor) -> Tensor:
         self.forwards += len(pixels)
         with torch.no_grad():
-            return self.vit.forward_head(self.vit.forward_features(pixels), pre_logits=True)
+            features: Tensor = self.vit.forward_head(self.vit.forward_features(pixels), pre_logits=True)
+        return features
 
-    def _batches(self, split: str, numbers: Any, rows: Any, transform: T.Compose, shuffle: bool) -> DataLoader:
+    def _batches(
+        self, split: str, numbers: Any, rows: Any, transform: T.Compose, shuffle: bool
+    ) -> DataLoader[tuple[Tensor, int]]:
         images = Images(self.data.split(split), numbers, rows, transform)
         return DataLoader(images, self.config.batch_size, shuffle=shuffle, num_workers=self.workers)
 
@@ -122,7 +127,7 @@ class ReferenceLoop:
         return luca
 
     @torch.no_grad()
-    def _evaluate(self, modules: list[nn.Module], classifier: CosineClassifier, index: int) -> float:
+    def _evaluate(self, modules: Sequence[nn.Module], classifier: CosineClassifier, index: int) -> float:
         hits = total = 0
         for task in self.stream.tasks[: index + 1]:
             for pixels, classes in self._batches("test", task.test, task.test_classes, self.test_transform, False):

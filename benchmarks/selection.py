@@ -70,7 +70,9 @@ def cosine_log_probabilities(learner: TOSCA, features: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def answers(learner: TOSCA, within: TaskDiscriminants, features: Tensor, true_task: Tensor, seed: int) -> Iterator:
+def answers(
+    learner: TOSCA, within: TaskDiscriminants, features: Tensor, true_task: Tensor, seed: int
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(name, row scores, chosen task or None) of every answer under study."""
     generator = torch.Generator().manual_seed(derive_seed("shuffled test set", seed, learner.tasks - 1))
     shuffled = torch.randperm(len(features), generator=generator)
@@ -94,7 +96,9 @@ def study(setup: Setup, config: Config, seed: int) -> dict[str, dict[str, list[f
     bank, stream = setup.bank(seed), make_stream(setup.data, config, seed)
     bank.fill(wanted_features(config))
     learner = make_learner(config, setup.backbone.feature_dim, setup.backbone.device, seed)
-    within, curves = TaskDiscriminants(), {}
+    assert isinstance(learner, TOSCA)
+    within = TaskDiscriminants()
+    curves: dict[str, dict[str, list[float]]] = {}
     for task in stream.tasks:
         data = BankTask(bank, stream, task, config.views, setup.backbone.device)
         learner.learn(data)
@@ -140,7 +144,8 @@ def _run(args: argparse.Namespace) -> int:
         print(*table([study(setup, config, seed) for seed in config.seed]), sep="\n")
         return 0
     print(head.format("repair and selection"))
-    for rows, old, sigma in itertools.product(("zeros", "prototypes"), ("train", "freeze"), ("learned", FIXED_SIGMA)):
+    sigmas: tuple[str | float, ...] = ("learned", FIXED_SIGMA)
+    for rows, old, sigma in itertools.product(("zeros", "prototypes"), ("train", "freeze"), sigmas):
         repaired = dataclasses.replace(config, new_rows=rows, old_rows=old, sigma=sigma)
         runs = [study(setup, repaired, seed) for seed in config.seed]
         for line in table(runs, ("batch", "sample", "lda", "oracle")):
