@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from utils.runs.paths import RunPaths
 
 matplotlib = pytest.importorskip("matplotlib")
 
+from matplotlib import rc_context  # noqa: E402 - it needs matplotlib
 from matplotlib.figure import Figure  # noqa: E402 - it needs matplotlib
+from matplotlib.text import Text  # noqa: E402 - it needs matplotlib
 
 from utils.results import drawing, figures  # noqa: E402 - it needs matplotlib
 
@@ -44,6 +47,49 @@ def test_the_curve_is_the_mean_over_seeds_and_the_band_one_sample_deviation(two_
     heights = band.get_paths()[0].vertices[:, 1]
     assert heights.min() == pytest.approx((curve - 1).min() - np.sqrt(2))
     assert "sample" in axes.get_title() and "2 seeds" in axes.get_title()
+
+
+@pytest.mark.parametrize("name", ["$x^2$", "a $ and $ b_1", r"$\\frac{$"])
+def test_a_dollar_sign_in_a_name_is_drawn_as_it_is(name, tmp_path):
+    """Matplotlib would read what stands between two of them as a formula, and stop at one that is none."""
+    with rc_context(drawing.RC):
+        figure, axes = drawing.one_panel()
+        drawing.draw_line(axes, 0, name, np.array([[1.0, 2.0]]))
+        axes.set_title(name)
+        axes.set_xticks([1, 2], [name, "b"])
+        drawing.finish_curves(axes, name, name)
+    drawing.save(figure, tmp_path / "a.png", tmp_path / "a.pdf")
+    texts = [text for text in figure.findobj(Text) if text.get_text() == name]
+    assert len(texts) >= 5
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_a_group_looks_the_same_in_every_picture(two_seeds, tmp_path):
+    """Also where other groups lack the selection that a picture shows."""
+    values = json.loads((tmp_path / "a.json").read_text())
+    values["identity"]["model_name"] = values["config"]["model_name"] = "tosca_white"
+    values["results"]["ridges"] = values["results"].pop("ridge")
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    (section,), _ = make_sections(read_runs([tmp_path])[0])
+    looks = {}
+    for selection in ("sample", "ridge", "ridges"):
+        for line in figures.accuracy_curves(section, selection).axes[0].lines:
+            looks.setdefault(line.get_label(), set()).add((line.get_color(), line.get_marker()))
+    assert len(looks) == 2 and all(len(found) == 1 for found in looks.values())
+
+
+def test_no_axis_counts_from_zero(two_seeds):
+    (group,) = two_seeds.groups
+    for figure in (figures.accuracy_curves(two_seeds, "sample"), figures.entropies(group, ["sample"])):
+        assert figure.axes[0].get_xlim()[0] >= 0.5
+
+
+def test_letters_that_no_font_has_are_boxes_without_a_warning(tmp_path):
+    figure, axes = drawing.one_panel()
+    axes.set_title("\U0001f989 \U0010fffd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing.save(figure, tmp_path / "a.png")
 
 
 def test_lines_differ_without_their_colour():

@@ -13,6 +13,7 @@ import pytest
 
 import report
 from utils.results import escape, page, render
+from utils.results.cells import MeanStd, interval_text
 from utils.results.metrics import GLOSSARY
 from utils.results.read import newest_of_each, read_runs
 from utils.results.tables import glossary_markdown, make_sections
@@ -198,6 +199,25 @@ def test_latex_escapes_what_it_would_take_for_commands(tmp_path):
     body = code[code.index(r"\midrule") : code.index(r"\bottomrule")]
     assert {line.count("&") for line in body.splitlines() if "&" in line} == {len(sections[0].table().header) - 1}
     assert code.isascii()
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "text"),
+    [(99.5, 0.8, "[98.70, 100.00]"), (0.3, 0.5, "[0.00, 0.80]"), (50.0, 1.0, "[49.00, 51.00]")],
+)
+def test_an_interval_ends_where_percentages_do(mean, half, text):
+    assert interval_text(MeanStd(mean, 1.0, 3, half)) == text
+
+
+def test_on_a_narrow_screen_the_labels_of_a_row_share_one_cell(tmp_path):
+    """So that its first numbers are seen; the browser shows either this cell or the others."""
+    write(tmp_path, run_values())
+    text = page.as_html(sections_of(tmp_path)[0], None, {}, [])
+    head = re.search(r'<th class="short">(.*?)</th>', text)[1]
+    assert head == "method, flow, selection"
+    assert re.search(r'<td class="short">tosca, tosca, \w+[^<]*</td><td class="label">tosca</td>', text)
+    narrow = text[text.index("@media (max-width: 40rem)") :]
+    assert ".label { display: none; }" in narrow and ".short { display: table-cell;" in narrow
 
 
 def test_csv_holds_unrounded_numbers_and_the_seeds(tmp_path):

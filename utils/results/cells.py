@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from utils.words import fixed
+
 Mark = Literal["", "best", "close"]
 Selections = Sequence[str] | None
 
@@ -74,16 +76,11 @@ def number_text(number: MeanStd | None, digits: int = 2) -> str:
 
 
 def interval_text(number: MeanStd | None) -> str:
-    """Write the 95 % interval over seeds, ``[92.25, 93.99]``."""
+    """Write the 95 % interval over seeds of a percentage, ``[92.25, 93.99]``, cut where no percentage can be."""
     if number is None or number.half_width is None:
         return "–"
-    return f"[{fixed(number.mean - number.half_width)}, {fixed(number.mean + number.half_width)}]"
-
-
-def fixed(value: float, digits: int = 2) -> str:
-    """Write a number with ``digits`` decimals; what rounds to zero has no sign."""
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+    low, high = max(0.0, number.mean - number.half_width), min(100.0, number.mean + number.half_width)
+    return f"[{fixed(low, 2)}, {fixed(high, 2)}]"
 
 
 def significant_text(number: MeanStd | None) -> str:

@@ -7,11 +7,12 @@ t test, Wilcoxon's signed-rank test beside it, and Holm's correction over all co
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from utils.results.cells import Cell, Mark, MeanStd, Row, Selections, Table, fixed, number_text, p_text
+from utils.results.cells import Cell, Mark, MeanStd, Row, Selections, Table, number_text, p_text
 from utils.results.metrics import selection_name
 from utils.results.read import canonical
 from utils.results.statistics import MIN_PAIRS, Difference, holm, paired, smallest_wilcoxon_p
 from utils.results.tables import Group, Section, label_of
+from utils.words import fixed
 
 COMPARED = {"average": "Ā", "last": "A_T"}
 ALPHA = 0.05
@@ -132,7 +133,7 @@ class Differences:
             place = (pair.best.column, pair.measure)
             words = [pair.best.column, COMPARED[pair.measure], _words(pair.best)]
             texts = [*(words if place != before else [""] * 3), _words(pair.other), str(d.count)]
-            texts += ["–" if d.mean is None else fixed(d.mean), _interval(d), *map(p_text, (d.p_t, d.p_wilcoxon))]
+            texts += ["–" if d.mean is None else fixed(d.mean, 2), _interval(d), *map(p_text, (d.p_t, d.p_wilcoxon))]
             rows.append(Row(tuple(map(Cell, [*texts, p_text(pair.p_holm)])), place != before))
             before = place
         title = "Differences to the best, over shared seeds, in percentage points"
@@ -146,7 +147,7 @@ def _words(entry: Entry) -> str:
 def _interval(difference: Difference) -> str:
     if difference.mean is None or difference.half_width is None:
         return "–"
-    return f"[{fixed(difference.mean - difference.half_width)}, {fixed(difference.mean + difference.half_width)}]"
+    return f"[{fixed(difference.mean - difference.half_width, 2)}, {fixed(difference.mean + difference.half_width, 2)}]"
 
 
 # -- which is compared with which -------------------------------------------------------------------------------------

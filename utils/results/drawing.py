@@ -1,6 +1,8 @@
 """How pictures look: readable in black and white. Importing this file needs matplotlib, an optional extra."""
 
 import io
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
 from utils.files import atomic_write
@@ -26,18 +29,41 @@ RC: Any = {  # matplotlib types the names of its settings one by one
     "axes.spines.right": False,
     "pdf.fonttype": 42,
     "svg.hashsalt": "",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 
 
+# Searched in turn for letters that the first one lacks, of those that are installed
+_FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Arial",
+)
+
+
 def save(figure: Figure, *paths: Path) -> None:
-    """Write a picture in the format of each suffix, atomically; the same picture gives the same bytes."""
+    """Write a picture in the format of each suffix, atomically; the same picture gives the same bytes.
+
+    A letter that no font has is drawn as a box.
+    """
     for path in paths:
         buffer = io.BytesIO()
         form = path.suffix[1:]
         undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}}.get(form, {})
-        with rc_context(RC):
+        with rc_context({**RC, "font.family": _installed_fonts()}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(buffer, format=form, dpi=150, bbox_inches="tight", metadata=undated)
         atomic_write(path, buffer.getbuffer())
+
+
+@cache
+def _installed_fonts() -> list[str]:
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in _FONTS if name in installed]
 
 
 def save_both(figure: Figure, stem: Path) -> Path:
@@ -87,6 +113,7 @@ def finish_curves(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0.5))  # nothing is counted from 0
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 101))
     horizontal_grid(axes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -51,20 +51,19 @@ def accuracy_curves(section: Section, selection: str) -> Figure | None:
     A method without modules answers ``sample`` only; it stands in every picture, under that name.
     """
     shown = []
-    for group in section.groups:
+    for place, group in enumerate(section.groups):
         modules = len(group.selections) > 1
         name = selection if selection in group.selections else "sample"
         if name in group.selections and (name == selection or not modules):
             label = group.name if modules or selection == "sample" else f"{group.name} [sample]"
             curves = np.array([run.values["results"][name]["top1_curve"] for run in group.runs])
-            shown.append((label, name == selection, curves))
-    if not any(own for _, own, _ in shown):
+            shown.append(_Curves(place, label, name == selection, curves))
+    if not any(curves.own for curves in shown):
         return None
     with rc_context(RC):
         figure, axes = one_panel()
         kept = _best(shown)
-        for index, (label, _, curves) in enumerate(kept):
-            draw_line(axes, index, label, curves)
+        _draw_lines(axes, section, kept)
         axes.set_title(f"selection: {selection_name(selection)}, {_seeds(section)}{_left_out(kept, shown)}")
         finish_curves(axes, "after task", "accuracy on all classes seen (%)")
     return figure
@@ -73,16 +72,16 @@ def accuracy_curves(section: Section, selection: str) -> Figure | None:
 def sparsity_curves(section: Section) -> Figure | None:
     """Share of each task's LuCA parameters with |θ| < 1e-3; None: no method here has any."""
     shown = []
-    for group in section.groups:
+    for place, group in enumerate(section.groups):
         if all(run.values["sparsity"] for run in group.runs):
-            shown.append((group.name, True, 100 * np.array([run.values["sparsity"] for run in group.runs])))
+            shares = 100 * np.array([run.values["sparsity"] for run in group.runs])
+            shown.append(_Curves(place, group.name, True, shares))
     if not shown:
         return None
     with rc_context(RC):
         figure, axes = one_panel()
         kept = shown[:MAX_LINES]
-        for index, (label, _, curves) in enumerate(kept):
-            draw_line(axes, index, label, curves)
+        _draw_lines(axes, section, kept)
         left = f" ({len(kept)} of {len(shown)} shown)" if len(kept) < len(shown) else ""
         axes.set_title(f"weight sparsity of each task's module, {_seeds(section)}{left}")
         finish_curves(axes, "after task", "parameters with |θ| < 0.001 (%)")
@@ -90,9 +89,25 @@ def sparsity_curves(section: Section) -> Figure | None:
     return figure
 
 
-def _best(shown: list[tuple[str, bool, np.ndarray]]) -> list[tuple[str, bool, np.ndarray]]:
+class _Curves(NamedTuple):
+    """The curves of a group in one picture."""
+
+    place: int  # of the group in its section
+    label: str
+    own: bool  # whether they are of the selection that the picture shows
+    values: np.ndarray  # (seeds, tasks)
+
+
+def _draw_lines(axes: Axes, section: Section, kept: Sequence[_Curves]) -> None:
+    """A line for each; a group looks the same in all pictures of a section that has looks enough for its groups."""
+    enough = len(section.groups) <= MAX_LINES
+    for index, curves in enumerate(kept):
+        draw_line(axes, curves.place if enough else index, curves.label, curves.values)
+
+
+def _best(shown: list[_Curves]) -> list[_Curves]:
     """At most ``MAX_LINES``, those of the highest last accuracy, in the order given."""
-    ranked = sorted(range(len(shown)), key=lambda i: -shown[i][2][:, -1].mean())[:MAX_LINES]
+    ranked = sorted(range(len(shown)), key=lambda i: -shown[i].values[:, -1].mean())[:MAX_LINES]
     return [shown[i] for i in sorted(ranked)]
 
 
@@ -196,7 +211,7 @@ def _entropy_points(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]
         axes.errorbar(
             modules + side, mean, std, linestyle="", markersize=6, elinewidth=1, capsize=3, label=label, **look
         )
-    axes.margins(x=0.1)
+    axes.set_xlim(0.5, len(of_runs[0]["right"]) + 0.5)
     horizontal_grid(axes)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
 
@@ -222,7 +237,7 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
 
 def _draw_group(group: Group, stem: Path) -> list[tuple[str, Path]]:
     drawn = []
-    names = [n for n in ("batch", "sample", "lda", "ridge") if n in group.selections]
+    names = [n for n in group.selections if n not in ("batch_shuffled", "oracle")]
     if whole := [n for n in names if all(run.values["results"][n]["matrix"] for run in group.runs)]:
         figure = accuracy_matrices(group, whole)
         drawn.append(("Accuracy on each task after each task", save_both(figure, Path(f"{stem}-matrix"))))

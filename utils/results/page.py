@@ -37,9 +37,13 @@ img { width: 100%; height: auto; display: block; }
 .wide img { min-width: 30rem; }
 summary { cursor: pointer; padding: .4rem 0; font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 62rem) { .scrolls { display: block; } }
+.short { display: none; }
 @media (max-width: 40rem) {
-  body { padding: .6rem; } table { font-size: .8rem; } th, td { padding: .2rem .3rem; }
-  td:not(.n), th { white-space: normal; } td:not(.n) { max-width: 6.5rem; overflow-wrap: break-word; }
+  body { padding: .6rem; } table { font-size: .8rem; } th, td { padding: .2rem .3rem; } th { white-space: normal; }
+  .label { display: none; } .short { display: table-cell; position: sticky; left: 0; background: #fff; }
+  .short { white-space: normal; min-width: 8rem; max-width: 9rem; overflow-wrap: anywhere; }
+  .short { border-right: 1px solid #bbb; }
+  .wide figure::before { content: "Wide picture: scroll it sideways →"; font-size: .85rem; color: #444; }
 }
 """
 _HINT = '<p class="hint{}">Wide table: scroll it sideways →</p>'
@@ -92,7 +96,8 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th{_side(table, i)}>{html_text(name)}</th>" for i, name in enumerate(table.header))
+    head = f'<th class="short">{html_text(", ".join(table.header[: table.labels]))}</th>'
+    head += "".join(f"<th{_side(table, i)}>{html_text(name)}</th>" for i, name in enumerate(table.header))
     body = "".join(_row(table, row) for row in table.rows)
     hint = _HINT.format(" scrolls" if len(table.header) > 5 else "")
     inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -100,13 +105,15 @@ def _table(table: Table) -> str:
 
 
 def _row(table: Table, row: Row) -> str:
+    """The cells; a narrow screen shows all labels in one cell, so that the first numbers are seen."""
+    labels = ", ".join(html_text(cell.text) for cell in row.cells[: table.labels] if cell.text not in ("", "–"))
     texts = (_MARKS[cell.mark].format(html_text(cell.text)) for cell in row.cells)
     cells = "".join(f"<td{_side(table, i)}>{text}</td>" for i, text in enumerate(texts))
-    return f"<tr{' class=first' if row.first else ''}>{cells}</tr>"
+    return f'<tr{" class=first" if row.first else ""}><td class="short">{labels}</td>{cells}</tr>'
 
 
 def _side(table: Table, column: int) -> str:
-    return ' class="n"' if column >= table.labels else ""
+    return ' class="n"' if column >= table.labels else ' class="label"'
 
 
 def _figure(caption: str, path: Path) -> str:

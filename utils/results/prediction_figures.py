@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError
@@ -166,7 +167,7 @@ def reliability(group: Group) -> Figure | None:
         return None
     with rc_context(RC):
         rows, columns = panel_grid(len(shown))
-        figure = Figure(figsize=(0.6 + 2.9 * columns, 3.0 * rows), layout="constrained")
+        figure = Figure(figsize=(0.6 + 2.9 * columns, 3.0 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09))
         panes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, name in zip(panes, shown, strict=False):
             bins = pooled([run.values["details"][name]["reliability"] for run in group.runs])
@@ -175,6 +176,7 @@ def reliability(group: Group) -> Figure | None:
             axes.set_title(f"{selection_name(name)}, ECE {0.0 if ece is None else ece:.1f}")
         for axes in panes[len(shown) :]:
             axes.set_axis_off()
+        figure.legend(*panes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -207,7 +209,6 @@ def _reliability_panel(axes: Axes, bins: Sequence[metrics.ReliabilityBin]) -> No
     axes.set_ylim(0, 101)
     axes.set_xlabel("probability of the answer (%)")
     axes.set_ylabel("accuracy (%)")
-    axes.legend(loc="upper left", frameon=False)
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -234,6 +235,7 @@ def learning_curves(group: Group) -> Figure | None:
             horizontal_grid(axes)
         panes[0].set_ylim(bottom=0)
         panes[1].set_ylim(top=101)
+        panes[1].set_xlim(0.5, sum(lengths) + 0.5)
         panes[1].set_xlabel("epoch, task after task")
         panes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
         panes[0].set_title(f"learning, {counted(len(group.runs), 'seed')}")
