@@ -284,7 +284,7 @@ def test_saving_moves_another_run_aside(model, tmp_path):
     ("labels", "words"),
     [
         (["0", "x"], "class '0' is learned already"),
-        (["x"], "2 images but 1 labels"),
+        (["x"], "2 images but 1 label"),
         (["x", ""], "labels are class names, got ''"),
         (["x", 3], "labels are class names, got 3"),
     ],
