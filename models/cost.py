@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def count_flops(work: Callable[[], object]) -> int:
     return int(counter.total)
 
 
+@cache
 def whole_forward_flops(name: str, image_size: int) -> int:
     """Return the FLOPs of one image through the whole timm model of that name; shapes alone are computed, no numbers.
 
