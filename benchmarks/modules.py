@@ -6,7 +6,8 @@ Every module brings ten classes, so that the work is modules × classes; with ``
 many classes, whatever their number, and time should grow as they do. A prediction is what ``predict.py`` does with a
 feature: the entropy of every module for every sample, then the answer of the least uncertain one. "with the backbone"
 sets the extra time against a ViT-B/16 forward pass of the same samples at 224 px. Each count runs in a process of its
-own; its memory is the peak during predictions beyond what the process held when learner and features were ready.
+own, and times are CPU time; its memory is the peak during predictions beyond what the process held when learner and
+features were ready.
 """
 
 import argparse
@@ -46,12 +47,12 @@ def learner_with(modules: int, rows: int) -> TOSCA:
 
 
 def best_seconds(work: Callable[[], object], repeats: int) -> float:
-    """The fastest of some calls: what else runs on the machine only ever adds time."""
+    """The least CPU time of some calls, of all threads: what else runs on the machine only ever adds time."""
     taken = []
     for _ in range(repeats):
-        started = time.monotonic()
+        started = time.process_time()
         work()
-        taken.append(time.monotonic() - started)
+        taken.append(time.process_time() - started)
     return min(taken)
 
 
