@@ -93,9 +93,13 @@ def whole_forward_flops(name: str, image_size: int) -> int:
     Raises:
         BackboneError: the model cannot be built.
     """
+    try:
+        with torch.device("meta"):
+            model = create_model(name, image_size)
+    except BackboneError:  # some versions of timm compute numbers while they build
+        model = create_model(name, image_size).to("meta")
     with torch.device("meta"), torch.no_grad():
-        model = create_model(name, image_size).eval()
-        return count_flops(lambda: model(torch.empty(1, 3, image_size, image_size)))
+        return count_flops(lambda: model.eval()(torch.empty(1, 3, image_size, image_size)))
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 SUFFIXES = (".pt2", ".onnx")
+MOST_IMAGES = 2**31 - 1  # at a time; some versions of torch.export refuse a number without a bound
 EXAMPLES = 2  # images that the model is traced with: a batch of one would become a constant
 
 
@@ -148,13 +149,13 @@ def export(model: "Predictor", path: str | Path, selection: str | None = None) -
         raise UserError(f"{path.name} needs {' and '.join(missing)}: pip install onnx onnxscript")
     module, size = as_module(model, selection), model.config.image_size
     images = torch.zeros(EXAMPLES, 3, size, size, dtype=torch.uint8)
-    shapes = ({0: torch.export.Dim("images", min=1)},)
+    shapes = ({0: torch.export.Dim("images", min=1, max=MOST_IMAGES)},)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, (images,), dynamic_shapes=shapes)
+            program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
             _drop_unused(program)
             about = {"classes": list(model.class_names), "image_size": size, "selection": module.selection}
             if path.suffix == ".pt2":

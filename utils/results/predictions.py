@@ -70,7 +70,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     Raises:
         UserError: the disk refuses.
     """
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "files": predictions.files.astype(str),
         "true_class": predictions.true_class.astype(np.int32),
         "class_names": np.array(predictions.class_names, dtype=str),
@@ -81,7 +81,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
         if answers.module is not None:
             arrays[f"{name}.module"] = answers.module.astype(np.int32)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)  # no objects are among them: nothing is pickled
     atomic_write(path, buffer.getbuffer())
 
 
