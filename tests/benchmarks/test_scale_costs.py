@@ -1,0 +1,27 @@
+"""The page of growth holds what its command writes, and the numbers are those of hand."""
+
+from pathlib import Path
+
+from backbone.luca import make_luca
+from benchmarks import scale_costs
+from tests.conftest import ROOT
+
+
+def test_the_page_holds_what_the_command_writes(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "scale.md"
+    copy = tmp_path / "scale.md"
+    copy.write_bytes(page.read_bytes())
+    scale_costs.write(copy)
+    assert copy.read_bytes() == page.read_bytes()
+
+
+def test_cifar_worked_by_hand() -> None:
+    stream = scale_costs.paper_stream("cifar")
+    assert (stream.classes, stream.tasks, stream.views) == (100, 20, 20)
+    assert stream.forwards == 50_000 * 21 + 10_000
+    assert stream.scores_gb == 10_000 * 100 * 6 * 4 / 1e9
+
+
+def test_a_module_has_the_parameters_that_are_counted() -> None:
+    luca = make_luca(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=0)
+    assert sum(p.numel() for p in luca.parameters()) == scale_costs.LUCA
