@@ -1,29 +1,29 @@
-"""Kill a small real run at random moments, resume it, and compare its end with that of a run that was left alone.
+"""Kill small real runs at random moments, resume them, and compare their end with that of runs that were left alone.
 
     python -m benchmarks.soak --kills 200
 
-Each life of the run is a process that ``SIGKILL`` ends, either at a moment drawn uniformly from the time that a whole
+Single runs, runs of two seeds, sweeps, and runs that continue a saved one (apart from it, and in its place) take turns.
+Each life of a run is a process that ``SIGKILL`` ends, either at a moment drawn uniformly from the time that a whole
 run takes, or when it has just done something delicate, such as opening a file of a save. Lives follow each other until
-the run is finished; then every file that it leaves (modules, classifier, features, results; times excepted) must equal
-the uninterrupted run's, and the next run begins. Exit code 1 if anything differs, or if a process outlives its parent.
+the run is finished; then every file that it leaves (modules, classifier, features, JSON, CSV, picture; times excepted)
+must equal the uninterrupted run's, and the next run begins. Exit code 1 if anything differs, or if a process outlives
+its parent.
 
 Lives are forked from a process that has PyTorch loaded already, which saves the seconds that an import takes.
 """
 
 import argparse
 import collections
-import hashlib
-import json
+import itertools
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor one that holds an accelerator
 
 import timm  # noqa: F401 - loaded here, so that no life has to
 import torch
+from matplotlib.backends import backend_agg  # noqa: F401
 from torchvision import transforms  # noqa: F401
 
 import main
 import trainer
-from utils.results import record as report
-from utils.runs.checkpoint import MANIFEST
+from benchmarks.soak_runs import PLANS, Plan, differences, empty, make_data, snapshot, write_config
+from utils.results import figures, record
 
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {
-    "dataset": "digits",
-    "init_cls": 2,
-    "increment": 2,
-    "backbone_type": "glyphs_vit",
-    "device": ["-1"],
-    "image_size": 16,
-    "epochs": 4,
-    "train_views": 1,
-    "num_workers": 1,
-}
 # a file name that appears -> what the process is doing then
 AIMS = {
     r"\.task\d+\.pth\.\d+\.partial": "while a module is written",
@@ -60,6 +49,7 @@ AIMS = {
     r"task\d+\.pth": "after a module, before the manifest",
     r"classifier\d+\.pth": "after the classifier, before the manifest",
     r"\..*\.(json|csv)\.\d+\.partial": "while the results are written",
+    r"[^.].*\.png": "when a picture was drawn: after a run, or between two",
     r".*\.filling\.npy": "when an array of features was laid out",
     r"(test|augmented-\d+-\d+)\.npy": "when an array of features was completed",
 }
@@ -82,7 +72,27 @@ class Life:
         os.waitpid(self.pid, 0)
 
 
-def start(work: Path) -> Life:
+@dataclass(frozen=True)
+class Race:
+    """A plan in its folder, and the end that it must come to however often it is killed."""
+
+    plan: Plan
+    folder: Path
+    arguments: list[str]
+    expected_s: float
+    expected: dict[str, Any]
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "run"
+
+    def begin(self) -> None:
+        """Write the config again, which all plans share, and start from nothing."""
+        write_config(self.plan, self.folder)
+        empty(self.plan, self.folder)
+
+
+def start(work: Path, arguments: Sequence[str]) -> Life:
     """Fork a process that starts the run in ``work``, or goes on with it."""
     output = work.with_name("output.txt")
     sys.stdout.flush()
@@ -94,30 +104,10 @@ def start(work: Path) -> Life:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        code = main.main([f"--config={work.with_name('config.json')}"])
+        code = main.main(list(arguments))
     finally:
         sys.stdout.flush()
         os._exit(code)
-
-
-def snapshot(work: Path) -> dict[str, Any]:
-    """Every file below ``work`` but logs and locks: its SHA-256, or what it says but for times."""
-    found: dict[str, Any] = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file()):
-        name = str(path.relative_to(work))
-        if path.name == MANIFEST or path.suffix == ".json":
-            found[name] = _timeless(json.loads(path.read_bytes()))
-        elif path.suffix not in (".log", ".lock", ".png") and path.name not in ("lock", ".lock"):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def _timeless(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in ("seconds", "cost", "sha256")}
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
 def names_below(work: Path) -> Iterator[str]:
@@ -152,32 +142,31 @@ def wait(life: Life, seconds: float) -> int | None:
 def phase_at_death(life: Life, work: Path) -> str:
     """What the process was doing, from what it said and what it left."""
     said = life.output.read_text(errors="replace")
+    _, summary, said = said.rpartition("Summary")
     if any(f".{life.pid}.partial" in name for name in names_below(work)):
         return "inside a write"
-    if "Summary" in said:
-        return "after the last task"
     if "Task 1 of" in said or "Resuming from" in said:
         return "training, evaluating, saving"
-    if "Backbone:" not in said:
-        return "starting"
-    return "extracting features"
+    if "Backbone:" in said:
+        return "extracting features"
+    return "after a run, or between two" if summary else "starting"
 
 
-def run_until_killed(work: Path, chance: random.Random, expected_s: float) -> tuple[int | None, str, str]:
+def run_until_killed(race: Race, chance: random.Random) -> tuple[int | None, str, str]:
     """One life: ``(exit code, or None if killed; the aim; the phase in which it died)``."""
-    life = start(work)
+    life = start(race.work, race.arguments)
     if chance.random() < 0.5:
-        aim, code = "at a random moment", wait(life, chance.uniform(0, expected_s))
+        aim, code = "at a random moment", wait(life, chance.uniform(0, race.expected_s))
     else:
         pattern, aim = chance.choice(list(AIMS.items()))
-        code = wait_for(life, work, pattern, skip=chance.randrange(3))
+        code = wait_for(life, race.work, pattern, skip=chance.randrange(3 * race.plan.runs))
         if code is None and chance.random() < 0.5:
             code = wait(life, chance.uniform(0, 0.002))
     if code is not None:
         return code, aim, ""
     life.kill()
     groups.add(life.pid)
-    return None, aim, phase_at_death(life, work)
+    return None, aim, phase_at_death(life, race.work)
 
 
 groups: set[int] = set()  # process groups of killed lives: their loaders must follow them
@@ -201,10 +190,10 @@ def _exists(group: int) -> bool:
     return True
 
 
-def finish(work: Path) -> float:
+def finish(work: Path, arguments: Sequence[str]) -> float:
     """Run to the end, undisturbed; the seconds that it took."""
     began = time.monotonic()
-    life = start(work)
+    life = start(work, arguments)
     while (code := life.ended()) is None:
         time.sleep(0.01)
     if code:
@@ -212,56 +201,82 @@ def finish(work: Path) -> float:
     return time.monotonic() - began
 
 
+def undisturbed(plan: Plan, folder: Path) -> Race:
+    """Run ``plan`` to its end, twice (the first also fills the file system's caches), and keep what it leaves."""
+    arguments = write_config(plan, folder)
+    for _ in range(2):
+        empty(plan, folder)
+        expected_s = finish(folder / "run", arguments)
+    race = Race(plan, folder, arguments, expected_s, snapshot(folder / "run"))
+    print(f"{plan.name}, uninterrupted: {race.expected_s:.1f} s, {len(race.expected)} files", flush=True)
+    return race
+
+
+@dataclass
+class Tally:
+    """What happened so far: kills by aim and by phase, and how the runs ended, by plan."""
+
+    by_aim: collections.Counter[str] = field(default_factory=collections.Counter)
+    by_phase: collections.Counter[str] = field(default_factory=collections.Counter)
+    killed: collections.Counter[str] = field(default_factory=collections.Counter)
+    compared: collections.Counter[str] = field(default_factory=collections.Counter)
+    wrong: int = 0
+
+    @property
+    def kills(self) -> int:
+        return self.killed.total()
+
+    def say(self, seconds: float) -> None:
+        print(f"\n{self.kills} kills in {seconds:.0f} s")
+        for title, counter in (("what the process was doing", self.by_phase), ("what was waited for", self.by_aim)):
+            print(f"by {title}:")
+            for name, count in counter.most_common():
+                print(f"  {count:4d}  {name}")
+        print("by kind of run (kills, runs finished and compared):")
+        for name, count in self.killed.most_common():
+            print(f"  {count:4d} {self.compared[name]:4d}  {name}")
+
+
 def soak(kills: int, seed: int, folder: Path) -> int:
     """Kill ``kills`` times; print what happened; the number of runs whose end differed."""
-    work = folder / "run"
-    work.mkdir()
-    paths = {key: str(work / key) for key in ("checkpoint_dir", "log_dir", "cache_dir")}
-    work.with_name("config.json").write_text(json.dumps({**SETTINGS, **paths}))
-    finish(work)  # the first also fills the file system's caches
-    _empty(work)
-    expected_s = finish(work)
-    expected = snapshot(work)
-    print(f"An uninterrupted run takes {expected_s:.1f} s and leaves {len(expected)} files. Seed {seed}.", flush=True)
-
-    chance, began = random.Random(seed), time.monotonic()
-    by_aim: collections.Counter[str] = collections.Counter()
-    by_phase: collections.Counter[str] = collections.Counter()
-    compared = wrong = lives = 0
-    _empty(work)
-    while sum(by_phase.values()) < kills or lives:
-        lives += 1
-        if sum(by_phase.values()) < kills:
-            code, aim, phase = run_until_killed(work, chance, expected_s)
-        else:
-            finish(work)
-            code = 0
-        if code is None:
-            by_aim[aim] += 1
-            by_phase[phase] += 1
-            if sum(by_phase.values()) % 20 == 0:
-                print(f"{sum(by_phase.values())} kills, {compared} runs compared, {wrong} differ", flush=True)
-            continue
-        different = differences(snapshot(work), expected) if code == 0 else [f"exit code {code}"]
-        compared, wrong, lives = compared + 1, wrong + bool(different), 0
+    make_data(folder / "data")
+    undisturbed(PLANS[0], folder)
+    (folder / "run").rename(folder / "saved")
+    races = [undisturbed(plan, folder) for plan in PLANS]
+    print(f"Seed {seed}.", flush=True)
+    chance, began, tally = random.Random(seed), time.monotonic(), Tally()
+    for race in itertools.cycle(races):
+        if tally.kills >= kills:
+            break
+        race.begin()
+        code = race_to_its_end(race, kills, chance, tally)
+        tally.compared[race.plan.name] += 1
+        different = differences(snapshot(race.work), race.expected) if code == 0 else [f"exit code {code}"]
         if different:
-            print(f"DIFFERENT after {sum(by_phase.values())} kills: {', '.join(different)}", flush=True)
+            tally.wrong += 1
+            print(f"DIFFERENT: {race.plan.name}, after {tally.kills} kills: {', '.join(different)}", flush=True)
             print((folder / "output.txt").read_text(errors="replace")[-2000:])
-        _empty(work)
 
     orphans = outlived()
-    print(f"\n{sum(by_phase.values())} kills in {time.monotonic() - began:.0f} s")
-    for title, counter in (("by what the process was doing", by_phase), ("by what was waited for", by_aim)):
-        print(f"{title}:")
-        for name, count in counter.most_common():
-            print(f"  {count:4d}  {name}")
-    print(f"runs finished and compared: {compared}, different: {wrong}; processes left over: {len(orphans)}")
-    return wrong + len(orphans)
+    tally.say(time.monotonic() - began)
+    runs = tally.compared.total()
+    print(f"runs finished and compared: {runs}, different: {tally.wrong}; processes left over: {len(orphans)}")
+    return tally.wrong + len(orphans)
 
 
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
+def race_to_its_end(race: Race, kills: int, chance: random.Random, tally: Tally) -> int:
+    """Start the run again and again until it ends by itself, undisturbed once ``kills`` are done; its exit code."""
+    while tally.kills < kills:
+        code, aim, phase = run_until_killed(race, chance)
+        if code is not None:
+            return code
+        tally.by_aim[aim] += 1
+        tally.by_phase[phase] += 1
+        tally.killed[race.plan.name] += 1
+        if tally.kills % 20 == 0:
+            print(f"{tally.kills} kills, {tally.compared.total()} runs compared, {tally.wrong} differ", flush=True)
+    finish(race.work, race.arguments)
+    return 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -274,7 +289,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse()
     torch.set_num_threads(1)
-    assert trainer and report  # loaded before the first fork
+    assert trainer and record and figures  # loaded before the first fork
     with tempfile.TemporaryDirectory() as name:
         failures = soak(args.kills, args.seed, Path(name).resolve())
     print("The end is the same, bit for bit." if not failures else "The promise does not hold.")

@@ -239,6 +239,23 @@ def test_auto_tests_old_domains_as_if_they_lay_beside_the_new_ones(make_folder, 
 # -- never lost, always resumable -------------------------------------------------------------------------------------
 
 
+def test_killed_while_it_copied_the_next_start_copies_again_and_sets_nothing_aside(go_on, whole, first, tmp_path):
+    (tmp_path / "tosca").mkdir()
+    shutil.copy(first.checkpoints / "task0.pth", tmp_path / "tosca")  # no manifest yet
+    grown = go_on()
+    assert grown.code == 0
+    assert not list(tmp_path.glob("tosca.*"))
+    assert_same_tensors(grown.checkpoints, whole.checkpoints)
+
+
+def test_a_file_that_is_no_copy_is_set_aside_before_the_saved_run_is_copied(go_on, first, tmp_path):
+    (tmp_path / "tosca").mkdir()
+    shutil.copy(first.checkpoints / "task0.pth", tmp_path / "tosca" / "task1.pth")
+    assert go_on().code == 0
+    (aside,) = tmp_path.glob("tosca.*")
+    assert (aside / "task1.pth").read_bytes() == (first.checkpoints / "task0.pth").read_bytes()
+
+
 def test_in_its_own_folder_the_run_grows_and_a_copy_is_set_aside(go_on, whole, first, tmp_path):
     own = shutil.copytree(first.checkpoints, tmp_path / "tosca")
     before = files_of(own)

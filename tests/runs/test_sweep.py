@@ -2,15 +2,21 @@
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import main
 import trainer
 from models import preparation
+from tests.conftest import fork
 from utils.errors import ConfigError, NumericError
 from utils.grid import make_grid
+from utils.results import record
+from utils.runs.checkpoint import MANIFEST, CheckpointFolder
 from utils.runs.paths import run_paths
 
 KEYS = {"dataset": "digits", "init_cls": 2, "increment": 2, "backbone_type": "glyphs_vit", "image_size": 32}
@@ -131,6 +137,84 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
     assert run_main(tmp_path, *GRID, **keys).code == 0
     assert "8 runs, all finished already: nothing to do" in capsys.readouterr().out
     assert written(tmp_path) == before
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+KILLED_GRID = ("--sweep", "l1=0,0.001")
+WITHOUT_TIMES = ("seconds", "cost", "sha256")
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    """What a sweep left in checkpoints and logs: bytes, or values but for times; logs and locks apart."""
+    found: dict[str, Any] = {}
+    for path in [*(folder / "tosca").rglob("*"), *(folder / "logs").rglob("*")]:
+        if path.suffix == ".json" or path.name == MANIFEST:
+            values = json.loads(path.read_text().replace(str(folder), ""))
+            found[str(path.relative_to(folder))] = {k: v for k, v in values.items() if k not in WITHOUT_TIMES}
+        elif path.is_file() and path.suffix != ".log" and "lock" not in path.name:
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed_keys(make_folder, tmp_path_factory) -> dict[str, Any]:
+    """Two tasks of tiny data, over a bank that is full before the first sweep."""
+    folder = tmp_path_factory.mktemp("killed")
+    data = make_folder(folder / "data", classes=4, train=3, test=2)
+    return {"data_path": str(data), "cache_dir": str(folder / "bank"), "epochs": 1, "image_size": 16}
+
+
+@pytest.fixture(scope="module")
+def unkilled(run_main, killed_keys, tmp_path_factory) -> dict[str, Any]:
+    """The end of a sweep that nothing disturbs."""
+    assert run_main(tmp_path_factory.mktemp("fill"), **killed_keys).code == 0
+    folder = tmp_path_factory.mktemp("unkilled")
+    assert run_main(folder, *KILLED_GRID, **killed_keys).code == 0
+    return end_of(folder)
+
+
+def kill_me(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_after_commits(run_main: Any, folder: Path, keys: dict[str, Any], commits: int) -> None:
+    """Start the sweep in a process that is killed between commit number ``commits`` and the JSON that follows it."""
+    if not (pid := fork()):
+        try:
+            committed: list[int] = []
+            commit, write = CheckpointFolder.commit, record.write_run_json
+
+            def count(*args: Any, **kwargs: Any) -> Any:
+                committed.append(1)
+                return commit(*args, **kwargs)
+
+            CheckpointFolder.commit = count  # this is a process of its own
+            trainer.record.write_run_json = lambda *args: (
+                kill_me() if len(committed) == commits else write(*args)  # of four: two tasks in each of two cells
+            )
+            run_main(folder, *KILLED_GRID, **keys)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("commits", "status"),
+    [(1, ["running"]), (2, ["running"]), (3, ["finished", "running"]), (4, ["finished", "running"])],
+    ids=["half-way through the first cell", "after its last commit", "half-way through the last", "after the last"],
+)
+def test_a_sweep_killed_before_the_json_of_a_task_ends_as_one_that_nobody_killed(
+    run_main, killed_keys, unkilled, tmp_path, commits, status
+):
+    killed_after_commits(run_main, tmp_path, killed_keys, commits)
+    left = [json.loads(path.read_text())["status"] for path in (tmp_path / "logs").rglob("*.json")]
+    assert sorted(left) == status
+    assert run_main(tmp_path, *KILLED_GRID, **killed_keys).code == 0
+    found = end_of(tmp_path)
+    assert {Path(name).suffix for name in found} >= {".json", ".csv", ".png", ".npz", ".pth"}
+    assert found.keys() == unkilled.keys()
+    assert [name for name in found if found[name] != unkilled[name]] == []
 
 
 def test_a_cell_that_diverges_does_not_stop_the_others(digit_folder, run_main, tmp_path, capsys, monkeypatch):

@@ -153,7 +153,7 @@ class CheckpointFolder:
         gathers the rest, so that a run is never split.
         """
         folder = self.folder.resolve()
-        gathered = _outside(folder) / f".{folder.name}.moving"
+        gathered = moving_folder(folder)
         aside = _name_aside(folder)
         try:
             files = self.run_files()
@@ -313,6 +313,10 @@ def _outside(folder: Path) -> Path:
     """Where a folder's files can be moved to by renaming them: its parent; itself, if that is on another disk."""
     own_disk = folder.is_dir() and (os.path.ismount(folder) or os.stat(folder).st_dev != os.stat(folder.parent).st_dev)
     return folder if own_disk or not os.access(folder.parent, os.W_OK | os.X_OK) else folder.parent
+
+
+def moving_folder(folder: Path) -> Path:
+    return _outside(folder) / f".{folder.name}.moving"
 
 
 def _name_aside(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from utils.errors import ConfigError
 from utils.files import FolderLock, remove_partials
 from utils.json_files import read_json
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import adopt
+from utils.runs.continuing import adopt, holds_copies_alone
 from utils.runs.identity import versions
 from utils.runs.manifest import RunManifest
 from utils.runs.paths import WRITTEN_WHOLE, RunPaths, run_paths
@@ -77,7 +77,8 @@ def find_earlier_start(setup: Setup, seed: int, paths: RunPaths, checkpoint: Che
             different = sorted(k for k in identity.keys() | old.keys() if old.get(k) != identity.get(k))
             log.info("%s holds another run (%s differ)", checkpoint.folder, ", ".join(different))
         manifest = None
-    if manifest is None and not grows_in_place:
+    unfinished_copy = setup.base is not None and holds_copies_alone(checkpoint, setup.base)
+    if manifest is None and not grows_in_place and not unfinished_copy:
         _move_aside(checkpoint)
     if manifest is None or not report_belongs_to(paths, identity):
         _move_report_aside(paths)
