@@ -16,15 +16,19 @@ from typing import Any, BinaryIO
 from utils.errors import UserError
 
 
-def atomic_write(path: Path, content: bytes | memoryview) -> None:
+def atomic_write(path: Path, content: bytes | memoryview, *, flush: bool = True) -> None:
     """Write ``content`` to a hidden neighbour of ``path``, flush it to disk, then move it into place in one step.
+
+    Args:
+        flush: False leaves the time of writing to the system, for what can be made again: after a loss of power the
+            file may be empty.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or the name is too long; ``path`` is as before.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, partial_path(path)) as file:
+        with replacing(path, partial_path(path), flush=flush) as file:
             file.write(content)
     except OSError as error:
         raise UserError(
@@ -39,7 +43,7 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, partial: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, partial: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """Give the file ``partial`` to write; at the end flush it to disk and move it to ``path`` in one step.
 
     After any error ``path`` is as before, and ``partial`` is gone. An ``OSError`` is the disk's and passes through.
@@ -48,11 +52,13 @@ def replacing(path: Path, partial: Path) -> Iterator[BinaryIO]:
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if flush:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

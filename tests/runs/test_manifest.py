@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,16 @@ def test_a_long_run_shows_what_grows_with_the_square_once_it_is_finished(tmp_pat
     assert np.array(values["confusion"]["sample"]).shape == (FEW_TASKS + 5,) * 2
     matrix = np.array(values["results"]["sample"]["matrix"], dtype=float)
     assert np.isnan(matrix).sum() == (FEW_TASKS + 5) * (FEW_TASKS + 4) / 2  # the tasks that were not learned yet
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are flushed on POSIX alone")
+def test_csvs_are_flushed_to_disk_at_the_end_alone(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    write_run_json(RunPaths(tmp_path / "running", "run"), unfinished(2))
+    assert len(flushed) == 2  # the JSON and its folder
+    write_run_json(RunPaths(tmp_path / "finished", "run"), manifest(2))
+    assert len(flushed) == 2 + 3 * 2
 
 
 def test_a_file_of_results_is_never_written_again(tmp_path):

@@ -92,8 +92,8 @@ def check_many_tasks(tmp_path: Path, tasks: int, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(os.name != "posix", reason="copies the process")
-def test_forty_tasks_of_one_class_killed_half_way_then_resumed_predict_and_report(tmp_path, capsys):
-    check_many_tasks(tmp_path, 40, capsys)
+def test_thirty_two_tasks_of_one_class_killed_half_way_then_resumed_predict_and_report(tmp_path, capsys):
+    check_many_tasks(tmp_path, 32, capsys)  # more than FEW_TASKS
 
 
 @pytest.mark.slow

@@ -86,24 +86,25 @@ def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
 def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
     """Bring the run's JSON, and the CSVs of its curves, to what ``manifest`` says; return what the JSON holds.
 
-    A file that says so already is left alone.
+    A file that says so already is left alone. The CSVs of a run that goes on are not flushed to disk: the next task
+    writes them anew. The JSON always is: a start knows by it whose report stands there.
     """
-    values = run_json(manifest)
+    values, done = run_json(manifest), manifest.finished
     write_if_different(paths.file(".json"), json_lines(values).encode() + b"\n")
-    write_if_different(paths.file(".csv"), curves_csv(values).encode())
+    write_if_different(paths.file(".csv"), curves_csv(values).encode(), flush=done)
     if any(record.epochs for record in manifest.tasks):
-        write_if_different(paths.file(".epochs.csv"), epochs_csv(manifest).encode())
+        write_if_different(paths.file(".epochs.csv"), epochs_csv(manifest).encode(), flush=done)
     return values
 
 
-def write_if_different(path: Path, content: bytes) -> None:
-    """Replace a file whose content is another one, or that is not there."""
+def write_if_different(path: Path, content: bytes, *, flush: bool = True) -> None:
+    """Replace a file whose content is another one, or that is not there; ``flush`` as in ``atomic_write``."""
     try:
         if path.read_bytes() == content:
             return
     except OSError:
         pass
-    atomic_write(path, content)
+    atomic_write(path, content, flush=flush)
 
 
 def epochs_csv(manifest: RunManifest) -> str:
