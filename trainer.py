@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from models.task_data import BankTask
 from utils.cli import Stopped
 from utils.config import Config
 from utils.data.tasks import Task, TaskStream
-from utils.errors import ConfigError, NumericError
+from utils.errors import ConfigError, NumericError, UserError
 from utils.grid import Cell
 from utils.hardware import ONE_RANK, Ranks, joined_ranks
 from utils.logs import logging_to
@@ -34,6 +35,7 @@ from utils.runs.setup import Setup
 log = logging.getLogger(__name__)
 
 
+HINT_LEAVE_OUT_FRESH = "leave out --fresh then, which would start over"
 HINT_WITHOUT_FRESH = "start the same command again without --fresh to go on"
 
 
@@ -66,6 +68,10 @@ def _started_over(configs: Sequence[Config], ranks: Ranks) -> Iterator[None]:
                 start_over(config, seed)
     try:
         yield
+    except UserError as error:
+        if configs and re.search("start (again|the same command)", str(error)):
+            error.args = (f"{error}; {HINT_LEAVE_OUT_FRESH}",)
+        raise
     except KeyboardInterrupt as stop:
         if not configs:
             raise

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models.tosca import TOSCA
+from utils.errors import DataError
 from utils.runs import checkpoint
 from utils.runs.checkpoint import MANIFEST, CheckpointFolder
 
@@ -109,6 +110,18 @@ def test_a_fresh_start_that_is_stopped_goes_on_without_fresh(finished, undisturb
     assert ending.code == 0
     assert "This run is finished" not in ending.out
     assert len(list(finished.folder.glob("tosca.*"))) == 1
+
+
+def test_a_fault_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch):
+    def refuse() -> None:
+        raise DataError("an image is damaged, then start again: what is done stays")
+
+    with monkeypatch.context() as patch:
+        at_task(patch, 1, refuse)
+        assert "leave out --fresh then, which would start over" in finished("--fresh").error
+        assert "--fresh" not in finished().error
+    assert finished().code == 0
+    assert finished.end() == undisturbed
 
 
 def test_fresh_with_several_seeds_moves_all_aside_before_the_first_begins(run, monkeypatch):
