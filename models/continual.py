@@ -35,7 +35,7 @@ from utils.data.tasks import TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
-from utils.files import FolderLock
+from utils.files import FolderLock, expanded
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
@@ -65,7 +65,7 @@ class ContinualClassifier(Predictor):
             CheckpointError: no run there, a damaged one, or one that has not finished its first task.
             BackboneError: the weights cannot be had, or are not those of the run.
         """
-        checkpoint = CheckpointFolder(Path(folder).expanduser())
+        checkpoint = CheckpointFolder(expanded(folder))
         manifest = read_run(checkpoint)
         changed: dict[str, Any] = {"precision": manifest.backbone["precision"]}
         if backbone_weights is not None:
@@ -151,7 +151,7 @@ class ContinualClassifier(Predictor):
         Raises:
             UserError: the folder cannot be written, or a run is at work in it.
         """
-        checkpoint = CheckpointFolder(Path(folder).expanduser())
+        checkpoint = CheckpointFolder(expanded(folder))
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
             modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules

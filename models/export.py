@@ -25,6 +25,7 @@ from torch.export.graph_signature import InputKind
 from backbone.vit import load_backbone
 from models.base import Learner
 from utils.errors import ConfigError, UserError
+from utils.files import expanded
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
@@ -141,7 +142,7 @@ def export(model: "Predictor", path: str | Path, selection: str | None = None) -
         UserError: another suffix, a package that is missing, or a file that cannot be written.
         ConfigError: a selection that cannot answer single images.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"--export {str(path)!r}: the suffix says the format; give a name that ends in .pt2 or .onnx")
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None] if path.suffix == ".onnx" else []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from utils.config import KEYS
 from utils.errors import CheckpointError, UserError
+from utils.files import expanded
 from utils.keys import REQUIRED
 from utils.results.metrics import selection_name
 from utils.results.record import run_json
@@ -29,14 +30,14 @@ def save_pretrained(model: "ContinualClassifier", folder: str | Path) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     model.save(folder)
     weights = model.config.backbone_weights
     try:
         for old in folder.glob(f"{WEIGHTS}.*"):
             old.unlink()
         if weights:
-            shutil.copyfile(Path(weights).expanduser(), folder / f"{WEIGHTS}{Path(weights).suffix}")
+            shutil.copyfile(expanded(weights), folder / f"{WEIGHTS}{Path(weights).suffix}")
         (folder / CARD).write_text(model_card(model), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read or written ({error.strerror})") from error
@@ -49,7 +50,7 @@ def find_pretrained(name: str | Path) -> Path:
     Raises:
         CheckpointError: no such folder and no such repository, or one without a run.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError

@@ -94,6 +94,18 @@ def output_file(path: Path, option: str) -> Path:
     return target
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a ``~`` at its start replaced by the home folder.
+
+    Raises:
+        UserError: the home folder is not known, as in a container with a user id of its own.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: the home folder at its start is not known; give the whole path") from None
+
+
 def remove_partials(folder: Path, name: str) -> None:
     """Remove what killed processes left of unfinished writes of files whose name matches the pattern ``name``.
 

@@ -6,12 +6,16 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+import main
+import predict
 from models.tosca import TOSCA
 from utils.errors import DataError
+from utils.features import __main__ as bank_command
 from utils.runs import checkpoint
 from utils.runs.checkpoint import MANIFEST, CheckpointFolder
 
@@ -232,3 +236,26 @@ def test_a_damaged_file_of_results_beside_the_manifest_is_named(finished):
     path.unlink()
     assert "evaluation2.manifest is missing" in finished().error
     assert CheckpointFolder(finished.checkpoints).run_files()
+
+
+# -- no home folder ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tilde_without_a_home_folder_is_one_line_for_every_command(monkeypatch, capsys, finished):
+    """HOME is not set and the user id has no entry: simulated, since the tests may not run as such a user."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("no such user id")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    image = next(Path(finished.keys["data_path"]).rglob("*.png"))
+    for command, arguments in (
+        (predict.main, ["--checkpoint=~/run", str(image)]),
+        (bank_command.main, ["--cache-dir=~/bank", "list"]),
+        (main.main, [f"--config={finished.write_config(cache_dir='~/bank')}"]),
+        (main.main, [f"--config={finished.write_config(checkpoint_dir='~/run')}"]),
+    ):
+        assert command(arguments) == 2, arguments
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if "error" in text]
+        assert "the home folder at" in line and "is not known" in line

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from utils.config import Config
 from utils.data.images import image_suffixes, is_image
 from utils.errors import DataError
+from utils.files import expanded
 
 LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
 
@@ -122,7 +123,7 @@ def data_folder(config: Config) -> Path:
     if config.data_path is not None:
         return Path(config.data_path).expanduser()
     if root := os.environ.get("TOSCA_DATA"):
-        return Path(root).expanduser() / config.dataset
+        return expanded(root) / config.dataset
     if config.dataset == "cifar224":
         return Path("data")
     raise DataError(

@@ -11,7 +11,7 @@ from utils.cli import Parser, exit_process, run_command
 from utils.errors import BankError
 from utils.features.bank import default_cache_dir
 from utils.features.rows import LOCK, MANIFEST
-from utils.files import FolderLock, human_size
+from utils.files import FolderLock, expanded, human_size
 from utils.words import counted
 
 
@@ -103,7 +103,7 @@ def _parser() -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    cache_dir = args.cache_dir.expanduser() if args.cache_dir else default_cache_dir()
+    cache_dir = expanded(args.cache_dir) if args.cache_dir else default_cache_dir()
     if args.action == "remove":
         for name, freed in remove(cache_dir, args.names):
             print(f"Removed {name} ({human_size(freed)})")
