@@ -256,6 +256,15 @@ def test_a_file_that_is_no_copy_is_set_aside_before_the_saved_run_is_copied(go_o
     assert (aside / "task1.pth").read_bytes() == (first.checkpoints / "task0.pth").read_bytes()
 
 
+def test_what_a_killed_write_left_in_a_copy_set_aside_is_removed(first, tmp_path):
+    own = CheckpointFolder(shutil.copytree(first.checkpoints, tmp_path / "tosca"))
+    (tmp_path / ".tosca.copying").mkdir()
+    (tmp_path / ".tosca.copying" / ".task1.pth.4711.partial").write_bytes(b"half")
+    aside = own.copy_aside(own.read_manifest())
+    assert not list(aside.glob("*.partial"))
+    assert CheckpointFolder(aside).load(CheckpointFolder(aside).read_manifest())
+
+
 def test_in_its_own_folder_the_run_grows_and_a_copy_is_set_aside(go_on, whole, first, tmp_path):
     own = shutil.copytree(first.checkpoints, tmp_path / "tosca")
     before = files_of(own)

@@ -232,12 +232,11 @@ class CheckpointFolder:
     def copy_aside(self, manifest: RunManifest) -> Path:
         """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
         folder = self.folder.resolve()
-        aside = _name_aside(folder)
         copy = CheckpointFolder(_outside(folder) / f".{folder.name}.copying")  # a killed copy is written over
+        copy.remove_partials()
         copy.copy_files(self, manifest)
         copy.write_manifest(manifest)
-        os.replace(copy.folder, aside)
-        return aside
+        return copy.folder.rename(_name_aside(folder))
 
     def copy_files(self, source: "CheckpointFolder", manifest: RunManifest) -> None:
         """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
