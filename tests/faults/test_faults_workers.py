@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -127,3 +128,12 @@ def test_loaders_that_cannot_be_started_are_one_line(run, tmp_path, monkeypatch)
     monkeypatch.setattr(loader.subprocess, "Popen", refuse)
     error = run(num_workers=2, cache_dir=str(tmp_path / "bank")).error
     assert "cannot be started (Resource temporarily unavailable); lower num_workers" in error
+
+
+def test_a_run_with_loader_processes_never_forks(run, monkeypatch, tmp_path):
+    """A fork beside threads may hang; Python 3.12 and later warn of it, and the suite treats that as an error."""
+    forks: list[int] = []
+    fork = os.fork
+    monkeypatch.setattr(os, "fork", lambda: forks.append(threading.active_count()) or fork())
+    assert run(num_workers=2, cache_dir=str(tmp_path / "bank")).code == 0
+    assert forks == []
