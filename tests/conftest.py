@@ -19,6 +19,7 @@ from torch import Tensor
 
 import main
 from utils.config import Config, make_config
+from utils.hardware import available_cpus
 from utils.results import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,12 @@ TINY: dict[str, Any] = {
     "feature_batch_size": 8,
     "cache_dir": "none",
 }
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs in a process for each CPU, at most four; tests chosen by place or -k run in this process."""
+    chosen = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
+    return 0 if chosen else min(4, available_cpus())
 
 
 @pytest.fixture(autouse=True)

@@ -137,16 +137,17 @@ def test_stacked_evaluation_equals_one_module_at_a_time(flow, monkeypatch):
         torch.testing.assert_close(answers[name].entropy, expected[torch.arange(len(features)), module])
 
 
-def test_answers_of_sample_do_not_depend_on_order_or_company(three_tasks):
+@pytest.mark.parametrize("selection", ["sample", "lda", "ridge"])
+def test_answers_of_an_order_free_selection_do_not_depend_on_order_or_company(three_tasks, selection):
     features = some_features()
-    whole = three_tasks.predict(features)["sample"]
+    whole = three_tasks.predict(features)[selection]
     assert len(whole.module.unique()) > 1  # else every order would agree
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    shuffled = three_tasks.predict(features[order])["sample"]
+    shuffled = three_tasks.predict(features[order])[selection]
     assert torch.equal(shuffled.module, whole.module[order])
     torch.testing.assert_close(shuffled.scores, whole.scores[order])
     for size in (1, 7, 48):
-        parts = [three_tasks.predict(part)["sample"] for part in features.split(size)]
+        parts = [three_tasks.predict(part)[selection] for part in features.split(size)]
         assert torch.equal(torch.cat([part.module for part in parts]), whole.module)
         torch.testing.assert_close(torch.cat([part.scores for part in parts]), whole.scores)
 
