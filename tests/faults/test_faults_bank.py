@@ -29,7 +29,7 @@ def test_a_complete_bank_on_a_read_only_disk_is_used(run, filled, undisturbed, m
     read_only(monkeypatch, filled)
     ending = run()
     assert ending.code == 0, ending.err
-    assert ("lack checksums, which cannot be added" in ending.out) == (not checksums)
+    assert ("cannot be added" in ending.out and "they are read without" in ending.out) == (not checksums)
     assert run.end() == undisturbed
 
 
