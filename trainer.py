@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,10 @@ from models.cost import CostMeter
 from models.evaluation import evaluate
 from models.preparation import prepare, wanted_features
 from models.task_data import BankTask
-from utils.cli import Stopped
+from utils.cli import Stopped, fault_of
 from utils.config import Config
 from utils.data.tasks import Task, TaskStream
-from utils.errors import ConfigError, NumericError, UserError
+from utils.errors import ConfigError, NumericError
 from utils.grid import Cell
 from utils.hardware import ONE_RANK, Ranks, joined_ranks
 from utils.logs import logging_to
@@ -68,10 +67,13 @@ def _started_over(configs: Sequence[Config], ranks: Ranks) -> Iterator[None]:
                 start_over(config, seed)
     try:
         yield
-    except UserError as error:
-        if configs and re.search("start (again|the same command)", str(error)):
-            error.args = (f"{error}; {HINT_LEAVE_OUT_FRESH}",)
-        raise
+    except Exception as error:
+        fault = fault_of(error)
+        if configs and fault.goes_on:
+            fault.args = (f"{fault}; {HINT_LEAVE_OUT_FRESH}",)
+        if fault is error:
+            raise
+        raise fault from error
     except KeyboardInterrupt as stop:
         if not configs:
             raise

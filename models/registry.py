@@ -8,13 +8,13 @@ import torch
 
 from models.base import Learner
 from utils.config import Config
-from utils.errors import CheckpointError
+from utils.errors import DamagedRunError
 from utils.features.arrays import TEST_VIEW, View
 from utils.features.extraction import FeatureExtractor
 from utils.methods import METHODS, read_method
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
-from utils.runs.tensors import HINT_RESTORE, first_line
+from utils.runs.tensors import first_line
 from utils.words import counted
 
 
@@ -73,9 +73,9 @@ def load_learner(
         return learner
     tensors, rows = checkpoint.load(manifest), manifest.learned().rows
     if len(tensors[1]) != (len(manifest.tasks) if config.method.modular else 0):
-        raise CheckpointError(
+        raise DamagedRunError(
             f"{checkpoint.manifest_path} names {counted(len(tensors[1]), 'module')}, which do not fit its "
-            f"{counted(len(manifest.tasks), 'task')}; {HINT_RESTORE}"
+            f"{counted(len(manifest.tasks), 'task')}"
         )
     try:
         learner.load_state_dict(*tensors)
@@ -83,9 +83,9 @@ def load_learner(
         with torch.no_grad():  # through all that answers: tensors of other shapes show here, not in the first answer
             widths = {learner.answer(feature, selection).scores.shape[1] for selection in learner.selections}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)}); {HINT_RESTORE}"
+        raise DamagedRunError(
+            f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)})"
         ) from error
     if widths != {rows} or learner.tasks != len(manifest.tasks):
-        raise CheckpointError(f"the files in {checkpoint.folder} do not fit the tasks of their run; {HINT_RESTORE}")
+        raise DamagedRunError(f"the files in {checkpoint.folder} do not fit the tasks of their run")
     return learner

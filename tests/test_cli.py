@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import main
 import predict
@@ -123,7 +124,23 @@ def failing(error: BaseException):
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EACCES])
 def test_what_the_machine_refuses_is_one_line(number, capsys):
     assert run_command("prog", failing(OSError(number, "said so", "/disk/file"))) == 2
-    assert capsys.readouterr().err == "prog: error: /disk/file: said so\n"
+    assert capsys.readouterr().err == "prog: error: /disk/file: said so; correct that, then start again\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("9 TiB"),
+        RuntimeError("[x] can't allocate memory: 9 bytes\nmore"),
+        torch.OutOfMemoryError(),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, capsys):
+    assert run_command("prog", failing(error)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prog: error: the memory does not suffice (")
+    assert line.endswith("lower what takes it (batch_size, feature_batch_size, num_workers), then start again")
 
 
 @pytest.mark.parametrize("error", [OSError("no number"), FileNotFoundError(errno.ENOENT, "x"), ValueError("x")])

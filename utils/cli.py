@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO, cast
 
-from utils.errors import UserError
+from utils.errors import UserError, is_lack_of_memory
 
 DEBUG = "TOSCA_DEBUG"  # =1 in the environment: every fault shows its traceback
 HINT_GO_ON = "start the same command again to go on"
+HINT_CORRECT = "correct that, then start again"
+HINT_MEMORY = "free some, lower what takes it (batch_size, feature_batch_size, num_workers), then start again"
 
 # what a disk or the machine refuses, whatever the program does; every other OSError is a bug and shows its traceback
 _OF_THE_MACHINE = {
@@ -132,10 +134,11 @@ def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON,
                 sys.stdout.flush()
             except OutputFailed:
                 code = 1 if isinstance(out.error, BrokenPipeError) else 2
-            except (UserError, OSError) as error:
+            except Exception as error:
+                fault = fault_of(error)
                 if os.environ.get(DEBUG) == "1":
                     traceback.print_exc()
-                print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+                print(f"{prog}: error: {fault}", file=sys.stderr)
                 code = 2
             except KeyboardInterrupt as stop:
                 stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
@@ -150,13 +153,16 @@ def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON,
         sys.stdout, sys.stderr = streams
 
 
-def _one_line(error: UserError | OSError) -> str:
-    """What to say about a fault; an OSError that is a bug of ours is raised again."""
+def fault_of(error: Exception) -> UserError:
+    """What a user is told about ``error``: itself, or what the machine refused; a bug of ours is raised again."""
     if isinstance(error, UserError):
-        return str(error)
-    if error.errno not in _OF_THE_MACHINE:
-        raise error
-    return f"{error.filename or 'a file'}: {error.strerror}"
+        return error
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        return UserError(f"{error.filename or 'a file'}: {error.strerror}; {HINT_CORRECT}")
+    if is_lack_of_memory(error):
+        reason = (str(error).strip().splitlines() or ["nothing says how much was asked for"])[0]
+        return UserError(f"the memory does not suffice ({reason}); {HINT_MEMORY}")
+    raise error
 
 
 @contextmanager

@@ -323,7 +323,7 @@ def test_an_input_output_error_that_nothing_foresaw_is_one_line(run, monkeypatch
         raise OSError(errno.EIO, "Input/output error", "/dev/disk")
 
     monkeypatch.setattr("models.preparation.load_dataset", broken)
-    assert run().error.endswith("/dev/disk: Input/output error")
+    assert run().error.endswith("/dev/disk: Input/output error; correct that, then start again")
 
 
 def test_a_lock_ends_with_its_process_even_if_a_loader_outlives_it(tmp_path):

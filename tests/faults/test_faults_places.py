@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 import main
 import predict
 from models.tosca import TOSCA
-from utils.errors import DataError
+from utils.errors import DataError, NumericError
 from utils.features import __main__ as bank_command
 from utils.runs import checkpoint
 from utils.runs.checkpoint import MANIFEST, CheckpointFolder
@@ -116,17 +117,84 @@ def test_a_fresh_start_that_is_stopped_goes_on_without_fresh(finished, undisturb
     assert len(list(finished.folder.glob("tosca.*"))) == 1
 
 
-def test_a_fault_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch):
+def refusing(kind, *args):
     def refuse() -> None:
-        raise DataError("an image is damaged, then start again: what is done stays")
+        raise kind(*args)
 
+    return refuse
+
+
+def fill_the_disk_of_the_log() -> None:
+    (handler,) = [one for one in logging.getLogger().handlers if isinstance(one, logging.FileHandler)]
+    handler.setStream(open("/dev/full", "w"))  # noqa: SIM115 - the handler closes it
+
+
+FAULTS = {  # at task 1; the words are the fault's own
+    "an image": (refusing(DataError, "an image is damaged; replace it"), "an image is damaged"),
+    "the log's disk": (fill_the_disk_of_the_log, "the log cannot be written (No space left on device)"),
+    "any disk": (refusing(OSError, errno.EIO, "Input/output error", "/dev/disk"), "/dev/disk: Input/output error"),
+    "memory": (refusing(MemoryError, "Unable to allocate 8 TiB"), "memory does not suffice (Unable to allocate 8 TiB)"),
+    "PyTorch's memory": (refusing(RuntimeError, "can't allocate memory: 9 bytes"), "memory does not suffice"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch, kind):
+    refuse, words = FAULTS[kind]
     with monkeypatch.context() as patch:
         at_task(patch, 1, refuse)
-        assert "leave out --fresh then, which would start over" in finished("--fresh").error
+        error = finished("--fresh").error
+        assert words in error
+        assert error.endswith("; leave out --fresh then, which would start over")
         assert "--fresh" not in finished().error
-    assert finished().code == 0
-    found = finished.end()  # and what was set aside
+    goes_on_without_fresh(finished, undisturbed)
+
+
+def goes_on_without_fresh(run, undisturbed) -> None:
+    ending = run()
+    assert ending.code == 0
+    assert "after task 1 of 3" in ending.out
+    found = run.end()  # and what was set aside
     assert [name for name in undisturbed if found[name] != undisturbed[name]] == []
+
+
+def test_a_full_disk_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch):
+    """Every file that is moved into place from task 1 on: the error comes from ``utils.files`` itself."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        at_task(patch, 1, lambda: patch.setattr("utils.files.os.replace", full))
+        error = finished("--fresh").error
+    assert "cannot be written (No space left on device)" in error
+    assert error.endswith("; leave out --fresh then, which would start over")
+    goes_on_without_fresh(finished, undisturbed)
+
+
+def test_a_removed_log_folder_after_fresh_says_to_go_on_without_it(finished, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_task(patch, 1, lambda: shutil.rmtree(finished.logs))
+        assert finished("--fresh").error.endswith("; leave out --fresh then, which would start over")
+
+
+def test_a_sweep_that_meets_a_fault_after_fresh_says_to_go_on_without_it(run, monkeypatch):
+    assert run("--sweep", "lr=0.1,0.2").code == 0
+    with monkeypatch.context() as patch:
+        at_task(patch, 1, refusing(DataError, "an image is damaged; replace it"))
+        error = run("--sweep", "lr=0.1,0.2", "--fresh").error
+    assert error.endswith("; leave out --fresh then, which would start over")
+
+
+@pytest.mark.parametrize("act", ["a module changed", "a NaN"])
+def test_what_only_another_way_out_helps_does_not_speak_of_going_on(finished, monkeypatch, act):
+    acts = {
+        "a module changed": lambda: CHANGES["a module changed"](finished.checkpoints),
+        "a NaN": refusing(NumericError, "the loss is nan; lower lr"),
+    }
+    with monkeypatch.context() as patch:
+        at_task(patch, 1, acts[act])
+        assert "leave out --fresh" not in finished("--fresh").error
 
 
 def test_fresh_with_several_seeds_moves_all_aside_before_the_first_begins(run, monkeypatch):

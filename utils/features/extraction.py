@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.data.splits import Dataset
-from utils.errors import BankError, NumericError
+from utils.errors import BankError, NumericError, is_lack_of_memory
 from utils.features.arrays import HINT_FEATURES_STAY, View, ViewRow
 from utils.features.batches import batches_of
 from utils.features.rows import Writer
@@ -105,7 +105,7 @@ class Extraction:
         try:
             features = self._extractor(pixels)[:count].cpu().numpy()
         except RuntimeError as error:
-            if not _is_lack_of_memory(error):
+            if not is_lack_of_memory(error):
                 raise
             raise BankError(
                 f"a forward pass of {self._batch_size} images does not fit the memory of {self._extractor.device}; "
@@ -123,7 +123,3 @@ class Extraction:
                 f"the backbone's feature of {split} image {self._data.split(split).keys[row]!r} (view {view}) is not "
                 "finite; try precision=fp32, or check the weights"
             )
-
-
-def _is_lack_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # the latter: of a CPU

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, DamagedRunError
 from utils.files import atomic_write, free_name, json_lines, remove_partials, sha256_of_file, write_json
 from utils.runs.manifest import FORMATS, RunManifest
-from utils.runs.tensors import HINT_RESTORE, MODULE_PREFIX, first_line, load_tensors, module_from_file
+from utils.runs.tensors import MODULE_PREFIX, first_line, load_tensors, module_from_file
 
 log = logging.getLogger(__name__)
 
@@ -76,24 +76,23 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, then start again") from error
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
+            raise DamagedRunError(f"{path} is damaged ({first_line(error)})") from error
         if not isinstance(values, dict) or "identity" not in values:
-            raise CheckpointError(f"{path} is damaged (it is not a run's manifest); {HINT_RESTORE}")
+            raise DamagedRunError(f"{path} is damaged (it is not a run's manifest)")
         if values.get("format") not in FORMATS:
             raise CheckpointError(
                 f"{path} has format {values.get('format')!r}, this version reads {', '.join(map(str, FORMATS))}; use "
                 "the version that wrote it, or another checkpoint_dir"
             )
         if (recorded := values.pop("sha256", None)) != (found := _sha256_of_values(values)):
-            raise CheckpointError(
-                f"{path} is damaged or was edited: its SHA-256 is {found[:12]}…, it says {str(recorded)[:12]}…; "
-                f"{HINT_RESTORE}"
+            raise DamagedRunError(
+                f"{path} is damaged or was edited: its SHA-256 is {found[:12]}…, it says {str(recorded)[:12]}…"
             )
         try:
             manifest = RunManifest.from_json(values)
             _check_files(manifest.files)
         except CheckpointError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); {HINT_RESTORE}") from None
+            raise DamagedRunError(f"{path} is damaged ({error})") from None
         return self._with_evaluations(manifest)
 
     def _with_evaluations(self, manifest: RunManifest) -> RunManifest:
@@ -104,9 +103,9 @@ class CheckpointFolder:
             try:
                 manifest = manifest.with_evaluation(task, json.loads(path.read_bytes()))
             except (ValueError, RecursionError, CheckpointError) as error:
-                raise CheckpointError(f"{path} is damaged ({first_line(error)}); {HINT_RESTORE}") from error
+                raise DamagedRunError(f"{path} is damaged ({first_line(error)})") from error
         if (lacking := manifest.without_row()) is not None:
-            raise CheckpointError(f"{self.manifest_path} names no {evaluation_name(lacking)}; {HINT_RESTORE}")
+            raise DamagedRunError(f"{self.manifest_path} names no {evaluation_name(lacking)}")
         return manifest
 
     def write_manifest(self, manifest: RunManifest) -> None:
@@ -123,17 +122,16 @@ class CheckpointFolder:
         path = self.folder / name
         try:
             if path.resolve(strict=True).parent != self.folder.resolve() or not path.is_file():
-                raise CheckpointError(f"{path} is a link to elsewhere or no regular file; {HINT_RESTORE}")
+                raise DamagedRunError(f"{path} is a link to elsewhere or no regular file")
             found = sha256_of_file(path)
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing though {MANIFEST} names it; {HINT_RESTORE}") from None
+            raise DamagedRunError(f"{path} is missing though {MANIFEST} names it") from None
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
             reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{path} cannot be read ({reason}); {HINT_RESTORE}") from error
+            raise DamagedRunError(f"{path} cannot be read ({reason})") from error
         if found != sha256:
-            raise CheckpointError(
-                f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, "
-                f"{MANIFEST} says {sha256[:12]}…; {HINT_RESTORE}"
+            raise DamagedRunError(
+                f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, {MANIFEST} says {sha256[:12]}…"
             )
         return path
 
@@ -199,7 +197,7 @@ class CheckpointFolder:
     def _check_modules(self, manifest: RunManifest) -> None:
         for name in manifest.files:
             if MODULE_FILE.fullmatch(name) and not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder / name} was removed while the run was at work; {HINT_RESTORE}")
+                raise DamagedRunError(f"{self.folder / name} was removed while the run was at work")
 
     def verify(self, manifest: RunManifest) -> None:
         """Read every file that ``manifest`` names once more, and the manifest too.
@@ -211,7 +209,7 @@ class CheckpointFolder:
             self._verified(name, sha256)
         found = self.read_manifest()
         if found is None or found.files != manifest.files:
-            raise CheckpointError(f"{self.manifest_path} was changed while the run was at work; {HINT_RESTORE}")
+            raise DamagedRunError(f"{self.manifest_path} was changed while the run was at work")
 
     def remove_old_files(self, manifest: RunManifest) -> None:
         """Remove every classifier and evaluation but those that ``manifest``, which is on disk, names."""
@@ -245,7 +243,7 @@ class CheckpointFolder:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); {HINT_RESTORE}") from error
+                raise DamagedRunError(f"{path} cannot be read ({error.strerror})") from error
             atomic_write(self.folder / name, content)
 
     def _save_module(self, task: int, module: dict[str, Tensor] | None) -> dict[str, str]:
@@ -280,7 +278,7 @@ class CheckpointFolder:
             path = self._verified(name, sha256)
             tensors = module_from_file(path) if MODULE_FILE.fullmatch(name) else load_tensors(path)
             if bad := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-                raise CheckpointError(f"{path} holds numbers in {bad[0]!r} that are not finite; {HINT_RESTORE}")
+                raise DamagedRunError(f"{path} holds numbers in {bad[0]!r} that are not finite")
             if task := MODULE_FILE.fullmatch(name):
                 modules.append((int(task[1]), tensors))
             else:

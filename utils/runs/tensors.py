@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, DamagedRunError
 
 MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
-HINT_RESTORE = "restore it from a copy, or start over with --fresh (which moves this folder's files aside)"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -23,13 +22,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged and cannot be read ({first_line(error)}); {HINT_RESTORE}") from error
+        raise DamagedRunError(f"{path} is damaged and cannot be read ({first_line(error)})") from error
     except Exception as error:  # pickle.UnpicklingError and what a hostile file may provoke
-        raise CheckpointError(
-            f"{path} is not a plain state dict of tensors and was not loaded ({first_line(error)}); {HINT_RESTORE}"
+        raise DamagedRunError(
+            f"{path} is not a plain state dict of tensors and was not loaded ({first_line(error)})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} is not a plain state dict of tensors; {HINT_RESTORE}")
+        raise DamagedRunError(f"{path} is not a plain state dict of tensors")
     return state
 
 
