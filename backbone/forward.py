@@ -94,6 +94,27 @@ def cls_block(block: TimmModel, x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x).to(dtype))))
 
 
+def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
+    """``cls_block`` without keys and values, for blocks that do not normalise their keys: nearly no work at all.
+
+    The class token's query q meets a token y in q · (K y) = (Kᵀ q) · y, and the values enter as
+    Σ p V y = V (Σ p y). So K and V multiply one vector for each image and head in place of every token. The bias of
+    the keys adds the same number to all logits, which softmax ignores.
+    """
+    attn, y = block.attn, block.norm1(x)
+    heads, width = (attn.num_heads, attn.head_dim), attn.num_heads * attn.head_dim
+    query, key, value = attn.qkv.weight.split(width)  # (width, dim) each
+    biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.split(width)
+    q = attn.q_norm(F.linear(y[:, 0], query, biases[0]).unflatten(-1, heads))  # (images, heads, head_dim)
+    logits = torch.einsum("nhd,hdc->nhc", q * attn.scale, key.unflatten(0, heads)) @ y.transpose(1, 2)
+    pooled = logits.softmax(dim=-1) @ y  # (images, heads, dim)
+    out = torch.einsum("nhc,hdc->nhd", pooled, value.unflatten(0, heads)).flatten(1)
+    if biases[2] is not None:
+        out = out + biases[2]
+    x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))[:, None]
+    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
+
+
 class Pixels(nn.Module):
     """``(images, 3, S, S)`` uint8 -> float32 in [0, 1], or with ``normalize`` by the model's mean and std."""
 
@@ -158,18 +179,20 @@ class ProductFeatures(Features):
     What a frozen model allows is done once. Layer scales go into the weights of the product before them, and the
     scaling of pixels into the patch embedding; so a patch enters its product as whole numbers, pixel - 128, which
     bf16 holds exactly, in one pass over the image. The bias of the keys is dropped: it adds the same number to all
-    logits of a query, which softmax ignores, but large biases cost the keys their last bits.
+    logits of a query, which softmax ignores, but large biases cost the keys their last bits. Read at its class token,
+    the last block has so little to multiply that it stays fp32.
     """
 
     numerics: ClassVar[str] = (
-        "bf16-products"  # part of a bank's identity: rows differ in their last bits from those of autocast
+        "bf16-products-2"  # part of a bank's identity: rows differ in their last bits from those of autocast
     )
 
     def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
         self.model, self.embed = model, _embedding(model, normalize=normalize)
         self.cls_only = supports_cls_only(model)
-        for block in model.blocks:
+        self.last_in_fp32 = self.cls_only and isinstance(model.blocks[-1].attn.k_norm, nn.Identity)
+        for block in model.blocks[:-1] if self.last_in_fp32 else model.blocks:
             _drop_key_bias(block.attn)
             _fold_scale(block, "ls1", block.attn.proj)
             _fold_scale(block, "ls2", getattr(block.mlp, "fc2", None))
@@ -182,7 +205,9 @@ class ProductFeatures(Features):
         for block in model.blocks[:-1] if self.cls_only else model.blocks:
             x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
             x = x.add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
-        if self.cls_only:
+        if self.last_in_fp32:
+            x = pooled_cls_block(model.blocks[-1], x)
+        elif self.cls_only:
             x = cls_block(model.blocks[-1], x, HALF)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
 
@@ -233,6 +258,7 @@ class PatchProduct(nn.Module):
     """Patches, class and register tokens with their positions: uint8 -> ``(images, tokens, dim)`` float32."""
 
     weight: Tensor  # (dim, 3 * patch * patch) bf16
+    rest: Tensor  # the same shape: what bf16 could not hold of the weight, itself bf16
     prefix: Tensor  # (1, class and register tokens, dim)
     position: Tensor  # (1, patches, dim), the patch embedding's bias included
 
@@ -252,7 +278,9 @@ class PatchProduct(nn.Module):
         if model.pos_embed is not None and not model.no_embed_class:
             count = prefix.shape[1]
             prefix, position = prefix + position[:, :count], position[:, count:]
-        self.register_buffer("weight", (weight * step).flatten(1).to(HALF), persistent=False)
+        exact = (weight * step).flatten(1)
+        self.register_buffer("weight", exact.to(HALF), persistent=False)
+        self.register_buffer("rest", (exact - self.weight.float()).to(HALF), persistent=False)
         self.register_buffer("prefix", prefix.detach().clone(), persistent=False)
         self.register_buffer("position", (position + bias).detach().clone(), persistent=False)
 
@@ -263,5 +291,5 @@ class PatchProduct(nn.Module):
         centred = images[..., : rows * height, : columns * width].to(HALF).sub_(128)
         patches = centred.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))  # (n, 3, rows, h, columns, w)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (images, patches, 3 * h * w)
-        tokens = F.linear(patches, self.weight) + self.position
+        tokens = F.linear(patches, self.weight) + (F.linear(patches, self.rest) + self.position)
         return torch.cat([self.prefix.expand(len(images), -1, -1), tokens], dim=1)
