@@ -8,7 +8,14 @@ import timm
 import torch
 from torch import nn
 
-from backbone.forward import PlainFeatures, ProductFeatures, cls_features, plain_features, supports_cls_only
+from backbone.forward import (
+    PlainFeatures,
+    ProductFeatures,
+    cls_features,
+    plain_features,
+    pooled_cls_block,
+    supports_cls_only,
+)
 from backbone.vit import Backbone, resolve_device, resolve_precision
 from tests.conftest import tiny_config
 
@@ -141,6 +148,27 @@ def test_bf16_products_give_timms_feature_but_for_their_rounding(kind: str, norm
     centred = expected - expected.mean(dim=0)  # what tells the images apart, not what all features share
     error = (found - expected).norm() / max(centred.norm(), 0.1 * expected.norm())
     assert error < 0.05
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASS_TOKEN if kind != "qk-norm"])
+@torch.inference_mode()
+def test_the_last_block_of_bf16_products_is_exact_without_keys_and_values(kind: str) -> None:
+    block = _model(*CLASS_TOKEN[kind]).blocks[-1]
+    x = torch.randn(3, 7, block.norm1.weight.numel(), generator=torch.Generator().manual_seed(2))
+    expected = block(x)[:, :1]
+    torch.testing.assert_close(pooled_cls_block(block, x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_patches_enter_bf16_products_rounded_once() -> None:
+    model = _model(*CLASS_TOKEN["no position for the class token"])
+    images = _images(model)
+    expected = model.patch_embed(images / 255)
+    embed = _backbone(copy.deepcopy(model), "bf16").features.embed
+    centred = expected - (embed.position - model.pos_embed)  # what the product gives; position and bias stay fp32
+    found = embed(images)[:, 1:] - model.pos_embed
+    # two halves hold 16 bits of a weight, so the product's own rounding to 8 bits is what is left
+    assert ((found - expected).abs() <= 1.05 * 2**-9 * 2 ** centred.abs().log2().ceil() + 1e-4).all()
 
 
 @torch.inference_mode()
