@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
-from models.streaming.lda import finite_float64, float64_device
 from models.streaming.means import appended, row_means
 from utils.config import Config
 from utils.methods import Method
@@ -33,8 +32,7 @@ class SimpleCIL(Learner):
         self.images = torch.zeros(0, dtype=torch.long, device=device)
 
     def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
-        features = finite_float64(task.test_view(), float64_device(self.device))
-        means, images = row_means(features, task.labels - task.first_row, task.new_rows)
+        means, images = row_means(task.test_view(), task.labels - task.first_row, task.new_rows)
         self.prototypes, self.images = appended(self.prototypes, means), appended(self.images, images)
 
     def scores(self, features: Tensor) -> Tensor:

@@ -3,216 +3,315 @@
     python -m tests.mutate                          # every file of TARGETS
     python -m tests.mutate backbone/luca.py -n 20   # twenty mutations of one file
 
-A mutation changes one comparison, operator, number, truth value, condition or reduction, or leaves a call out. It is
-never written to disk: a forked process imports the changed source in place of the file and runs the tests that TARGETS
-names until one fails. A mutation is killed if a test fails (or runs into the time limit), and survives if all pass.
-Before a file's mutations its tests run once on the unchanged source, and must pass. Lines that only speak to people
-(messages, log lines, docstrings) are left alone. What cannot change any behaviour is listed, with the reason, in
-EQUIVALENT and does not count.
+What a mutation is, says ``tests.mutations``; none is ever written to disk. The tests that TARGETS names for the chosen
+files run once on the unchanged source, where they must pass; which lines of the files each test executes is recorded.
+Then each mutation meets, in a forked process, the tests that execute its statement, the quickest first, until one
+fails; those that come after BUDGET_S seconds are not run. A mutation is killed if a test fails (or runs into a time
+limit), and survives if all pass. What a test does in another process is not seen. What cannot change any behaviour is
+listed, with the reason, in EQUIVALENT and does not count.
 """
 
 import argparse
-import ast
-import copy
+import gc
 import importlib.abc
 import importlib.util
 import os
+import pickle
 import random
 import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT_S = 180
+import pytest
+
+from tests.mutations import ROOT, Mutation, mutations
+
+BUDGET_S = 60
+OWN = {path.stem for path in ROOT.glob("*.py")} | {"tests", "models", "backbone", "utils"}
+
+STREAMING = tuple(f"tests/models/test_{name}.py" for name in ("lda", "ridge", "ridge_pair", "tosca_white", "baselines"))
+TOSCA = tuple(f"tests/models/test_{name}.py" for name in ("tosca", "selections", "steps"))
 
 # file -> the tests that must notice a mistake in it
 TARGETS: dict[str, tuple[str, ...]] = {
-    "backbone/luca.py": ("tests/backbone/test_luca.py", "tests/golden", "tests/models"),
-    "backbone/classifier.py": ("tests/backbone/test_classifier.py", "tests/golden", "tests/models"),
-    "models/tosca.py": ("tests/models/test_tosca.py", "tests/golden", "tests/models", "tests/test_run.py"),
-    "models/evaluation.py": ("tests/models", "tests/golden", "tests/test_run.py", "tests/test_domains.py"),
-    "models/streaming/lda.py": ("tests/models",),
-    "models/streaming/ridge.py": ("tests/models",),
+    "backbone/luca.py": ("tests/backbone/test_luca.py", "tests/golden", *TOSCA),
+    "backbone/classifier.py": ("tests/backbone/test_classifier.py", "tests/golden", *TOSCA),
+    "models/tosca.py": ("tests/golden", "tests/test_run.py", *TOSCA),
+    "models/evaluation.py": ("tests/test_run.py", "tests/test_domains.py", *TOSCA),
+    "models/streaming/lda.py": STREAMING,
+    "models/streaming/means.py": STREAMING,
+    "models/streaming/ridge.py": STREAMING,
+    "models/streaming/ridge_pair.py": STREAMING,
+    "models/streaming/whitening.py": STREAMING,
     "utils/results/metrics.py": ("tests/results/test_metrics.py", "tests/test_run.py"),
     "utils/data/tasks.py": ("tests/data/test_tasks.py", "tests/test_domains.py", "tests/runs/test_continue.py"),
     "utils/data/transforms.py": ("tests/data/test_data.py", "tests/features"),
-    "utils/data/fingerprints.py": ("tests/data/test_data.py", "tests/faults/test_faults_data.py", "tests/features"),
-    "utils/features/arrays.py": ("tests/features", "tests/faults"),
+    "utils/data/fingerprints.py": ("tests/data", "tests/faults/test_faults_data.py", "tests/features"),
+    "utils/features/arrays.py": ("tests/features", "tests/faults/test_faults_bank.py"),
     "utils/runs/identity.py": ("tests/runs", "tests/test_config.py", "tests/faults/test_faults_resume.py"),
-    "utils/seeds.py": ("tests/data", "tests/models", "tests/test_run.py"),
+    "utils/seeds.py": ("tests/test_run.py", *TOSCA, *STREAMING),
 }
 
-# "file: mutation" -> why no test can see it
+# a mutation's key -> why no test can see it
 EQUIVALENT: dict[str, str] = {}
 
-COMPARE = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-OPERATOR = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
-REDUCTION = {
-    "argmin": "argmax",
-    "argmax": "argmin",
-    "min": "max",
-    "max": "min",
-    "amin": "amax",
-    "amax": "amin",
-    "sum": "mean",
-    "mean": "sum",
-    "any": "all",
-    "all": "any",
-    "zeros": "ones",
-}
-SPEAKS = {"info", "warning", "error", "debug", "progress", "set_postfix"}  # calls that only speak to people
+
+@dataclass
+class Trace:
+    """Which statements a test executes, and how long it takes with the fixtures that it shares, in seconds."""
+
+    lines: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # test -> (file, line)
+    cost: dict[str, float] = field(default_factory=dict)
+
+    def tests(self, file: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
+        """Return the tests that execute one of the lines, the quickest first, as far as the budget goes."""
+        found = [t for t, lines in self.lines.items() if any(f == file and first <= n <= last for f, n in lines)]
+        chosen, spent = [], 0.0
+        for test in sorted(found, key=lambda t: self.cost[t]):
+            spent += self.cost[test]
+            if chosen and spent > BUDGET_S:
+                break
+            chosen.append(test)
+        return chosen
+
+    def limit(self, tests: Sequence[str]) -> float:
+        """Return how long a process may run these tests, in seconds, before it counts as hanging."""
+        return 30 + 10 * sum(self.cost[test] for test in tests)
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """A small mistake in ``file``: what was written and what stands there instead."""
+class Tracer:
+    """A pytest plugin that runs the collected tests once and fills a ``Trace``."""
 
-    file: str
-    line: int
-    before: str
-    after: str
-    source: str
+    def __init__(self, files: Sequence[str]) -> None:
+        self.names = {str(ROOT / file): file for file in files}
+        self.trace = Trace()
+        self.failed: list[str] = []
+        self.lines: set[tuple[str, int]] = set()
+        self.apart = 0.0  # seconds of the test that went into the fixtures below
+        self.shared: dict[int, tuple[set[tuple[str, int]], float]] = {}  # of fixtures wider than a test, by identity
 
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.before}  ->  {self.after}"
+    def run(self, items: Sequence[pytest.Item]) -> None:
+        """Run the tests, with the caches of functions emptied before each, so that none leans on an earlier one."""
+        caches = [found for found in gc.get_objects() if type(found).__name__ == "_lru_cache_wrapper"]
+        ours = [cache for cache in caches if str(getattr(cache, "__module__", "")).split(".")[0] in OWN]
+        threading.settrace(self._enter)
+        sys.settrace(self._enter)
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            for cache in ours:
+                cache.cache_clear()
+            self.lines, self.apart, start = set(), 0.0, time.monotonic()
+            passed = run_test(item, following)
+            own = time.monotonic() - start - self.apart
+            fixtures = [fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+            used = [self.shared[id(fixture)] for fixture in fixtures if id(fixture) in self.shared]
+            if passed:
+                self.trace.lines[item.nodeid] = self.lines.union(*(lines for lines, _ in used))
+                self.trace.cost[item.nodeid] = own + sum(seconds for _, seconds in used)
+            else:
+                self.failed.append(item.nodeid)
 
-    @property
-    def key(self) -> str:
-        """The mutation without its line, which other edits move."""
-        return f"{self.file}: {self.before}  ->  {self.after}"
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        if fixturedef.scope == "function":
+            return (yield)
+        outer, self.lines, start, apart = self.lines, set(), time.monotonic(), self.apart
+        try:
+            return (yield)
+        finally:
+            seconds = time.monotonic() - start - (self.apart - apart)
+            self.shared[id(fixturedef)] = (self.lines, seconds)
+            self.lines, self.apart = outer | self.lines, self.apart + seconds
 
+    def _enter(self, frame: FrameType, event: str, argument: object) -> Any:
+        file = self.names.get(frame.f_code.co_filename)
+        if file is None:
+            return None
+        self.lines.add((file, frame.f_lineno))
 
-def candidates(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """Every node that can be changed, with a changed copy of it."""
-    for node in _walk(tree):
-        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARE:
-            yield node, _with(node, ops=[COMPARE[type(node.ops[0])]()])
-        elif isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in OPERATOR:
-            yield node, _with(node, op=OPERATOR[type(node.op)]())
-        elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-            value = node.value
-            changed = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 2 + 1
-            yield node, ast.Constant(changed)
-        elif isinstance(node, (ast.If, ast.IfExp)):
-            yield node, _with(node, test=ast.UnaryOp(ast.Not(), node.test))
-        elif isinstance(node, ast.Attribute) and node.attr in REDUCTION and isinstance(node.ctx, ast.Load):
-            yield node, _with(node, attr=REDUCTION[node.attr])
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            yield node, ast.Pass()
+        def line(frame: FrameType, event: str, argument: object) -> Any:
+            self.lines.add((file, frame.f_lineno))
+            return line
 
-
-def _with(node: ast.AST, **fields: object) -> ast.AST:
-    changed = copy.copy(node)
-    for name, value in fields.items():
-        setattr(changed, name, value)
-    return changed
-
-
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below, but for messages, annotations, decorators and docstrings."""
-    for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "keywords") and isinstance(
-            node, (ast.FunctionDef, ast.ClassDef)
-        ):
-            continue
-        if name in ("annotation", "returns"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)) or _speaks(child):
-                continue
-            if isinstance(child, ast.AST):
-                yield child
-                yield from _walk(child)
+        return line
 
 
-def _speaks(node: object) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Call)
-        and (getattr(node.value.func, "attr", None) or getattr(node.value.func, "id", None)) in SPEAKS
-    )
+def run_test(item: pytest.Item, following: pytest.Item | None) -> bool:
+    """Run one test with its fixtures; return whether it passed or was skipped."""
+    from _pytest.runner import runtestprotocol
+
+    return not any(report.failed for report in runtestprotocol(item, nextitem=following, log=False))
 
 
-class _Replace(ast.NodeTransformer):
-    def __init__(self, old: ast.AST, new: ast.AST) -> None:
-        self.old, self.new = old, new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        if node is self.old:
-            return ast.copy_location(self.new, node)
-        return self.generic_visit(node)
-
-
-def mutations(file: str) -> list[Mutation]:
-    """Every mutation of a file."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    count = sum(1 for _ in candidates(ast.parse(text)))
-    found = []
-    for number in range(count):
-        tree = ast.parse(text)  # afresh: a replaced node changes its tree
-        old, new = next(pair for i, pair in enumerate(candidates(tree)) if i == number)
-        before, after = _first_line(old), _first_line(new)
-        changed = ast.fix_missing_locations(_Replace(old, new).visit(tree))
-        found.append(Mutation(file, getattr(old, "lineno", 0), before, after, ast.unparse(changed)))
-    return found
+def run_until_failure(items: Sequence[pytest.Item], report: Callable[[str], None]) -> None:
+    """Run tests in this order and report the first that fails."""
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        report(item.nodeid)  # also of one that hangs
+        if not run_test(item, following):
+            return
+    report("")
 
 
-def _first_line(node: ast.AST) -> str:
-    return ast.unparse(node).splitlines()[0][:100]
+class Failure(Exception):
+    """A forked process failed by itself, in no test."""
 
 
-class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Serves the mutated source in place of the module's file."""
+def in_fork(work: Callable[[Callable[[Any], None]], None], limit_s: float = float("inf")) -> Any:
+    """Call ``work`` in a silent forked process and return what it reported last.
+
+    Raises:
+        Failure: it reported nothing, or failed otherwise than in a test.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        reported, output = Path(folder, "reported"), Path(folder, "output")
+
+        def report(value: Any) -> None:
+            Path(folder, "next").write_bytes(pickle.dumps(value))
+            os.replace(Path(folder, "next"), reported)
+
+        if pid := os.fork():
+            deadline = time.monotonic() + limit_s
+            while os.waitpid(pid, os.WNOHANG)[0] == 0:
+                if time.monotonic() > deadline:
+                    os.killpg(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    break
+                time.sleep(0.02)
+            if not reported.exists():
+                raise Failure(output.read_text(errors="replace"))
+            found = pickle.loads(reported.read_bytes())
+            if isinstance(found, Failure):
+                raise found
+            return found
+        try:
+            os.setpgid(0, 0)
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = folder
+            for stream in (1, 2):
+                os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            work(report)
+        except BaseException:
+            report(Failure(traceback.format_exc()))
+        finally:
+            os._exit(0)
+
+
+def patch(mutation: Mutation) -> None:
+    """Give the live functions of the file their changed code."""
+    path = str(ROOT / mutation.file)
+    new: dict[tuple[str, int], CodeType] = {}
+    codes = [mutation.code()]
+    while codes:
+        inside = [constant for constant in codes.pop().co_consts if isinstance(constant, CodeType)]
+        new.update({(code.co_name, code.co_firstlineno): code for code in inside})
+        codes += inside
+    for function in gc.get_objects():
+        if isinstance(function, FunctionType) and function.__code__.co_filename == path:
+            function.__code__ = new[function.__code__.co_name, function.__code__.co_firstlineno]
+
+
+class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Serves the changed source in place of the module's file."""
 
     def __init__(self, mutation: Mutation) -> None:
-        self.path, self.source = ROOT / mutation.file, mutation.source
-        self.name = mutation.file.removesuffix(".py").replace("/", ".")
+        self.mutation = mutation
+        self.name = mutation.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, ROOT / self.mutation.file, loader=self)
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
+        exec(self.mutation.code(), module.__dict__)
 
 
-def survives(mutation: Mutation) -> bool:
-    """Whether all tests of the file pass with the mistake in it. Runs in a forked process."""
-    if pid := os.fork():
-        deadline = time.monotonic() + TIME_LIMIT_S
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status) == 0
-            time.sleep(0.05)
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        return False
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        sys.meta_path.insert(0, _Loader(mutation))
-        import pytest
+class Loop:
+    """A pytest plugin that hands all collected tests to ``work`` instead of running them."""
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *TARGETS[mutation.file]]))
-    finally:
-        os._exit(code)
+    def __init__(self, work: Callable[[dict[str, pytest.Item]], None]) -> None:
+        self.work = work
+        self.error: Exception | None = None  # that pytest would swallow
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed:
+            raise session.Interrupted("errors while collecting")
+        try:
+            self.work({item.nodeid: item for item in session.items})
+        except Exception as error:
+            self.error = error
+        return True
+
+
+def collect(paths: Sequence[str], loop: Loop, *others: object) -> None:
+    """Collect tests in this process and hand them to the plugins."""
+    pytest.main(["-q", "-s", "-n0", "-p", "no:cacheprovider", "-W", "ignore", *paths], plugins=[loop, *others])
+    if loop.error:
+        raise loop.error
+
+
+def files_of(tests: Sequence[str]) -> list[str]:
+    """The files that the tests stand in."""
+    return sorted({test.split("::")[0] for test in tests})
+
+
+def measure(chosen: Sequence[Mutation], say: Callable[[Mutation, str], None]) -> None:
+    """Meet every mutation with its tests and say which test killed it; an empty name says that none did.
+
+    Nearly all are planted in one process that has everything imported, function by function. What is executed when a
+    module is imported (constants, defaults) needs a process that imports it anew.
+    """
+    files = list(dict.fromkeys(mutation.file for mutation in chosen))
+    paths = list(dict.fromkeys(path for file in files for path in TARGETS[file]))
+
+    def quick(report: Callable[[Any], None]) -> None:
+        tracer = Tracer(files)
+
+        def run_all(items: dict[str, pytest.Item]) -> None:
+            tracer.run(list(items.values()))
+            report((tracer.trace, tracer.failed))
+
+        collect(paths, Loop(run_all), tracer)
+
+    trace, failed = in_fork(quick)
+    print(f"{len(trace.lines)} tests in {sum(trace.cost.values()):.0f} s; {len(failed)} failed", *failed, flush=True)
+    tests = {m: trace.tests(m.file, *m.lines) if m.function else [] for m in chosen}
+
+    def plant(items: dict[str, pytest.Item]) -> None:
+        for mutation in [m for m in chosen if tests[m]]:
+
+            def work(report: Callable[[Any], None], mutation: Mutation = mutation) -> None:
+                patch(mutation)
+                run_until_failure([items[test] for test in tests[mutation]], report)
+
+            say(mutation, in_fork(work, trace.limit(tests[mutation])))
+
+    def plant_all(report: Callable[[Any], None]) -> None:
+        report(None)
+        collect(files_of([test for some in tests.values() for test in some]), Loop(plant))
+
+    if any(tests.values()):
+        in_fork(plant_all)
+    for mutation in [m for m in chosen if not tests[m]]:
+        names = trace.tests(mutation.file)
+
+        def import_anew(report: Callable[[Any], None], mutation: Mutation = mutation, names: list[str] = names) -> None:
+            sys.meta_path.insert(0, Loader(mutation))
+            report("an import")
+            collect(
+                files_of(names),
+                Loop(lambda items: run_until_failure([items[name] for name in names if name in items], report)),
+            )
+
+        say(mutation, in_fork(import_anew, trace.limit(names)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,17 +339,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torchvision  # noqa: F401
 
     torch.set_num_threads(1)
-    for file in dict.fromkeys(mutation.file for mutation in chosen):
-        if not survives(Mutation(file, 0, "", "", (ROOT / file).read_text(encoding="utf-8"))):
-            parser.error(f"the tests of {file} fail without any mutation: {' '.join(TARGETS[file])}")
-    alive = []
-    for number, mutation in enumerate(chosen, start=1):
-        lives = survives(mutation)
-        alive += [mutation] if lives else []
-        print(f"{number}/{len(chosen)} {'SURVIVED' if lives else 'killed  '} {mutation}", flush=True)
-    killed = len(chosen) - len(alive)
-    print(f"{killed} of {len(chosen)} killed ({100 * killed / max(1, len(chosen)):.1f} %)")
-    return 1 if alive else 0
+    with os.fdopen(os.dup(1), "w") as out, tempfile.NamedTemporaryFile("w+", encoding="utf-8") as results:
+
+        def say(mutation: Mutation, killer: str) -> None:
+            verdict = f"killed by {killer}" if killer else "SURVIVED"
+            print(f"{mutation}\n    {verdict}", file=out, flush=True)
+            results.write(f"{mutation.file}\t{bool(killer)}\n")
+            results.flush()
+
+        measure(chosen, say)
+        results.seek(0)
+        lines = [line.rstrip("\n").split("\t") for line in results]
+    total, killed = Counter(file for file, _ in lines), Counter(file for file, dead in lines if dead == "True")
+    for file in total:
+        print(f"{file}: {killed[file]} of {total[file]} killed")
+    print(f"{killed.total()} of {total.total()} killed ({100 * killed.total() / max(1, total.total()):.1f} %)")
+    return 1 if killed.total() < len(chosen) else 0
 
 
 if __name__ == "__main__":

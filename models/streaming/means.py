@@ -4,15 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.streaming.lda import finite_float64, float64_device
+
 
 def row_means(features: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the mean feature of each of ``count`` rows, zero for a row without images, and how many it has.
 
-    Shape: ``(images, dim), (images,) -> (count, dim), (count,)``, in the precision of ``features``.
+    Shape: ``(images, dim), (images,) -> (count, dim), (count,)``, the means in float64.
+
+    Raises:
+        NumericError: a feature is NaN or infinite.
     """
-    member = F.one_hot(rows.to(features.device), count)  # (images, count); its products add in a fixed order
+    values = finite_float64(features, float64_device(features.device))
+    member = F.one_hot(rows.to(values.device), count)  # (images, count); its products add in a fixed order
     images = member.sum(dim=0)
-    return member.to(features.dtype).T @ features / images.clamp(min=1)[:, None], images
+    return member.double().T @ values / images.clamp(min=1)[:, None], images
 
 
 def appended(old: Tensor, new: Tensor) -> Tensor:

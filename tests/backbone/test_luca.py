@@ -77,19 +77,23 @@ def test_every_flow_equals_the_formulas_in_numpy(flow):
     np.testing.assert_allclose(luca(h).detach().numpy(), numpy_luca(arrays, h.numpy(), flow), rtol=1e-10, atol=1e-12)
 
 
+# the release's parameters for features of width 768, in its order
+SHAPES_OF_768 = {
+    "norm.weight": (768,),
+    "norm.bias": (768,),
+    "mlp.0.weight": (48, 768),
+    "mlp.0.bias": (48,),
+    "mlp.2.weight": (768, 48),
+    "mlp.2.bias": (768,),
+    "se.0.weight": (48, 768),
+    "se.2.weight": (768, 48),
+}
+
+
 @pytest.mark.parametrize("flow", ALL_FLOWS)
 def test_every_flow_owns_the_same_149808_parameters_in_the_releases_order(flow):
     luca = LuCA(768, flow=flow)
-    assert {name: tuple(p.shape) for name, p in luca.named_parameters()} == {
-        "norm.weight": (768,),
-        "norm.bias": (768,),
-        "mlp.0.weight": (48, 768),
-        "mlp.0.bias": (48,),
-        "mlp.2.weight": (768, 48),
-        "mlp.2.bias": (768,),
-        "se.0.weight": (48, 768),
-        "se.2.weight": (768, 48),
-    }
+    assert {name: tuple(p.shape) for name, p in luca.named_parameters()} == SHAPES_OF_768
     assert [name.partition(".")[0] for name, _ in luca.named_parameters()] == ["norm"] * 2 + ["mlp"] * 4 + ["se"] * 2
     assert list(luca.state_dict()) == [name for name, _ in luca.named_parameters()]
     assert sum(p.numel() for p in luca.parameters()) == 149_808

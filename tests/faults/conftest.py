@@ -12,23 +12,10 @@ import pytest
 
 import main
 from models.tosca import TOSCA
-from tests.conftest import fork, handlers_restored
+from tests.conftest import TINY, fork, handlers_restored
 from utils.runs.checkpoint import MANIFEST
 
-KEYS: dict[str, Any] = {
-    "dataset": "imagefolder",
-    "init_cls": 2,
-    "increment": 2,
-    "backbone_type": "glyphs_vit",
-    "device": ["-1"],
-    "image_size": 16,
-    "epochs": 2,
-    "batch_size": 4,
-    "train_views": 1,
-    "precision": "fp32",
-    "num_workers": 0,
-    "feature_batch_size": 8,
-}
+KEYS: dict[str, Any] = {**TINY, "backbone_type": "glyphs_vit", "pretrained": True, "image_size": 16}
 # times, a sum over times, and what depends on whether another run has filled the bank
 _NOT_THE_END = ("seconds", "cost", "sha256", "missing_at_start", "backbone_forwards")
 _WHERE = ("checkpoint_dir", "log_dir", "cache_dir", "data_path", "num_workers")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.streaming.ridge import RIDGES, RandomRidge, ridge_path_errors
+from models.streaming.ridge_pair import RidgePair
 from utils.errors import NumericError
 
 DIM, ROWS = 6, 4
@@ -168,12 +169,14 @@ def test_the_relu_makes_a_non_linear_problem_solvable():
     "features",
     [torch.zeros(6, DIM), torch.full((6, DIM), 0.1), torch.eye(6), 1e-15 * torch.eye(6), 1e8 * torch.eye(6)],
 )
-def test_no_nan_in_hard_cases(features, width):
+@pytest.mark.parametrize("kind", [RandomRidge, RidgePair])
+def test_no_nan_in_hard_cases(kind, features, width):
     """Zero or equal features, one image in a class, one class or one image in a task."""
-    model = RandomRidge(DIM, width, 0)
+    model = kind(DIM, width, 0)
     model.update(features[:1], torch.tensor([0]), 1)
     model.update(features[1:3], torch.tensor([1, 1]), 2)
     model.update(features[3:], torch.tensor([2, 3, 2]), 4)
+    assert all(values.isfinite().all() for values in model.state_dict().values())
     assert model.scores(torch.cat([features, torch.zeros(1, DIM)])).isfinite().all()
 
 

@@ -9,22 +9,14 @@ from torch import nn
 
 from backbone.luca import LuCA, make_luca
 from models.tosca import TOSCA
+from tests.backbone.test_luca import SHAPES_OF_768
 from tests.conftest import tiny_config
 from utils.errors import CheckpointError
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
 from utils.runs.tensors import load_tensors, module_from_file
 
-SHAPES = {
-    "backbone.tosca.norm.weight": (768,),
-    "backbone.tosca.norm.bias": (768,),
-    "backbone.tosca.mlp.0.weight": (48, 768),
-    "backbone.tosca.mlp.0.bias": (48,),
-    "backbone.tosca.mlp.2.weight": (768, 48),
-    "backbone.tosca.mlp.2.bias": (768,),
-    "backbone.tosca.se.0.weight": (48, 768),
-    "backbone.tosca.se.2.weight": (768, 48),
-}
+SHAPES = {f"backbone.tosca.{name}": shape for name, shape in SHAPES_OF_768.items()}
 
 
 def luca(seed: int) -> LuCA:
