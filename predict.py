@@ -86,6 +86,8 @@ def named_paths(paths: Sequence[str]) -> Iterator[Path]:
         if path != "-":
             yield Path(path)
             continue
+        if sys.stdin is None:
+            raise UserError("- reads names from standard input, which is closed; give the images themselves")
         for line in getattr(sys.stdin, "buffer", sys.stdin):
             name = os.fsdecode(line).rstrip("\r\n")
             if name:

@@ -61,6 +61,50 @@ def test_a_full_disk_under_the_output_is_one_line_and_no_success(options):
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("closing", "options", "code", "said"),
+    [
+        (">&-", "", 2, "prog: error: standard output cannot be written (Bad file descriptor)\n"),
+        (">&-", ", needs_output=False", 0, "0 1 2\n"),
+        ("2>&-", "", 0, ""),
+        (">&- 2>&- <&-", ", needs_output=False", 0, ""),
+    ],
+)
+def test_streams_that_were_closed_before_the_start_are_no_traceback(tmp_path, closing, options, code, said):
+    """As by ``>&-``. A file that is opened next must not become the standard output of libraries."""
+    action = (
+        "    print('text', flush=True)\n"
+        "    import os\n"
+        "    opened = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "    os.write(1, b'of a library')\n"
+        "    assert opened > 2\n"
+        "    print(0, 1, 2, file=sys.stderr)\n"
+    )
+    program = f"{FRAME}def action():\n{action}    return 0\nexit_process(run_command('prog', action{options}))"
+    command = f'exec "$0" -c "$1" "$2" {closing}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, program, str(tmp_path / "data")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+    assert not (tmp_path / "data").exists() or (tmp_path / "data").read_bytes() == b""
+
+
+@pytest.mark.parametrize("command", ["main", "predict", "report", "utils.features"])
+def test_help_on_a_full_disk_is_no_success(command, capsys):
+    program = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module({command!r}, run_name='__main__')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert "error: standard output cannot be written (No space left on device)\n" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_character_that_the_encoding_lacks_is_written_as_an_escape(encoding):
     process = start("print('Ā = 9')\nprint('next')\nprint('σ', file=sys.stderr)", PYTHONIOENCODING=encoding)

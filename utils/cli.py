@@ -125,12 +125,18 @@ def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON,
         needs_output: whether standard output is all that the command is for, so that it ends when that fails.
     """
     streams = sys.stdout, sys.stderr
-    out, err = SafeOutput(sys.stdout, ends_command=needs_output), SafeOutput(sys.stderr)
+    _occupy_standard_descriptors()
+    out = SafeOutput(sys.stdout or _closed_stream(refuses=needs_output), ends_command=needs_output)
+    err = SafeOutput(sys.stderr or _closed_stream(refuses=False))
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
         with _signals_as_exceptions():
+            leaving: SystemExit | None = None
             try:
-                code = action()
+                try:
+                    code = action()
+                except SystemExit as exit_request:  # of argparse: --help, or a mistake on the command line
+                    code, leaving = 0, exit_request
                 sys.stdout.flush()
             except OutputFailed:
                 code = 1 if isinstance(out.error, BrokenPipeError) else 2
@@ -148,9 +154,23 @@ def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON,
             print(f"{prog}: error: standard output cannot be written ({out.error.strerror})", file=sys.stderr)
             code = code or 2
         sys.stderr.flush()
+        if leaving is not None and not code:
+            raise leaving
         return code
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open what whoever started the process has closed: else the next file would be where libraries print."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _closed_stream(*, refuses: bool) -> TextIO:
+    """What stands for a stream that whoever started the process has closed: all goes nowhere, or writing fails."""
+    return open(os.open(os.devnull, os.O_RDONLY if refuses else os.O_WRONLY), "w", encoding="utf-8")  # noqa: SIM115
 
 
 def fault_of(error: Exception) -> UserError:
