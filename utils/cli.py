@@ -170,7 +170,7 @@ def _occupy_standard_descriptors() -> None:
 
 def _closed_stream(*, refuses: bool) -> TextIO:
     """What stands for a stream that whoever started the process has closed: all goes nowhere, or writing fails."""
-    return open(os.open(os.devnull, os.O_RDONLY if refuses else os.O_WRONLY), "w", encoding="utf-8")  # noqa: SIM115
+    return open(os.open(os.devnull, os.O_RDONLY if refuses else os.O_WRONLY), "w", encoding="utf-8")
 
 
 def fault_of(error: Exception) -> UserError:
