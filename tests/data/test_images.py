@@ -47,6 +47,43 @@ def png(bits: int, colour: int, row: bytes, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + pixels + chunk(b"IEND", b"")
 
 
+def tiff(bits: int, photometric: int, data: bytes, width: int, sample_format: int = 1) -> bytes:
+    """A TIFF of one line and one channel, little-endian."""
+    return tiff_of_strips([data], bits, photometric, width, 1, sample_format=sample_format)
+
+
+def tiff_of_strips(
+    strips: list[bytes],
+    bits: int,
+    photometric: int,
+    width: int,
+    channels: int,
+    order: str = "<",
+    compressed: bool = False,
+    planes: bool = False,
+    extra: int | None = None,
+    sample_format: int = 1,
+) -> bytes:
+    """A TIFF of one line, by the letter of the specification; ``planes``: a strip for each channel."""
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    tags = {256: [width], 257: [1], 258: [bits] * channels, 259: [8 if compressed else 1], 262: [photometric]}
+    tags |= {273: [0] * len(strips), 277: [channels], 278: [1], 279: [len(strip) for strip in strips]}
+    tags |= {284: [2 if planes else 1], 338: [extra] if extra else [], 339: [sample_format] * channels}
+    tags = {tag: values for tag, values in tags.items() if values}
+    behind = 8 + 2 + 12 * len(tags) + 4  # the header and the directory
+    longer = sum(4 * len(values) for values in tags.values() if len(values) > 1)  # values that do not fit into it
+    starts = np.cumsum([behind + longer, *map(len, strips)]).tolist()
+    tags[273] = starts[:-1]
+    entries = values_behind = b""
+    for tag, values in tags.items():
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        where = packed if len(values) == 1 else struct.pack(f"{order}I", behind + len(values_behind))
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values)) + where
+        values_behind += packed if len(values) > 1 else b""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
+    return head + entries + bytes(4) + values_behind + b"".join(strips)
+
+
 def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -168,19 +205,90 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     assert kinds_of_file(path) == ["deep"]
 
 
-def test_16_bit_colour_keeps_its_high_bytes(tmp_path):
-    path = written(tmp_path / "a.png", png(16, 2, bytes([255, 255, 128, 0, 0, 255])))
-    assert decoded(path) == [(255, 128, 0)]
+DEEP = np.array([[0, 255, 257], [0x12FF, 0x8000, 65535]], dtype=np.uint16)  # two pixels of a 16-bit colour picture
+HIGH_BYTES = [(0, 0, 1), (18, 128, 255)]
+NEAREST = [(0, 1, 1), (19, 128, 255)]  # value * 255 / 65535, rounded
+CLEAR = np.array([[65535], [0]], dtype=np.uint16)  # alpha: opaque, transparent
+
+
+def deep_png(channels: np.ndarray = DEEP, colour: int = 2) -> bytes:
+    return png(16, colour, channels.astype(">u2").tobytes())
+
+
+def deep_tiff(
+    order: str, compressed: bool, planes: bool, channels: np.ndarray = DEEP, extra: int | None = None
+) -> bytes:
+    blocks = [channels[:, [index]] for index in range(channels.shape[1])] if planes else [channels]
+    strips = [block.astype(order + "u2").tobytes() for block in blocks]
+    return tiff_of_strips(strips, 16, 2, len(channels), channels.shape[1], order, compressed, planes, extra)
+
+
+def deep_ppm(largest: int = 65535) -> bytes:
+    return b"P6\n2 1\n%d\n" % largest + (DEEP if largest == 65535 else DEEP % 1024).astype(">u2").tobytes()
+
+
+DEEP_FILES = {
+    "a.png": (deep_png(), HIGH_BYTES),
+    "a.ppm": (deep_ppm(), NEAREST),
+    "10-bit.ppm": (deep_ppm(1023), [(0, 64, 64), (191, 0, 255)]),
+    "text.ppm": (b"P3\n2 1\n65535\n" + b" ".join(b"%d" % value for value in DEEP.ravel().tolist()), NEAREST),
+    **{
+        f"{name}, {'deflate' if compressed else 'raw'}, {'planes' if planes else 'pixels'}.tif": (
+            deep_tiff(order, compressed, planes),
+            HIGH_BYTES,
+        )
+        for name, order in (("little", "<"), ("big", ">"))
+        for compressed in (False, True)
+        for planes in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEEP_FILES)
+def test_16_bit_colour_becomes_8_bits_by_a_known_rule_and_is_counted(tmp_path, name):
+    content, expected = DEEP_FILES[name]
+    path = written(tmp_path / name, content)
+    assert decoded(path) == expected
+    assert kinds_of_file(path) == ["deep"]
+    with Image.open(path) as opened:  # by a user of the API
+        assert as_image(opened).tobytes() == decode(path).tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        deep_png(np.hstack([DEEP, CLEAR]), 6),
+        *(
+            deep_tiff(order, compressed, planes, np.hstack([DEEP, CLEAR]), 2)
+            for order in "<>"
+            for compressed in (False, True)
+            for planes in (False, True)
+        ),
+    ],
+)
+def test_16_bit_colour_with_alpha_is_laid_on_white(tmp_path, content):
+    path = written(tmp_path / "a", content)
+    assert decoded(path) == [HIGH_BYTES[0], WHITE]
+    assert kinds_of_file(path) == ["alpha", "deep"]
+
+
+def test_16_bit_colour_of_sgi_keeps_its_high_bytes(tmp_path):
+    path = save(tmp_path / "a.sgi", Image.fromarray(np.array([[[0, 128, 255]]], dtype=np.uint8)), bpc=2)
+    assert decoded(path) == [(0, 128, 255)]
     assert kinds_of_file(path) == ["deep"]
 
 
-def tiff(bits: int, photometric: int, data: bytes, width: int, sample_format: int = 1) -> bytes:
-    """A TIFF of one line, little-endian."""
-    tags = [(256, 3, width), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
-    tags += [(277, 3, 1), (278, 3, 1), (279, 4, len(data)), (339, 3, sample_format)]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    padded = data + b"\0" * (len(data) % 2)
-    return b"II*\0" + struct.pack("<I", 8 + len(padded)) + padded + struct.pack("<H", len(tags)) + entries + bytes(4)
+def test_16_bit_inks_in_planes_are_refused_and_not_read_as_if_they_had_8(tmp_path):
+    strips = [bytes([255, 255, 0, 0])] * 4
+    path = written(tmp_path / "a.tif", tiff_of_strips(strips, 16, 5, 2, 4, "<", compressed=False, planes=True))
+    with pytest.raises(UnreadableImage):
+        decode(path)
+
+
+def test_an_8_bit_ppm_is_not_deep(tmp_path):
+    path = written(tmp_path / "a.ppm", b"P6\n2 1\n100\n" + bytes([0, 50, 100, 100, 25, 75]))
+    assert decoded(path) == [(0, 128, 255), (255, 64, 191)]
+    assert kinds_of_file(path) == []
 
 
 def test_a_tiff_in_which_zero_is_white(tmp_path):

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from utils.data.modes import UnreadableImage, kinds_of, raw_mode_of, to_rgb
+from utils.data.modes import UnreadableImage, correct_planes, kinds_of, raw_mode_of, to_rgb
 from utils.errors import DataError
 from utils.files import sha256_of_file
 
@@ -59,8 +59,9 @@ def rgb_of(image: Image.Image) -> Image.Image:
     Raises:
         UnreadableImage: as ``decode``.
     """
-    raw_mode = raw_mode_of(image)
     with _one_kind_of_error():
+        correct_planes(image)
+        raw_mode = raw_mode_of(image)
         image.load()
     return to_rgb(image, raw_mode)
 
@@ -131,6 +132,7 @@ def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
         if file.read(8) != PNG_SIGNATURE:
             raise
         image = Image.open(io.BytesIO(_png_without_remarks(file)), formats=("PNG",))
+    correct_planes(image)
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise UnreadableImage(

@@ -25,6 +25,8 @@ KINDS = {
 # Kinds that earlier versions and the release decode in another way; the others are as ``convert("RGB")`` makes them
 DECODED_ANEW = frozenset({"alpha", "deep", "integer", "float"})
 
+CHANNELS = frozenset("RGBACMYK")  # Pillow's names of parts that hold one channel
+
 
 class UnreadableImage(DataError):
     """Why a file is no image, in a few words; the caller names the file."""
@@ -113,11 +115,30 @@ def _tiff_tag(image: Image.Image, tag: int) -> int | None:
 
 def raw_mode_of(image: Image.Image) -> str:
     """How the file holds the pixels, in Pillow's words, such as ``RGB;16B``; empty where Pillow does not say."""
-    for tile in getattr(image, "tile", []):
-        arguments = tile[3]
-        first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-        return first if isinstance(first, str) else ""
+    for _, arguments in _tiles(image):
+        return arguments[0] if arguments and isinstance(arguments[0], str) else ""
     return ""
+
+
+def _tiles(image: Image.Image) -> list[tuple[str, tuple[Any, ...]]]:
+    """The decoder of each part of the file, with its arguments; empty once the image is loaded."""
+    parts = getattr(image, "tile", [])
+    return [(part[0], part[3] if isinstance(part[3], tuple) else (part[3],)) for part in parts]
+
+
+def correct_planes(image: Image.Image) -> None:
+    """Let an opened TIFF whose 16-bit channels lie one after the other be read as such.
+
+    Pillow (13.0) reads such channels as if they had 8 bits where they are not compressed: every other pixel would be
+    the low byte of its neighbour.
+    """
+    if image.format != "TIFF" or _tiff_tag(image, 258) != 16:
+        return
+    order = "B" if getattr(image, "tag_v2", None) is not None and image.tag_v2.prefix == b"MM" else "L"
+    for number, (decoder, arguments) in enumerate(_tiles(image)):
+        if decoder == "raw" and arguments[0] in CHANNELS:
+            part = image.tile[number]
+            image.tile[number] = part._replace(args=(f"{arguments[0]};16{order}", *arguments[1:]))
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------------
@@ -127,7 +148,7 @@ def kinds_of(image: Image.Image) -> list[str]:
     """Which ``KINDS`` an image is of; its pixels need not be decoded."""
     kinds = {
         "alpha": _has_alpha(image),
-        "deep": image.mode.startswith("I;16") or ";16" in raw_mode_of(image) or _white_level(image) is not None,
+        "deep": _is_deep(image),
         "integer": image.mode == "I" and _white_level(image) is None,
         "float": image.mode == "F",
         "cmyk": image.mode == "CMYK",
@@ -135,6 +156,14 @@ def kinds_of(image: Image.Image) -> list[str]:
         "rotated": _exif_orientation(image) not in (0, 1),
     }
     return [kind for kind, holds in kinds.items() if holds]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file holds more than 8 bits a channel; Pillow's mode says so for grey alone."""
+    if image.mode.startswith("I;16") or _white_level(image) is not None or ";16" in raw_mode_of(image):
+        return True
+    parts = _tiles(image)
+    return any(name == "SGI16" or (name in ("ppm", "ppm_plain") and arguments[1] > 255) for name, arguments in parts)
 
 
 def _has_frames(image: Image.Image) -> bool:
