@@ -67,25 +67,31 @@ EQUIVALENT: dict[str, str] = {}
 
 @dataclass
 class Trace:
-    """Which statements a test executes, and how long it takes with the fixtures that it shares, in seconds."""
+    """Which statements each test executes, and how long it takes, in seconds."""
 
     lines: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # test -> (file, line)
-    cost: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)  # without what follows
+    shared: dict[str, dict[int, float]] = field(default_factory=dict)  # by fixture that several tests share
+
+    def cost(self, test: str) -> float:
+        """Return what the test takes if it runs alone."""
+        return self.own[test] + sum(self.shared[test].values())
 
     def tests(self, file: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
         """Return the tests that execute one of the lines, the quickest first, as far as the budget goes."""
         found = [t for t, lines in self.lines.items() if any(f == file and first <= n <= last for f, n in lines)]
-        chosen, spent = [], 0.0
-        for test in sorted(found, key=lambda t: self.cost[t]):
-            spent += self.cost[test]
-            if chosen and spent > BUDGET_S:
+        chosen: list[str] = []
+        ready: dict[int, float] = {}
+        for test in sorted(found, key=self.cost):
+            ready |= self.shared[test]
+            if chosen and sum(self.own[t] for t in [*chosen, test]) + sum(ready.values()) > BUDGET_S:
                 break
             chosen.append(test)
         return chosen
 
     def limit(self, tests: Sequence[str]) -> float:
         """Return how long a process may run these tests, in seconds, before it counts as hanging."""
-        return 30 + 10 * sum(self.cost[test] for test in tests)
+        return 30 + 10 * sum(map(self.cost, tests))
 
 
 class Tracer:
@@ -112,10 +118,11 @@ class Tracer:
             passed = run_test(item, following)
             own = time.monotonic() - start - self.apart
             fixtures = [fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
-            used = [self.shared[id(fixture)] for fixture in fixtures if id(fixture) in self.shared]
+            used = {id(fixture): self.shared[id(fixture)] for fixture in fixtures if id(fixture) in self.shared}
             if passed:
-                self.trace.lines[item.nodeid] = self.lines.union(*(lines for lines, _ in used))
-                self.trace.cost[item.nodeid] = own + sum(seconds for _, seconds in used)
+                self.trace.lines[item.nodeid] = self.lines.union(*(lines for lines, _ in used.values()))
+                self.trace.own[item.nodeid] = own
+                self.trace.shared[item.nodeid] = {fixture: seconds for fixture, (_, seconds) in used.items()}
             else:
                 self.failed.append(item.nodeid)
 
@@ -282,7 +289,7 @@ def measure(chosen: Sequence[Mutation], say: Callable[[Mutation, str], None]) ->
         collect(paths, Loop(run_all), tracer)
 
     trace, failed = in_fork(quick)
-    print(f"{len(trace.lines)} tests in {sum(trace.cost.values()):.0f} s; {len(failed)} failed", *failed, flush=True)
+    print(f"{len(trace.lines)} tests in {sum(trace.own.values()):.0f} s; {len(failed)} failed", *failed, flush=True)
     tests = {m: trace.tests(m.file, *m.lines) if m.function else [] for m in chosen}
 
     def plant(items: dict[str, pytest.Item]) -> None:

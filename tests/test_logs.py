@@ -26,3 +26,11 @@ def test_a_log_on_a_full_disk_ends_the_run_in_one_line_that_says_why():
         logging.getLogger().error("anything")
     assert "the log cannot be written (No space left on device)" in str(caught.value)
     assert "log_dir" in str(caught.value)
+
+
+def test_a_log_that_cannot_be_opened_is_one_line_that_names_file_and_key(tmp_path):
+    (tmp_path / "run.log").mkdir()
+    with pytest.raises(UserError) as caught, logging_to(tmp_path / "run.log"):
+        raise AssertionError("the log was opened")
+    expected = f"{tmp_path / 'run.log'} cannot be written (Is a directory); set log_dir to another folder"
+    assert str(caught.value) == expected

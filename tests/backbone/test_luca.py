@@ -150,6 +150,12 @@ def test_the_seed_alone_decides_and_the_global_generator_is_untouched(first):
     assert not torch.equal(drawn(6), reference)
 
 
+@pytest.mark.parametrize(("ratio", "bottleneck"), [(1, 8), (8, 1)])
+def test_a_bottleneck_may_be_as_wide_as_the_feature_and_as_narrow_as_one(ratio, bottleneck):
+    luca = LuCA(8, mlp_ratio=ratio, se_ratio=ratio)
+    assert luca.mlp[0].out_features == luca.se[0].out_features == bottleneck
+
+
 @pytest.mark.parametrize(("name", "ratio"), [("mlp_ratio", 9), ("se_ratio", 9), ("mlp_ratio", 0)])
 def test_a_ratio_that_leaves_no_bottleneck_is_named(name, ratio):
     with pytest.raises(ValueError, match=rf"{name} must be between 1 and the feature width 8, got {ratio}"):

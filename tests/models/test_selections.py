@@ -74,6 +74,11 @@ def test_the_seed_reaches_module_classifier_and_random_features():
     assert torch.equal(projections[0], projections[1]) and not torch.equal(projections[0], projections[2])
 
 
+def test_each_later_module_starts_elsewhere():
+    second, third = (TOSCA(tiny_config(), DIM, CPU, 1).fresh_luca(Task(index)) for index in (1, 2))
+    assert not torch.equal(second.mlp[0].weight, third.mlp[0].weight)
+
+
 @pytest.mark.parametrize("name", ["weight", "sigma"])
 def test_a_classifier_that_is_not_finite_is_not_saved(monkeypatch, name):
     def train(luca: object, classifier: torch.nn.Module, *_: object, **__: object) -> None:
@@ -117,18 +122,25 @@ def evaluated(table: Tensor, tasks: list[tuple[range, list[int]]], row_class: li
         domains=("photo", "sketch") if len(set(row_class)) < len(row_class) else (),
     )
     bank = SimpleNamespace(read=lambda split, view, rows: np.zeros((len(rows), DIM), np.float32))
-    return evaluate(learner, bank, stream, len(tasks) - 1, seed).record.results["sample"], learner
+    evaluation = evaluate(learner, bank, stream, len(tasks) - 1, seed)
+    return evaluation.record.results["sample"], learner, evaluation.answers["sample"]
 
 
 def test_top_five_counts_the_fifth_class_and_not_the_sixth():
     table = torch.arange(7, 0, -1).float().repeat(4, 1)  # class 0 is best, class 6 last
-    found, _ = evaluated(table, [(range(7), [0, 4, 4, 5])], list(range(7)))
+    found, *_ = evaluated(table, [(range(7), [0, 4, 4, 5])], list(range(7)))
     assert (found["top1"], found["top5"]) == (25, 75)
+
+
+def test_an_answer_s_probability_is_the_largest_of_the_softmax_over_classes():
+    table = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
+    *_, answer = evaluated(table, [(range(3), [0, 0])], [0, 1, 2])
+    np.testing.assert_allclose(answer.probability, [0.5, 0.7], rtol=1e-6)
 
 
 def test_old_and_new_in_domain_runs_are_earlier_tasks_and_the_newest():
     table = torch.eye(4)[[0, 0, 0, 0, 1, 1, 1, 1]]
-    found, _ = evaluated(table, [(range(2), [0, 0, 0, 1]), (range(2, 4), [0, 0, 0, 1])], [0, 1, 0, 1])
+    found, *_ = evaluated(table, [(range(2), [0, 0, 0, 1]), (range(2, 4), [0, 0, 0, 1])], [0, 1, 0, 1])
     assert found["groups"] == {"total": 50, "domain photo": 75, "domain sketch": 25, "old": 75, "new": 25}
 
 
