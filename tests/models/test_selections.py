@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models import training
-from models.base import Learner, OnEpoch, TaskData
+from models.base import Learner, OnEpoch, Prediction, TaskData
 from models.evaluation import evaluate
 from models.ranpac import RanPAC
 from models.streaming.lda import StreamingLDA
@@ -108,9 +108,26 @@ class Fixed(Learner):
         return super().predict(features, true_task, shuffled)
 
 
-def evaluated(table: Tensor, tasks: list[tuple[range, list[int]]], row_class: list[int], seed: int = 0):
-    """Evaluate written scores: tasks are (rows, true classes of the test images)."""
-    learner = Fixed(tiny_config(model_name="simplecil"), DIM, CPU, 0)
+class FixedModules(Fixed):
+    """Scores and modules that are written down; nothing is said of entropies."""
+
+    module: Tensor = torch.tensor([0, 1, 1, 1])
+
+    def predict(self, features, true_task=None, shuffled=None):
+        return {"sample": Prediction(self.table, self.module)}
+
+
+def evaluated(
+    table: Tensor,
+    tasks: list[tuple[range, list[int]]],
+    row_class: list[int],
+    seed: int = 0,
+    kind: type[Fixed] = Fixed,
+    after: int | None = None,
+    domains: tuple[str, ...] = ("photo", "sketch"),
+):
+    """Evaluate written scores: tasks are (rows, true classes of the test images), ``after`` one of them or the last."""
+    learner = kind(tiny_config(model_name="simplecil"), DIM, CPU, 0)
     learner.table = table
     starts = np.cumsum([0, *(len(true) for _, true in tasks)])
     stream = SimpleNamespace(
@@ -119,11 +136,11 @@ def evaluated(table: Tensor, tasks: list[tuple[range, list[int]]], row_class: li
             for start, (rows, true) in zip(starts, tasks, strict=False)
         ),
         row_class=np.asarray(row_class),
-        domains=("photo", "sketch") if len(set(row_class)) < len(row_class) else (),
+        domains=domains if len(set(row_class)) < len(row_class) else (),
     )
     bank = SimpleNamespace(read=lambda split, view, rows: np.zeros((len(rows), DIM), np.float32))
-    evaluation = evaluate(learner, bank, stream, len(tasks) - 1, seed)
-    return evaluation.record.results["sample"], learner, evaluation.answers["sample"]
+    evaluation = evaluate(learner, bank, stream, len(tasks) - 1 if after is None else after, seed)
+    return evaluation.record.results["sample"], learner, evaluation
 
 
 def test_top_five_counts_the_fifth_class_and_not_the_sixth():
@@ -134,14 +151,37 @@ def test_top_five_counts_the_fifth_class_and_not_the_sixth():
 
 def test_an_answer_s_probability_is_the_largest_of_the_softmax_over_classes():
     table = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
-    *_, answer = evaluated(table, [(range(3), [0, 0])], [0, 1, 2])
-    np.testing.assert_allclose(answer.probability, [0.5, 0.7], rtol=1e-6)
+    *_, evaluation = evaluated(table, [(range(3), [0, 0])], [0, 1, 2])
+    np.testing.assert_allclose(evaluation.answers["sample"].probability, [0.5, 0.7], rtol=1e-6)
+
+
+def test_the_choice_of_modules_is_counted_with_and_without_entropies():
+    tasks = [(range(1), [0, 0]), (range(1, 2), [1, 1])]
+    found, _, evaluation = evaluated(torch.zeros(4, 2), tasks, [0, 1], kind=FixedModules)
+    assert found["selection_accuracy"] == 75
+    assert evaluation.record.confusion["sample"] == [[1, 1], [0, 2]]  # [true task][chosen module]
+    assert evaluation.record.entropy == {}
 
 
 def test_old_and_new_in_domain_runs_are_earlier_tasks_and_the_newest():
     table = torch.eye(4)[[0, 0, 0, 0, 1, 1, 1, 1]]
     found, *_ = evaluated(table, [(range(2), [0, 0, 0, 1]), (range(2, 4), [0, 0, 0, 1])], [0, 1, 0, 1])
     assert found["groups"] == {"total": 50, "domain photo": 75, "domain sketch": 25, "old": 75, "new": 25}
+
+
+def test_groups_leave_out_what_is_still_to_come():
+    tasks = [(range(2), [0, 0, 1, 1]), (range(2, 4), [2, 3])]
+    found, *_ = evaluated(torch.eye(2)[[0, 0, 0, 1]], tasks, [0, 1, 2, 3], after=0)
+    assert found["groups"] == {"total": 75, "00-01": 75, "old": 0, "new": 75}
+
+
+def test_domains_that_are_still_to_come_are_left_out_and_one_without_a_name_has_its_number():
+    tasks = [(range(2), [0, 0, 1, 1]), (range(2, 4), [0, 1])]
+    found, *_ = evaluated(torch.eye(2)[[0, 0, 0, 1]], tasks, [0, 1, 0, 1], after=0)
+    assert found["groups"] == {"total": 75, "domain photo": 75, "old": 0, "new": 75}
+    tasks = [(range(2), [0, 1]), (range(2, 4), [0, 1])]
+    found, *_ = evaluated(torch.eye(2)[[0, 0, 0, 1]], tasks, [0, 1, 0, 1], domains=("", "sketch"))
+    assert found["groups"] == {"total": 75, "task 1": 50, "domain sketch": 100, "old": 50, "new": 100}
 
 
 def test_the_shuffled_test_set_depends_on_the_seed():
