@@ -176,11 +176,11 @@ def test_groups_leave_out_what_is_still_to_come():
 
 
 def test_domains_that_are_still_to_come_are_left_out_and_one_without_a_name_has_its_number():
-    tasks = [(range(2), [0, 0, 1, 1]), (range(2, 4), [0, 1])]
-    found, *_ = evaluated(torch.eye(2)[[0, 0, 0, 1]], tasks, [0, 1, 0, 1], after=0)
-    assert found["groups"] == {"total": 75, "domain photo": 75, "old": 0, "new": 75}
+    tasks = [(range(2), [0, 0, 1]), (range(2, 4), [0, 1])]
+    found, *_ = evaluated(torch.eye(2)[[0, 0, 0]], tasks, [0, 1, 0, 1], after=0)
+    assert found["groups"] == {"total": 66.67, "domain photo": 66.67, "old": 0, "new": 66.67}
     tasks = [(range(2), [0, 1]), (range(2, 4), [0, 1])]
-    found, *_ = evaluated(torch.eye(2)[[0, 0, 0, 1]], tasks, [0, 1, 0, 1], domains=("", "sketch"))
+    found, *_ = evaluated(torch.eye(4)[[0, 0, 0, 1]], tasks, [0, 1, 0, 1], domains=("", "sketch"))
     assert found["groups"] == {"total": 75, "task 1": 50, "domain sketch": 100, "old": 50, "new": 100}
 
 
