@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     model.learner.check_selection(selection)
     top_k = min(args.top_k, len(model.class_names))
     tasks = model.tasks if model.has_modules else 0
-    form = FORMATS[args.form](model.class_names, top_k=top_k, tasks=tasks, selection=selection, explain=args.explain)
+    shown = {"top_k": top_k, "tasks": tasks, "selection": selection, "explain": args.explain, "domains": model.domains}
+    form = FORMATS[args.form](model.class_names, **shown)
     counted = unused if total is None else Unused()
     files = find_images(named_paths(args.paths), counted)
     with ExitStack() as stack:

@@ -10,17 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from models import load_learner
+from models.base import Learner
 from models.cost import CostMeter
 from models.evaluation import evaluate
 from models.preparation import prepare, wanted_features
 from models.task_data import BankTask
 from utils.cli import Stopped, fault_of
 from utils.config import Config
-from utils.data.tasks import Task, TaskStream
+from utils.data.tasks import TaskStream
 from utils.errors import ConfigError, NumericError
 from utils.grid import Cell
 from utils.hardware import ONE_RANK, Ranks, joined_ranks
 from utils.logs import logging_to
+from utils.progress import epoch_bar
 from utils.results import record, run_log
 from utils.results.predictions import write_predictions
 from utils.results.tracker import Tracker, tracking
@@ -160,19 +162,14 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
 
     meter = CostMeter(config, learner, stream, manifest.cost)
     for task in stream.tasks[len(manifest.tasks) :]:
-        run_log.log_task_start(task)
-        epochs: list[EpochStats] = []
-
-        def on_epoch(epoch: int, stats: EpochStats, task: Task = task, epochs: list[EpochStats] = epochs) -> None:
-            epochs.append(stats)
-            run_log.log_epoch(task.index, epoch, config.epochs, stats)
-
+        data = BankTask(bank, stream, task, config.views, backbone.device)
+        parameters = {"backbone": backbone.parameters, **learner.parameter_counts(data)}
+        run_log.log_task_start(task, parameters)
         with _timed(seconds, "train"), meter.learning():
-            learner.learn(BankTask(bank, stream, task, config.views, backbone.device), on_epoch)
+            epochs = _learn(learner, data, config, run_log.task_title(stream, task.index))
         with _timed(seconds, "evaluate"):
             tested = evaluate(learner, bank, stream, task.index, seed)
-        parameters = {"backbone": backbone.parameters, **learner.parameter_counts()}
-        newest = replace(tested.record, parameters=parameters, epochs=tuple(epochs))
+        newest = replace(tested.record, parameters=parameters, epochs=epochs)
         manifest = manifest.with_task(newest, seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
             answers = tested.predictions(setup.data.test.keys, stream.class_names)
@@ -189,6 +186,20 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
     return run
 
 
+def _learn(learner: Learner, data: BankTask, config: Config, title: str) -> tuple[EpochStats, ...]:
+    """Learn a task beside a progress bar and PILOT's lines; return what each epoch gave."""
+    epochs: list[EpochStats] = []
+    with epoch_bar(title, config.epochs, shown=config.method.augmented) as advance:
+
+        def on_epoch(epoch: int, stats: EpochStats) -> None:
+            epochs.append(stats)
+            run_log.log_epoch(data.index, epoch, config.epochs, stats)
+            advance(stats.loss, stats.accuracy)
+
+        learner.learn(data, on_epoch)
+    return tuple(epochs)
+
+
 def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> dict[str, Any]:
     """Write what the newest task gave to JSON, CSV, tracker and log; return what the JSON holds."""
     run = record.write_run_json(outputs.paths, manifest)
@@ -196,7 +207,7 @@ def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest:
     task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
     module = module_name(task)
     path = outputs.checkpoint.folder / module if module in manifest.files else None
-    run_log.log_saved(newest, task + 1, config.model_name, path)
+    run_log.log_saved(config.model_name, path)
     run_log.log_task(newest, selection)
     run_log.log_curves(run["results"], selection)
     run_log.log_task_line(newest, selection, stream, task)

@@ -159,9 +159,17 @@ class Learner(ABC):
             else:
                 value.load_state_dict(state)
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Return ``luca_per_task``, ``classifier`` and ``trainable`` (what the last task trained)."""
-        return {"luca_per_task": 0, "classifier": len(self.row_task) * self.dim, "trainable": 0}
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
+        """Return ``luca_per_task``, ``classifier`` and ``trainable`` (what the last task trained).
+
+        Args:
+            coming: count as it will be once this task is learned.
+        """
+        return {"luca_per_task": 0, "classifier": self.row_count(coming) * self.dim, "trainable": 0}
+
+    def row_count(self, coming: TaskData | None = None) -> int:
+        """Return how many rows the classifier has, or will have once ``coming`` is learned."""
+        return len(self.row_task) + (0 if coming is None else coming.new_rows)
 
 
 def _state_of(name: str, value: Any) -> dict[str, Tensor]:

@@ -36,10 +36,11 @@ from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
 from utils.files import FolderLock, expanded
+from utils.progress import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
-from utils.words import counted
+from utils.words import counted, task_place
 
 __all__ = ["ContinualClassifier", "Predictions"]
 
@@ -118,7 +119,12 @@ class ContinualClassifier(Predictor):
         bank.fill(training_features(self.config))
         self.backbone_forwards += bank.forwards
         stream = TaskStream((task,), learned.class_names, learned.row_class)
-        self.learner.learn(BankTask(bank, stream, task, self.config.views, self.backbone.device))
+        title = f"Task {task_place(task.index, task.index + 1, learned.domains)}"
+        with epoch_bar(title, self.config.epochs, shown=self.config.method.augmented) as advance:
+            self.learner.learn(
+                BankTask(bank, stream, task, self.config.views, self.backbone.device),
+                lambda _, stats: advance(stats.loss, stats.accuracy),
+            )
         content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
         self._learned = learned
         self._manifest = _grown_manifest(self, len(split), content)

@@ -11,8 +11,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,8 +162,7 @@ class CostMeter:
     def learning(self) -> Iterator[None]:
         """Within, the learner learns a task: memory is watched and, where that costs nothing, FLOPs are counted."""
         device = self.learner.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        forget_peak(device)
         if self.config.method.augmented:  # thousands of small steps: counting would slow each of them
             yield
         else:
@@ -222,12 +222,28 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times[1:]) * 1000
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let ``peak_bytes`` begin anew, where the system can: on a GPU, and for a process under Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):  # a /proc that is read-only or hidden: the peak is that since the process began
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes(device: torch.device) -> float:
-    """Return the most memory so far: on a GPU what tensors took there, else what the whole process took."""
+    """Return the most memory since ``forget_peak``: on a GPU what tensors took there, else what the whole process took.
+
+    Where the system cannot begin anew it is the most since the process began.
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":
         return 0.0  # the system does not say
+    if sys.platform == "linux":
+        with suppress(OSError, StopIteration):  # getrusage keeps peaks of before
+            status = Path("/proc/self/status").read_text().splitlines()
+            return float(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

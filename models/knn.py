@@ -65,6 +65,7 @@ class KNN(Learner):
         votes = torch.zeros_like(best).scatter_add_(1, self.rows[index], weights)
         return torch.where(votes > 0, votes, best - 2)
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
         """``classifier``: the features of all training images. Nothing is trained by gradient."""
-        return {"luca_per_task": 0, "classifier": self.features.numel(), "trainable": 0}
+        images = len(self.features) + (0 if coming is None else len(coming.labels))
+        return {"luca_per_task": 0, "classifier": images * self.dim, "trainable": 0}

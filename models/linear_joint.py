@@ -50,9 +50,9 @@ class LinearJoint(Learner):
         """Logits."""
         return features.float() @ self.weight + self.bias
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
         """``classifier``: weights and bias, all of them trained at every task."""
-        numbers = len(self.row_task) * (self.dim + 1)
+        numbers = self.row_count(coming) * (self.dim + 1)
         return {"luca_per_task": 0, "classifier": numbers, "trainable": numbers}
 
 

@@ -210,6 +210,18 @@ class ModularLearner(Learner):
         shape = {"mlp_ratio": c.mlp_ratio, "se_ratio": c.se_ratio}
         return make_luca(self.dim, **shape, flow=c.flow, first=task.index == 0, seed=seed).to(self.device)
 
+    def luca_parameters(self) -> int:
+        """Return how many parameters a task's LuCA has."""
+        c = self.config
+        luca = make_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=True, seed=0)
+        return sum(p.numel() for p in luca.parameters())
+
+    def newest_rows(self, coming: TaskData | None = None) -> int:
+        """Return how many rows the last task brought, or those that ``coming`` brings."""
+        if coming is not None:
+            return coming.new_rows
+        return int(host_values((self.row_task == self.tasks - 1).sum()))
+
     def luca_state(self, task: int) -> dict[str, Tensor]:
         """The parameters of a task's LuCA: all of the module, unless a method keeps more with it."""
         return self.module_state(task)

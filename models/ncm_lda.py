@@ -32,6 +32,6 @@ class NcmLda(Learner):
         """Linear discriminants."""
         return self.lda.scores(features)
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
         """``classifier``: a weight vector and a bias for each row. Nothing is trained by gradient."""
-        return {"luca_per_task": 0, "classifier": len(self.row_task) * (self.dim + 1), "trainable": 0}
+        return {"luca_per_task": 0, "classifier": self.row_count(coming) * (self.dim + 1), "trainable": 0}

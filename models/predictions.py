@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.pickling import maker
-from utils.words import counted
+from utils.words import counted, task_place
 
 SHOWN_IMAGES = 20  # rows of the table in a notebook
 SHOWN_CLASSES = 3  # classes in each of its rows
@@ -26,6 +26,7 @@ class Predictions:
         features: ``(images, dim)`` what the frozen backbone gave.
         selection: how the module that answers was chosen.
         tasks: how many tasks were learned.
+        domains: the domain of each task, of a domain-incremental run; else empty.
         module: ``(images,)`` the module that answered, counted from 0, or None for a method without modules.
         entropy: ``(images,)`` of that module's prediction, in nats, or None.
         entropies: ``(images, modules)`` of every module's prediction, in nats; None where the selection does not look
@@ -45,6 +46,7 @@ class Predictions:
     entropy: Tensor | None = None
     entropies: Tensor | None = None
     task_scores: Tensor | None = None
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.top)
@@ -83,6 +85,8 @@ class Predictions:
         for i, (top, shares) in enumerate(zip(self.top.tolist(), self.probabilities.tolist(), strict=True)):
             named = [{"class": self.class_names[n], "probability": p} for n, p in zip(top, shares, strict=True)]
             own = {name: _finite(values[i]) for name, values in columns.items()}
+            if self.domains and "module" in own:
+                own["domain"] = self.domains[own["module"]] or None
             dicts.append({**named[0], "top": named, "selection": self.selection, **own})
         return dicts
 
@@ -130,7 +134,7 @@ class Predictions:
                 others = answer["top"][1 : 1 + runners]
                 cells.append(", ".join(f"{other['class']} {other['probability']:.1%}" for other in others))
             if self.module is not None:
-                cells.append(f"{answer['module'] + 1} of {self.tasks}")
+                cells.append(task_place(answer["module"], self.tasks, self.domains))
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
         head = "".join(f"<th>{title}</th>" for title in titles)
         body = "".join(f"<tr>{row}</tr>" for row in rows)
@@ -144,12 +148,13 @@ class Predictions:
     def joined(parts: Sequence["Predictions"]) -> "Predictions":
         """Several as one."""
         first = parts[0]
-        columns = {
+        columns: dict[str, Any] = {
             field.name: torch.cat([getattr(part, field.name) for part in parts])
             for field in fields(Predictions)
             if isinstance(getattr(first, field.name), Tensor)
         }
-        return Predictions(first.class_names, selection=first.selection, tasks=first.tasks, **columns)
+        named = {name: getattr(first, name) for name in ("class_names", "selection", "tasks", "domains")}
+        return Predictions(**named, **columns)
 
 
 def _finite(value: Any) -> Any:

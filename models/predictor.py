@@ -20,7 +20,7 @@ from utils.config import Config
 from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.images import MAX_PIXELS
 from utils.data.transforms import Transforms
-from utils.errors import DataError
+from utils.errors import BackboneError, DataError
 from utils.hardware import default_batch_size, forward_threads
 from utils.runs.manifest import RunManifest
 from utils.words import counted
@@ -57,6 +57,11 @@ class Predictor:
         return self._learned.class_names
 
     @property
+    def domains(self) -> tuple[str, ...]:
+        """The domain of each task, of a domain-incremental run; else empty."""
+        return self._learned.domains
+
+    @property
     def tasks(self) -> int:
         """Tasks learned so far; with modules, their number."""
         return self.learner.tasks
@@ -83,15 +88,29 @@ class Predictor:
         return next(name for name in names if name in self.selections)
 
     def __repr__(self) -> str:
-        tasks, classes = counted(self.tasks, "task"), counted(len(self.class_names), "class")
+        tasks, classes = (
+            counted(self.tasks, "domain" if self.domains else "task"),
+            counted(len(self.class_names), "class"),
+        )
         return (
             f"{type(self).__name__}({self.config.model_name}, {tasks}, {classes}, {self.backbone.name}, selection "
             f"{self.selection}, {self.backbone.device})"
         )
 
     def to(self, device: str | int | torch.device) -> "Predictor":
-        """Move backbone and learner to ``device``; return this object."""
-        moved = torch.device(device)
+        """Move backbone and learner to ``device``; return this object.
+
+        Raises:
+            BackboneError: no such device; the model stays where it is.
+        """
+        try:
+            moved = torch.device(device)
+            torch.empty(1, device=moved)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise BackboneError(
+                f"device {str(device)!r} cannot be used here ({reason}); the model stays on {self.backbone.device}"
+            ) from error
         self.backbone.to(moved)
         learner = make_learner(self.config, self.backbone.feature_dim, moved, self._manifest.seed)
         learner.load_state_dict(self.learner.state_dict(), self.module_states())
@@ -183,8 +202,10 @@ class Predictor:
             for name in ("module", "entropy", "entropies", "task_scores")
             for value in [getattr(answer, name)]
         }
-        classes, shares = best.indices.cpu(), best.values.cpu()
-        return Predictions(self.class_names, classes, shares, features.cpu(), selection, self.tasks, **about_modules)
+        classes, shares, domains = best.indices.cpu(), best.values.cpu(), self._learned.domains
+        return Predictions(
+            self.class_names, classes, shares, features.cpu(), selection, self.tasks, **about_modules, domains=domains
+        )
 
     def _checked(self, selection: str | None) -> str:
         if selection is None:

@@ -55,6 +55,6 @@ class RanPAC(Learner):
         """Regressed one-hot targets; of two regressions the mean of their log-probabilities."""
         return self.ridge.scores(features)
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
         """``classifier``: a weight for each random feature and row. Nothing is trained by gradient."""
-        return {"luca_per_task": 0, "classifier": len(self.row_task) * self.ridge.width, "trainable": 0}
+        return {"luca_per_task": 0, "classifier": self.row_count(coming) * self.ridge.width, "trainable": 0}

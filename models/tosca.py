@@ -12,13 +12,13 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, TaskData
-from models.host_values import host_values
 from models.modular import ModularLearner
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
-from models.training import check_finite, shuffled_epochs, train_with_progress
+from models.training import check_finite, shuffled_epochs, train
 from utils.config import Config
 from utils.errors import NumericError
+from utils.hardware import single_thread
 from utils.methods import Method, Selection
 from utils.seeds import derive_seed
 
@@ -78,7 +78,8 @@ class TOSCA(ModularLearner):
         frozen_rows = task.first_row if self.config.old_rows == "freeze" else 0
         epochs = shuffled_epochs(task, self.config, self.seed)
         try:
-            train_with_progress(luca, classifier, epochs, self.config, task.index, frozen_rows, on_epoch)
+            with single_thread():
+                train(luca, classifier, epochs, self.config, frozen_rows=frozen_rows, on_epoch=on_epoch)
             set_rows(classifier, luca, task)
             check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())})
         except NumericError as error:
@@ -102,12 +103,9 @@ class TOSCA(ModularLearner):
         classifier.sigma.requires_grad_(learned)
         return classifier
 
-    def parameter_counts(self) -> dict[str, int]:
-        luca = sum(p[0].numel() for p in self.modules.values())
-        rows = len(self.row_task)
-        trained_rows = (
-            rows if self.config.old_rows == "train" else int(host_values((self.row_task == self.tasks - 1).sum()))
-        )
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
+        luca, rows = self.luca_parameters(), self.row_count(coming)
+        trained_rows = rows if self.config.old_rows == "train" else self.newest_rows(coming)
         trained = luca + trained_rows * self.dim + (self.config.sigma == "learned")
         return {"luca_per_task": luca, "classifier": rows * self.dim + 1, "trainable": trained}
 

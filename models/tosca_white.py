@@ -20,15 +20,15 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, Prediction, TaskData
-from models.host_values import host_values
 from models.modular import SAMPLES, ModularLearner, entropy, joined
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge_pair import RidgePair
 from models.streaming.whitening import Whitening, make_whitening
 from models.tosca import class_means
-from models.training import Epoch, check_finite, shuffled_epochs, train_with_progress
+from models.training import Epoch, check_finite, shuffled_epochs, train
 from utils.config import Config
 from utils.errors import NumericError
+from utils.hardware import single_thread
 from utils.methods import Key, Method, Selection
 from utils.seeds import derive_seed
 
@@ -100,7 +100,8 @@ class WhiteTOSCA(ModularLearner):
         classifier.sigma.requires_grad_(False)
         try:
             epochs = self.noisy_epochs(task, whitening)
-            train_with_progress(luca, classifier, epochs, self.config, task.index, on_epoch=on_epoch)
+            with single_thread():
+                train(luca, classifier, epochs, self.config, on_epoch=on_epoch)
             rows = own_means(luca, whitening, task)
             check_finite({**dict(luca.named_parameters(prefix="LuCA")), "the classifier's rows": rows})
         except NumericError as error:
@@ -210,12 +211,11 @@ class WhiteTOSCA(ModularLearner):
         """The parameters of a task's LuCA, without its whitening."""
         return {name: p[task] for name, p in self.modules.items() if not name.startswith(WHITENING)}
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
         """Of the modules and their rows; a whitening (``dim² + 2·dim`` numbers) and the regressions are not trained."""
-        luca = sum(p.numel() for p in self.luca_state(0).values()) if self.modules else 0
-        trained_rows = int(host_values((self.row_task == self.tasks - 1).sum()))
-        classifier = len(self.row_task) * self.dim
-        return {"luca_per_task": luca, "classifier": classifier, "trainable": luca + trained_rows * self.dim}
+        luca, classifier = self.luca_parameters(), self.row_count(coming) * self.dim
+        trained = luca + self.newest_rows(coming) * self.dim
+        return {"luca_per_task": luca, "classifier": classifier, "trainable": trained}
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from models.host_values import all_finite, host_values
 from models.steps import make_step
 from utils.config import Config
 from utils.errors import NumericError
-from utils.hardware import single_thread
-from utils.progress import progress
 from utils.runs.manifest import EpochStats
 from utils.seeds import derive_seed
 
@@ -61,27 +59,6 @@ def train(
         if on_epoch is not None:
             on_epoch(epoch, stats)
     step.finish()
-
-
-def train_with_progress(
-    module: nn.Module,
-    classifier: CosineClassifier,
-    batches: Iterable[Epoch],
-    config: Config,
-    task: int,
-    frozen_rows: int = 0,
-    on_epoch: OnEpoch | None = None,
-) -> None:
-    """``train`` on one CPU thread, with a progress bar for ``task``."""
-    bar = progress(batches, total=config.epochs, desc=f"Task {task + 1}", unit="epoch", leave=False)
-
-    def show(epoch: int, stats: EpochStats) -> None:
-        bar.set_postfix(loss=f"{stats.loss:.3f}", accuracy=f"{stats.accuracy:.1f}", refresh=False)
-        if on_epoch is not None:
-            on_epoch(epoch, stats)
-
-    with single_thread():
-        train(module, classifier, bar, config, frozen_rows=frozen_rows, on_epoch=show)
 
 
 def shuffled_epochs(task: TaskData, config: Config, seed: int) -> Iterator[Epoch]:

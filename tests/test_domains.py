@@ -1,4 +1,6 @@
 import json
+import pickle
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +17,8 @@ from utils.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import make_stream
 from utils.errors import ConfigError, DataError
+from utils.results.read import Run
+from utils.results.tables import make_sections
 
 DOMAINS = {"plain": lambda pixels: pixels, "dark": lambda pixels: 255 - pixels, "turned": lambda pixels: pixels.T}
 
@@ -139,6 +143,51 @@ def test_predictions_name_classes_whatever_the_domain(finished, domains_folder, 
     torch.testing.assert_close(answers.probabilities.sum(dim=1), torch.ones(27))
     assert predict.main(["--checkpoint", str(folder / "tosca"), str(domains_folder / "test" / "dark"), "--csv"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 10
+
+
+def test_answers_name_the_domain_whose_module_answered(finished, domains_folder, capsys):
+    folder, found = finished
+    image = domains_folder / "test" / "dark" / "0" / "4.png"
+    capsys.readouterr()
+    for form in ([], ["--explain"], ["--json"]):
+        assert predict.main([f"--checkpoint={folder / 'tosca'}", str(image), *form]) == 0
+    said = capsys.readouterr().out.splitlines()
+    model = ContinualClassifier.load(folder / "tosca")
+    answer = model.predict([image])
+    module = answer.to_dicts()[0]["module"]
+    name = found["domains"][module]
+    assert f" {module + 1} of 3 (domain {name})  " in said[2]
+    assert re.search(r"entropy by task  dark: \S+  plain: \S+  turned: ", said[6])
+    assert json.loads(said[-1])["domain"] == name
+    assert f"<td>{module + 1} of 3 (domain {name})</td>" in answer._repr_html_()
+    assert "3 domains" in repr(model)
+    assert pickle.loads(pickle.dumps(answer)).domains == tuple(found["domains"])
+
+
+def test_pictures_name_the_domains_where_all_runs_have_the_same_order(finished, tmp_path):
+    figures = pytest.importorskip("utils.results.figures", reason="it needs matplotlib")
+    _, found = finished
+    order = found["domains"]
+
+    def panes(*runs):
+        (section,), _ = make_sections([Run(values) for values in runs])
+        (group,) = section.groups
+        curves = figures.accuracy_curves(section, "sample").axes[0]
+        matrix, chosen = figures.accuracy_matrices(group, ["sample"]), figures.confusions(group, ["sample"])
+        return curves, matrix.axes[0], chosen.axes[0], figures.entropies(group, ["sample"]).axes[0]
+
+    def names(axis):
+        return [label.get_text() for label in axis.get_ticklabels()]
+
+    curves, matrix, chosen, entropies = panes(found)
+    assert curves.get_xlabel() == matrix.get_ylabel() == "after domain" and chosen.get_ylabel() == "true domain"
+    for axis in (curves.xaxis, matrix.xaxis, matrix.yaxis, chosen.xaxis, chosen.yaxis, entropies.xaxis):
+        assert names(axis) == order
+    assert list(matrix.get_xticks()) == [0, 1, 2] and list(curves.get_xticks()) == [1, 2, 3]
+    assert names(figures.run_curves(found).axes[0].xaxis) == order
+    other = {**found, "seed": 7, "identity": {**found["identity"], "seed": 7, "augment_seed": 7}}
+    curves, matrix, *_ = panes(found, {**other, "domains": order[::-1]})
+    assert curves.get_xlabel() == "after domain" and set(names(matrix.xaxis)).isdisjoint(order)
 
 
 def test_entropy_is_over_rows(finished, domains_folder):

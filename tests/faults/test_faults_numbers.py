@@ -7,7 +7,7 @@ import torch
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, make_luca
 from backbone.vit import Backbone
-from models import training
+from models import tosca, training
 from models.gradients import CosineHead
 from models.modular import entropy
 from utils.results import metrics
@@ -52,7 +52,7 @@ def test_nan_parameters_after_the_last_step_are_named(run, monkeypatch):
         real(luca, *args, **options)
         luca.se[0].weight.data[0, 0] = float("nan")
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(tosca, "train", train)
     error = run().error
     assert "task 1, after its last step: LuCA.se.0.weight is not finite" in error
 

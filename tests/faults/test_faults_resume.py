@@ -20,7 +20,7 @@ from utils.runs.checkpoint import CheckpointFolder
 # where a stop comes: the object and the name of what is called then, and which call it is
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "in extraction": (extraction.Store, "write", 2),
-    "in the first task": (TOSCA, "parameter_counts", 1),
+    "in the first task": (TOSCA, "grown_classifier", 1),
     "in the last task": (trainer.BankTask, "epoch", 6),
     "in evaluation": (trainer, "evaluate", 2),
     "before a module is written": (CheckpointFolder, "_save", 3),

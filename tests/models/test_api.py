@@ -204,6 +204,16 @@ def test_the_model_says_what_it_is(model):
     )
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:7", "meta:x"])
+def test_a_device_that_cannot_be_used_is_one_line_and_the_model_stays(model, device):
+    with pytest.raises(
+        BackboneError, match=rf"device '{device}' cannot be used here \(.*\); the model stays on cpu"
+    ) as e:
+        model.to(device)
+    assert "\n" not in str(e.value) and str(model.backbone.device) == "cpu"
+    assert len(model.predict(torch.rand(1, 3, 16, 16))) == 1
+
+
 def test_a_moved_model_answers_the_same_and_goes_on_learning(model, new_images):
     images = torch.rand(3, 3, 16, 16)
     before = model.predict(images)

@@ -298,6 +298,15 @@ def test_parameter_counts(kind, classifier, trainable, data):
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
+def test_parameters_are_counted_before_a_task_as_they_are_after_it(kind, data):
+    learner = untaught(kind, DIM)
+    for task in stream(*data, [2, 1, 2], joint=kind in JOINT):
+        coming = learner.parameter_counts(task)
+        learner.learn(task)
+        assert coming == learner.parameter_counts()
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
 def test_a_baseline_answers_single_images_and_says_why_it_refuses_batch(kind, data):
     learner = taught(kind, *data, [5])
     assert torch.equal(learner.answer(data[0]).scores, answers(learner, data[0]))

@@ -1,6 +1,7 @@
 """FLOPs worked by hand, and the columns of the cost table in a run's JSON and log."""
 
 import ast
+import sys
 
 import pytest
 import timm
@@ -10,7 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbone.forward import plain_features
 from backbone.luca import make_luca
 from backbone.vit import Backbone
-from models.cost import FlopCounter, count_flops, luca_flops, step_flops, training_flops, whole_forward_flops
+from models.cost import (
+    FlopCounter,
+    count_flops,
+    forget_peak,
+    luca_flops,
+    peak_bytes,
+    step_flops,
+    training_flops,
+    whole_forward_flops,
+)
 from tests.conftest import tiny_config
 from utils.data.tasks import Task
 from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PUBLISHED_COLUMNS, TRAIN
@@ -85,6 +95,20 @@ def test_training_counts_every_image_in_every_epoch_and_once_for_the_prototypes(
     ]
     expected = sum(n * (3 * step_flops(config, DIM, b) + luca_flops(config, DIM)) for _, b, n in sizes)
     assert training_flops(config, DIM, tasks) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot forget its peak")
+def test_the_peak_of_learning_is_not_that_of_what_the_process_did_before():
+    device, megabyte = torch.device("cpu"), 1 << 20
+    before = torch.ones(96 * megabyte)  # 384 MB
+    whole = peak_bytes(device)
+    del before
+    forget_peak(device)
+    start = peak_bytes(device)
+    learning = torch.ones(16 * megabyte)
+    assert whole - start > 300 * megabyte
+    assert 60 * megabyte < peak_bytes(device) - start < 90 * megabyte
+    assert len(learning)
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------

@@ -245,9 +245,7 @@ def test_sigma_is_carried_to_the_next_task():
 
 def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "models.training.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone())
-    )
+    monkeypatch.setattr("models.tosca.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone()))
     learner = make_tosca()
     learner.learn(fake_task(0))
     prototypes = learner.weight.clone()
@@ -259,7 +257,7 @@ def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
 def test_new_rows_can_start_at_class_means_of_the_untrained_module(monkeypatch):
     seen, modules = [], []
     monkeypatch.setattr(
-        "models.training.train",
+        "models.tosca.train",
         lambda luca, classifier, *_, **__: (
             seen.append(classifier.weight.clone()),
             modules.append(copy.deepcopy(luca)),
@@ -312,9 +310,7 @@ def test_learning_the_next_task_leaves_earlier_modules_bit_identical(flow):
 
 def test_the_first_module_starts_from_the_default_and_later_ones_from_xavier(monkeypatch):
     biases = []
-    monkeypatch.setattr(
-        "models.training.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone())
-    )
+    monkeypatch.setattr("models.tosca.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone()))
     learner = make_tosca()
     for index in range(3):
         learner.learn(fake_task(index))
@@ -470,6 +466,15 @@ def test_sparsity_is_the_share_of_parameters_below_a_thousandth(three_tasks):
     learner.load_state_dict(three_tasks.state_dict(), [three_tasks.module_state(1), parameters])
     per_module = sum(p.numel() for p in parameters.values())
     assert learner.sparsity(1) == pytest.approx(3 / per_module)
+
+
+@pytest.mark.parametrize("keys", [{}, {"old_rows": "freeze"}, {"sigma": 16}, {"flow": "adapter"}])
+def test_parameters_are_counted_before_a_task_as_they_are_after_it(keys):
+    learner = make_tosca(**keys)
+    for index in range(2):
+        coming = learner.parameter_counts(fake_task(index))
+        learner.learn(fake_task(index))
+        assert coming == learner.parameter_counts()
 
 
 @pytest.mark.parametrize(("keys", "trained"), [({"sigma": 16}, 5 * DIM), ({"old_rows": "freeze"}, 3 * DIM + 1)])

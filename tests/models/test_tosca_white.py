@@ -286,6 +286,14 @@ def test_numbers_are_counted_of_luca_alone(three_tasks):
     assert three_tasks.sparsity(0) == pytest.approx(small / luca)
 
 
+def test_parameters_are_counted_before_a_task_as_they_are_after_it():
+    learner = make_white()
+    for index in range(2):
+        coming = learner.parameter_counts(fake_task(index))
+        learner.learn(fake_task(index))
+        assert coming == learner.parameter_counts()
+
+
 # -- config -----------------------------------------------------------------------------------------------------------
 
 

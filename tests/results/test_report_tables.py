@@ -14,6 +14,7 @@ import pytest
 import report
 from utils.results import escape, page, render
 from utils.results.cells import MeanStd, interval_text
+from utils.results.cost import COLUMNS, PUBLISHED_COLUMNS, make_cost_tables
 from utils.results.metrics import GLOSSARY
 from utils.results.read import newest_of_each, read_runs
 from utils.results.tables import glossary_markdown, make_sections
@@ -301,3 +302,20 @@ def test_the_json_and_csv_of_a_real_run_are_read_back(finished_run):
     assert [float(row["selection_accuracy"]) for row in mine] == values["selection_accuracy"]["sample"]
     assert [(row["task"], row["classes_seen"]) for row in mine] == [("1", "2"), ("2", "4"), ("3", "6")]
     assert {row["selection_accuracy"] for row in rows if row["selection"] == "oracle"} == {""}
+
+
+def test_costs_stand_twice_each_with_its_account(tmp_path, capsys):
+    cost = {name: 1.0 + index for index, name in enumerate(COLUMNS)} | dict.fromkeys(PUBLISHED_COLUMNS, 100.0)
+    more = {name: value + 2 for name, value in cost.items()}
+    write(tmp_path, run_values(1) | {"cost": cost}, run_values(2) | {"cost": more})
+    (found,) = make_cost_tables(sections_of(tmp_path)[0])
+    table = found.table()
+    assert table.header == ("method", "flow", "account", *COLUMNS, "seeds")
+    spent, published = ([cell.text for cell in row.cells] for row in table.rows)
+    assert spent[:5] == ["tosca", "tosca_r", "as spent here", "2.000 ± 1.414", "3.000 ± 1.414"]
+    assert published[:7] == ["", "", "as published", "–", "101.0 ± 1.4", "101.0 ± 1.4", "101.0 ± 1.4"]
+    assert [published[-4:-1], spent[-1], published[-1]] == [["–"] * 3, "2", "2"]
+    tex = render.as_latex([found])
+    assert r"as spent here & 2.000 $\pm$ 1.414" in tex and r"as published & -- & 101.0 $\pm$ 1.4" in tex
+    (row,) = csv.DictReader(io.StringIO(render.cost_csv([found])))
+    assert (row["Eval (ms/smp) mean"], row["Eval (ms/smp) as published mean"]) == ("3.0", "101.0")

@@ -36,10 +36,11 @@ def test_the_file_has_pilots_lines_of_a_task_in_their_order(finished_run, run):
     for task, (first, stop) in enumerate([(0, 2), (2, 4), (4, 6)]):
         module = re.escape(str(finished_run.checkpoints / f"task{task}.pth"))
         pattern = (
+            rf"All params: (\d+)\nTrainable params: (\d+)\n"
             rf"Learning on {first}-{stop}\n"
             rf"Task {task}, Epoch 1/2 => Loss \d+\.\d{{3}}, Train_accy \d+\.\d{{2}}\n"
             rf"Task {task}, Epoch 2/2 => Loss \d+\.\d{{3}}, Train_accy \d+\.\d{{2}}\n"
-            rf"All params: (\d+)\nTrainable params: (\d+)\ntosca parameters saved to {module}\n"
+            rf"tosca parameters saved to {module}\n"
             r"\[selection: .*\] (CNN|Accuracy): \{"
         )
         assert (found := re.search(pattern, text)), pattern
@@ -82,6 +83,14 @@ def test_the_terminal_has_one_line_a_task_and_the_summary_last(digit_folder, run
     assert len(said) - summary == 1 + 1 + len(results) + 4  # title, head, selections, the best, backbone, times, cost
     assert summary < 12
     assert not any("CNN" in line or "curve" in line or "mean over" in line for line in said)
+
+
+def test_the_bar_of_a_task_says_which_of_how_many(digit_folder, run_main, tmp_path, capsys):
+    assert run_main(tmp_path, data_path=str(digit_folder)).code == 0
+    bars = capsys.readouterr().err
+    assert [f"Task {number} of 3: " in bars for number in (1, 2, 3)] == [True] * 3
+    assert run_main(tmp_path / "baseline", data_path=str(digit_folder), model_name="ncm_euclidean").code == 0
+    assert "epoch/s" not in capsys.readouterr().err
 
 
 def test_domains_are_named(run_main, make_folder, tmp_path, capsys):

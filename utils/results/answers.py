@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.files import json_text, output_file, partial_path
 from utils.methods import SELECTIONS
 from utils.results.escape import csv_cell, terminal
-from utils.words import fixed
+from utils.words import fixed, task_place
 
 # One answer: what Predictions.to_dicts gives for an image, and its "file".
 Answer = Mapping[str, Any]
@@ -42,12 +42,23 @@ class Table:
         tasks: modules, or 0 for a method without.
         selection: how the module is chosen.
         explain: also show what the selection compared.
+        domains: the domain of each task, of a domain-incremental run.
     """
 
-    def __init__(self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool) -> None:
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        *,
+        top_k: int,
+        tasks: int,
+        selection: str,
+        explain: bool,
+        domains: Sequence[str] = (),
+    ) -> None:
         self.top_k, self.tasks, self.selection, self.explain = top_k, tasks, selection, explain
         self.width = min(24, max(5, *(len(terminal(name)) for name in class_names)))
-        self.task_width = max(len("task"), len(f"{tasks} of {tasks}"))
+        self.domains = [terminal(domain) for domain in domains]
+        self.task_width = max(len("task"), *(len(self._task(task)) for task in range(tasks)), 0)
 
     def head(self) -> list[str]:
         """How the module is chosen, then the names of the columns."""
@@ -68,15 +79,20 @@ class Table:
             runners = ", ".join(f"{terminal(o['class'])} {o['probability']:.1%}" for o in answer["top"][1:])
             line += f"  {runners:{self._runners_width}}"
         if self.tasks:
-            task = f"{answer['module'] + 1} of {self.tasks}" if answer.get("module") is not None else "–"
+            task = self._task(answer["module"]) if answer.get("module") is not None else "–"
             line += f"  {task:>{self.task_width}}  {_number(answer.get('entropy'))}  {_number(answer.get('margin'))}"
         return [line.rstrip(), *self._compared(answer)] if self.explain else [line.rstrip()]
+
+    def _task(self, task: int) -> str:
+        return task_place(task, self.tasks, self.domains)
 
     def _compared(self, answer: Answer) -> list[str]:
         lines = []
         for key, what in (("entropies", "entropy by task"), ("task_scores", f"{self.selection} score by task")):
             if key in answer:
-                shown = (f"{task}: {fixed(value, 4)}" for task, value in enumerate(answer[key], start=1))
+                names = self.domains or [""] * len(answer[key])
+                of_task = enumerate(zip(names, answer[key], strict=True), start=1)
+                shown = (f"{name or number}: {fixed(value, 4)}" for number, (name, value) in of_task)
                 lines.append(f"    {what}  {'  '.join(shown)}")
         return lines
 
@@ -92,7 +108,7 @@ def _number(value: float | None) -> str:
 class JsonLines:
     """One JSON object a line; a file that cannot be read has ``file`` and ``error``. Modules count from 0."""
 
-    def __init__(self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool) -> None:
+    def __init__(self, class_names: Sequence[str], *, explain: bool, **_: object) -> None:
         self.left_out = () if explain else ("entropies", "task_scores")
 
     def head(self) -> list[str]:
@@ -111,7 +127,9 @@ class JsonLines:
 class Csv:
     """One line an image, after a line of names. Modules count from 0."""
 
-    def __init__(self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool) -> None:
+    def __init__(
+        self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool, **_: object
+    ) -> None:
         self.top_k, self.tasks, self.explain = top_k, tasks, explain
         self.compared = "entropies" if selection == "sample" else "task_scores"
 

@@ -22,8 +22,8 @@ _NOTES = (
     "As spent here: each image passes the backbone once, through the feature bank; what the bank held already costs "
     "nothing. As published: the backbone runs in each epoch and for each module (FLOPs from the same counts, the time "
     "from that of one forward pass).",
-    "FLOPs count two for a multiply-add. Time and memory are those of the machine of the run; memory is that of "
-    "tensors on a GPU, of the whole process on a CPU (MB = 2²⁰ bytes).",
+    "FLOPs count two for a multiply-add. Time and memory are those of the machine of the run; memory is the "
+    "most while learning, that of tensors on a GPU, of the whole process on a CPU (MB = 2²⁰ bytes).",
 )
 
 
@@ -51,12 +51,14 @@ class CostTable:
         columns = [column for column in self.section.columns if column != "status"]
         rows = []
         for group, numbers in self.rows():
-            texts = [group.labels[column] for column in columns]
-            texts += [*map(significant_text, numbers.values()), str(len(group.runs))]
-            rows.append(Row(tuple(map(Cell, texts))))
-        header = (*columns, *COLUMNS, *PUBLISHED_COLUMNS, "seeds")
+            labels, seeds = [group.labels[column] for column in columns], str(len(group.runs))
+            spent = [significant_text(numbers[name]) for name in COLUMNS]
+            published = [significant_text(numbers.get(name + AS_PUBLISHED)) for name in COLUMNS]
+            rows.append(Row(tuple(map(Cell, [*labels, "as spent here", *spent, seeds])), first=True))
+            rows.append(Row(tuple(map(Cell, [*[""] * len(labels), "as published", *published, seeds]))))
+        header = (*columns, "account", *COLUMNS, "seeds")
         title = f"Cost: {self.section.title}"
-        return Table(f"{self.section.key}-cost", title, header, len(columns), tuple(rows), _NOTES)
+        return Table(f"{self.section.key}-cost", title, header, len(columns) + 1, tuple(rows), _NOTES)
 
 
 def _of_seeds(group: Group, name: str) -> MeanStd | None:

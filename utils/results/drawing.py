@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,45 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
 from utils.files import atomic_write
+from utils.results.escape import terminal
 
-# Okabe and Ito's colours, apart also for the colour-blind; style and marker tell the lines apart without colour
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 1)), (0, (3, 1)))
-MARKERS = "osD^vXP*"
+# Okabe and Ito's colours and four of Tol's, apart also for the colour-blind; style and marker tell the lines apart
+# without colour
+COLOURS = (
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#777777",
+    "#882255",
+    "#999933",
+    "#332288",
+    "#44AA99",
+)
+STYLES = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (8, 3)),
+    (0, (1, 1)),
+    (0, (3, 1)),
+    (0, (6, 2, 2, 2)),
+    (0, (2, 2)),
+    (0, (10, 2)),
+    (0, (4, 1, 1, 1)),
+)
+MARKERS = "osD^vXP*<>hp"
 MAX_LINES = len(COLOURS)
 GRID = "#dddddd"
 RC: Any = {  # matplotlib types the names of its settings one by one
@@ -43,6 +73,30 @@ _FONTS = (
     "Microsoft YaHei",
     "Arial",
 )
+_NAMED_DOMAINS = 12  # more do not fit below an axis: their numbers are shown then
+
+
+def task_word(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a task of these runs' JSON is: ``task``, or ``domain`` in domain-incremental runs."""
+    return "domain" if runs and all(run.get("domains") for run in runs) else "task"
+
+
+def domain_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the domains in learned order, where all runs have the same few; else nothing."""
+    orders = {tuple((run.get("domains") or [])[-len(run["task_sizes"]) :]) for run in runs}
+    names = list(orders.pop()) if len(orders) == 1 else []
+    return [shortened(terminal(name)) for name in names] if all(names) and len(names) <= _NAMED_DOMAINS else []
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
+
+
+def name_ticks(axis: Axis, names: Sequence[str], first: int = 1) -> None:
+    """Put domains' names below or beside an axis, from the place ``first`` on; without names nothing changes."""
+    if names:
+        upright = isinstance(axis, YAxis) or sum(map(len, names)) <= 30
+        axis.set_ticks(range(first, first + len(names)), names, rotation=0 if upright else 90)
 
 
 def save(figure: Figure, *paths: Path) -> None:

@@ -14,12 +14,15 @@ from matplotlib.ticker import MaxNLocator
 from utils.results.drawing import (
     MAX_LINES,
     RC,
+    domain_names,
     draw_line,
     finish_curves,
     horizontal_grid,
+    name_ticks,
     one_panel,
     panel_grid,
     save_both,
+    task_word,
 )
 from utils.results.metrics import selection_name
 from utils.results.prediction_figures import draw_predictions
@@ -41,7 +44,8 @@ def run_curves(run: dict[str, Any]) -> Figure:
             draw_line(axes, index % MAX_LINES, selection_name(name), np.array([result["top1_curve"]]))
         method = f"{c['model_name']} ({c['flow']})" if c["model_name"] == "tosca" else c["model_name"]
         axes.set_title(f"{method} on {c['dataset']}, seed {run['seed']}")
-        finish_curves(axes, "after task", "accuracy on all classes seen (%)")
+        finish_curves(axes, f"after {task_word([run])}", "accuracy on all classes seen (%)")
+        name_ticks(axes.xaxis, domain_names([run]))
     return figure
 
 
@@ -65,7 +69,7 @@ def accuracy_curves(section: Section, selection: str) -> Figure | None:
         kept = _best(shown)
         _draw_lines(axes, section, kept)
         axes.set_title(f"selection: {selection_name(selection)}, {_seeds(section)}{_left_out(kept, shown)}")
-        finish_curves(axes, "after task", "accuracy on all classes seen (%)")
+        _finish_by_task(axes, section, "accuracy on all classes seen (%)")
     return figure
 
 
@@ -84,8 +88,8 @@ def sparsity_curves(section: Section) -> Figure | None:
         _draw_lines(axes, section, kept)
         left = f" ({len(kept)} of {len(shown)} shown)" if len(kept) < len(shown) else ""
         axes.set_title(f"weight sparsity of each task's module, {_seeds(section)}{left}")
-        finish_curves(axes, "after task", "parameters with |θ| < 0.001 (%)")
-        axes.set_ylim(bottom=0)
+        _finish_by_task(axes, section, "parameters with |θ| < 0.001 (%)")
+        axes.set_ylim(0, min(101, 1.05 * axes.dataLim.y1) or 1)
     return figure
 
 
@@ -105,6 +109,12 @@ def _draw_lines(axes: Axes, section: Section, kept: Sequence[_Curves]) -> None:
         draw_line(axes, curves.place if enough else index, curves.label, curves.values)
 
 
+def _finish_by_task(axes: Axes, section: Section, y: str) -> None:
+    runs = [run.values for group in section.groups for run in group.runs]
+    finish_curves(axes, f"after {task_word(runs)}", y)
+    name_ticks(axes.xaxis, domain_names(runs))
+
+
 def _best(shown: list[_Curves]) -> list[_Curves]:
     """At most ``MAX_LINES``, those of the highest last accuracy, in the order given."""
     ranked = sorted(range(len(shown)), key=lambda i: -shown[i].values[:, -1].mean())[:MAX_LINES]
@@ -114,6 +124,10 @@ def _best(shown: list[_Curves]) -> list[_Curves]:
 def _seeds(section: Section) -> str:
     counts = sorted({len(group.runs) for group in section.groups})
     return f"{'–'.join(map(str, counts[:1] + counts[1:][-1:]))} seed{'s' if counts != [1] else ''}"
+
+
+def _spread(section: Section) -> str:
+    return "; mean ± std over seeds" if any(len(group.runs) > 1 for group in section.groups) else ""
 
 
 def _left_out(kept: Sequence[object], shown: Sequence[object]) -> str:
@@ -129,7 +143,9 @@ def accuracy_matrices(group: Group, selections: Sequence[str]) -> Figure:
     for name in selections:
         matrices = [run.values["results"][name]["matrix"] for run in group.runs]
         panels[name] = np.array(matrices, dtype=float).mean(axis=0)
-    return _matrices(panels, "on task", "after task", "accuracy (%)")
+    runs = [run.values for run in group.runs]
+    word = task_word(runs)
+    return _matrices(panels, f"on {word}", f"after {word}", "accuracy (%)", domain_names(runs))
 
 
 def confusions(group: Group, selections: Sequence[str]) -> Figure:
@@ -138,16 +154,20 @@ def confusions(group: Group, selections: Sequence[str]) -> Figure:
     for name in selections:
         counts = np.sum([run.values["confusion"][name] for run in group.runs], axis=0)
         panels[name] = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return _matrices(panels, "chosen module", "true task", "share of the task's images (%)")
+    runs = [run.values for run in group.runs]
+    word = task_word(runs)
+    return _matrices(panels, "chosen module", f"true {word}", f"share of the {word}'s images (%)", domain_names(runs))
 
 
-def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str) -> Figure:
+def _matrices(panels: dict[str, np.ndarray], x: str, y: str, what: str, names: Sequence[str]) -> Figure:
     with rc_context(RC):
         rows, columns = panel_grid(len(panels))
         figure = Figure(figsize=(0.6 + 2.9 * columns, 3 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09))
         panes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, values) in zip(panes, panels.items(), strict=False):
             image = _matrix(axes, values)
+            name_ticks(axes.xaxis, names, first=0)
+            name_ticks(axes.yaxis, names, first=0)
             axes.set_title(selection_name(name))
             axes.set_xlabel(x)
             axes.set_ylabel(y)
@@ -186,6 +206,7 @@ def entropies(group: Group, selections: Sequence[str]) -> Figure:
         panes = figure.subplots(1, len(selections), squeeze=False, sharey=True).ravel()
         for axes, name in zip(panes, selections, strict=True):
             _entropy_points(axes, [run.values["entropy"][name] for run in group.runs])
+            name_ticks(axes.xaxis, domain_names([run.values for run in group.runs]))
             axes.set_title(selection_name(name))
             axes.set_xlabel("module")
         panes[0].set_ylabel("mean entropy (nats)")
@@ -223,12 +244,13 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
     """All pictures of a section, as PNG and PDF; group name ("": the section's own) -> (caption, PNG file)."""
     every = list(dict.fromkeys(name for group in section.groups for name in group.selections))
     drawn: dict[str, list[tuple[str, Path]]] = {"": []}
+    word = task_word([run.values for group in section.groups for run in group.runs])
     for name in every:
         if figure := accuracy_curves(section, name):
-            caption = f"Accuracy after each task, selection: {selection_name(name)}; mean ± std over seeds"
+            caption = f"Accuracy after each {word}, selection: {selection_name(name)}{_spread(section)}"
             drawn[""].append((caption, save_both(figure, folder / f"{section.key}-accuracy-{name}")))
     if figure := sparsity_curves(section):
-        caption = "Share of the parameters of each task's module with |θ| < 0.001"
+        caption = f"Share of the parameters of each {word}'s module with |θ| < 0.001"
         drawn[""].append((caption, save_both(figure, folder / f"{section.key}-sparsity")))
     for group in section.groups:
         drawn[group.name] = _draw_group(group, folder / f"{section.key}-{group.key}")
@@ -237,14 +259,15 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
 
 def _draw_group(group: Group, stem: Path) -> list[tuple[str, Path]]:
     drawn = []
+    word = task_word([run.values for run in group.runs])
     names = [n for n in group.selections if n not in ("batch_shuffled", "oracle")]
     if whole := [n for n in names if all(run.values["results"][n]["matrix"] for run in group.runs)]:
         figure = accuracy_matrices(group, whole)
-        drawn.append(("Accuracy on each task after each task", save_both(figure, Path(f"{stem}-matrix"))))
+        drawn.append((f"Accuracy on each {word} after each {word}", save_both(figure, Path(f"{stem}-matrix"))))
     if chosen := [n for n in names if all(n in run.values["confusion"] for run in group.runs)]:
         figure = confusions(group, chosen)
         drawn.append(
-            ("Which module was chosen for the images of each task", save_both(figure, Path(f"{stem}-confusion")))
+            (f"Which module was chosen for the images of each {word}", save_both(figure, Path(f"{stem}-confusion")))
         )
     drawn += draw_predictions(group, stem)
     if known := [n for n in names[:2] if all(n in run.values["entropy"] for run in group.runs)]:

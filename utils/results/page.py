@@ -23,10 +23,10 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bot
   linear-gradient(to left, #fff 30%, #fff0) right / 3rem 100% no-repeat local,
   linear-gradient(to right, #0005, #0000) left / 1rem 100% no-repeat scroll,
   linear-gradient(to left, #0005, #0000) right / 1rem 100% no-repeat scroll, #fff; }
-.hint { display: none; font-size: .85rem; color: #444; margin: .75rem 0 -.6rem; }
+.hint { display: none; font-size: .85rem; color: #444; margin: .75rem 0 -.6rem; } figure .hint { margin: 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .2rem .6rem; text-align: left; white-space: nowrap; }
-th { border-bottom: 1px solid #111; vertical-align: bottom; } .n { text-align: right; }
+th { border-bottom: 1px solid #111; vertical-align: bottom; white-space: normal; } .n { text-align: right; }
 tr.first td { border-top: 1px solid #bbb; }
 td ins { text-decoration: underline; text-underline-offset: .15em; }
 .notes { padding-left: 1.2rem; font-size: .9rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.2rem; }
@@ -39,14 +39,22 @@ summary { cursor: pointer; padding: .4rem 0; font-weight: 600; overflow-wrap: an
 @media (max-width: 62rem) { .scrolls { display: block; } }
 .short { display: none; }
 @media (max-width: 40rem) {
-  body { padding: .6rem; } table { font-size: .8rem; } th, td { padding: .2rem .3rem; } th { white-space: normal; }
+  body { padding: .6rem; } table { font-size: .8rem; } th, td { padding: .2rem .3rem; }
   .label { display: none; } .short { display: table-cell; position: sticky; left: 0; background: #fff; }
   .short { white-space: normal; min-width: 8rem; max-width: 9rem; overflow-wrap: anywhere; }
   .short { border-right: 1px solid #bbb; }
-  .wide figure::before { content: "Wide picture: scroll it sideways →"; font-size: .85rem; color: #444; }
 }
+@media (max-width: 32rem) { .wide .hint { display: block; } }
 """
-_HINT = '<p class="hint{}">Wide table: scroll it sideways →</p>'
+# Without scripts the hints stand where a box is likely too narrow, with scripts where it is.
+_SCRIPT = """
+function hints() {
+  for (const box of document.querySelectorAll(".hint + .box"))
+    box.previousElementSibling.style.display = box.scrollWidth > box.clientWidth ? "block" : "none";
+}
+addEventListener("load", hints); addEventListener("resize", hints); addEventListener("toggle", hints, true);
+"""
+_HINT = '<p class="hint{}">Wide {}: scroll it sideways →</p>'
 _MARKS = {"": "{}", "best": "<strong>{}</strong>", "close": "<ins>{}</ins>"}
 
 
@@ -72,7 +80,7 @@ def as_html(
     for section in sections:
         body.append(_headed(section.table(selections)))
         for name, figures in pictures.get(section.key, {}).items():
-            found = "".join(_figure(caption, path) for caption, path in figures)
+            found = "".join(_figure(caption, path, wide=bool(name)) for caption, path in figures)
             if name:
                 found = f'<div class="pictures wide">{found}</div>'
                 body.append(f"<details><summary>{html_text(name)}</summary>{found}</details>")
@@ -83,7 +91,9 @@ def as_html(
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Runs</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>Runs</title><style>{_STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + f"\n<script>{_SCRIPT}</script></body></html>\n"
     )
 
 
@@ -99,7 +109,7 @@ def _table(table: Table) -> str:
     head = f'<th class="short">{html_text(", ".join(table.header[: table.labels]))}</th>'
     head += "".join(f"<th{_side(table, i)}>{html_text(name)}</th>" for i, name in enumerate(table.header))
     body = "".join(_row(table, row) for row in table.rows)
-    hint = _HINT.format(" scrolls" if len(table.header) > 5 else "")
+    hint = _HINT.format(" scrolls" if len(table.header) > 5 else "", "table")
     inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'{hint}<div class="box" tabindex="0" role="region" aria-label="{html_text(table.title)}">{inner}</div>'
 
@@ -116,7 +126,8 @@ def _side(table: Table, column: int) -> str:
     return ' class="n"' if column >= table.labels else ' class="label"'
 
 
-def _figure(caption: str, path: Path) -> str:
+def _figure(caption: str, path: Path, *, wide: bool) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{html_text(caption)}" src="data:image/png;base64,{data}">'
-    return f'<figure><div class="box">{image}</div><figcaption>{html_text(caption)}</figcaption></figure>'
+    hint = _HINT.format("", "picture") if wide else ""
+    return f'<figure>{hint}<div class="box">{image}</div><figcaption>{html_text(caption)}</figcaption></figure>'

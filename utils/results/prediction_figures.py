@@ -16,7 +16,18 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.errors import UserError
 from utils.results import metrics
-from utils.results.drawing import GRID, RC, draw_line, finish_curves, horizontal_grid, one_panel, panel_grid, save_both
+from utils.results.drawing import (
+    GRID,
+    RC,
+    draw_line,
+    finish_curves,
+    horizontal_grid,
+    one_panel,
+    panel_grid,
+    save_both,
+    shortened,
+    task_word,
+)
 from utils.results.escape import terminal
 from utils.results.metrics import selection_name
 from utils.results.predictions import Predictions, read_predictions
@@ -98,8 +109,8 @@ def class_confusion(runs: Sequence[Predictions], selection: str) -> Figure:
 
 def _class_ticks(axes: Axes, names: Sequence[str]) -> None:
     if len(names) <= _NAMED_CLASSES:
-        axes.set_xticks(range(len(names)), [_cut(name) for name in names], rotation=90)
-        axes.set_yticks(range(len(names)), [_cut(name) for name in names])
+        axes.set_xticks(range(len(names)), [shortened(name) for name in names], rotation=90)
+        axes.set_yticks(range(len(names)), [shortened(name) for name in names])
         return
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=10, integer=True))
@@ -113,7 +124,7 @@ def _mistakes(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
     order = np.argsort(-wrong, axis=None, kind="stable")[:_FREQUENT]
     pairs = [divmod(int(place), len(names)) for place in order if wrong.flat[place] > 0]
     values = [wrong[pair] for pair in pairs]
-    labels = [f"{_cut(names[t])} ({t + 1}) → {_cut(names[p])} ({p + 1})" for t, p in pairs]
+    labels = [f"{shortened(names[t])} ({t + 1}) → {shortened(names[p])} ({p + 1})" for t, p in pairs]
     axes.barh(range(len(pairs)), values, color="#777777", height=0.6)
     axes.set_yticks(range(len(pairs)), labels)
     axes.invert_yaxis()
@@ -122,10 +133,6 @@ def _mistakes(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
     axes.set_title("most frequent mistakes" if pairs else "no mistakes")
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
 
 
 def class_accuracies(group: Group) -> Figure | None:
@@ -236,7 +243,8 @@ def learning_curves(group: Group) -> Figure | None:
         panes[0].set_ylim(bottom=0)
         panes[1].set_ylim(top=101)
         panes[1].set_xlim(0.5, sum(lengths) + 0.5)
-        panes[1].set_xlabel("epoch, task after task")
+        word = task_word([run.values for run in group.runs])
+        panes[1].set_xlabel(f"epoch, {word} after {word}")
         panes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
         panes[0].set_title(f"learning, {counted(len(group.runs), 'seed')}")
     return figure

@@ -4,7 +4,7 @@ PILOT counts tasks and classes from 0, and its lines keep that; words count task
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from utils.results.read import Run
 from utils.results.render import as_text
 from utils.results.tables import make_sections
 from utils.runs.manifest import BaseFacts, EpochStats, TaskRecord
-from utils.words import counted, fixed
+from utils.words import counted, fixed, task_place
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,11 @@ def log_base(folder: object, facts: BaseFacts) -> None:
 # -- one task ---------------------------------------------------------------------------------------------------------
 
 
-def log_task_start(task: Task) -> None:
-    """PILOT's line of the classifier rows that a task trains."""
+def log_task_start(task: Task, parameters: Mapping[str, int]) -> None:
+    """PILOT's counts of parameters, as they will be after the task, and its line of the classifier rows until then."""
+    everything = parameters["backbone"] + parameters["luca_per_task"] * (task.index + 1) + parameters["classifier"]
+    log.info("All params: %d", everything, extra=FILE_ONLY)
+    log.info("Trainable params: %d", parameters["trainable"], extra=FILE_ONLY)
     log.info("Learning on %d-%d", task.rows.start, task.rows.stop, extra=FILE_ONLY)
 
 
@@ -60,12 +63,8 @@ def log_epoch(task: int, epoch: int, epochs: int, stats: EpochStats) -> None:
     log.info("Task %d, Epoch %d/%d => Loss %.3f, Train_accy %.2f", *shown, extra=FILE_ONLY)
 
 
-def log_saved(record: TaskRecord, tasks: int, method: str, path: object | None) -> None:
-    """PILOT's counts of parameters, and where the task's module is (None: the method has none)."""
-    count = record.parameters
-    everything = count["backbone"] + count["luca_per_task"] * tasks + count["classifier"]
-    log.info("All params: %d", everything, extra=FILE_ONLY)
-    log.info("Trainable params: %d", count["trainable"], extra=FILE_ONLY)
+def log_saved(method: str, path: object | None) -> None:
+    """Where the task's module is (None: the method has none)."""
     if path is not None:
         log.info("%s parameters saved to %s", method, path, extra=FILE_ONLY)
 
@@ -100,8 +99,7 @@ def log_task_line(record: TaskRecord, selection: str, stream: TaskStream, task: 
 
 def task_title(stream: TaskStream, task: int) -> str:
     """``Task 1 of 5``, in a domain-incremental run with the domain's name; ``task`` counts from 0."""
-    named = f" (domain {stream.domains[task]})" if stream.domains and stream.domains[task] else ""
-    return f"Task {task + 1} of {len(stream.tasks)}{named}"
+    return f"Task {task_place(task, len(stream.tasks), stream.domains)}"
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
