@@ -60,16 +60,26 @@ def test_a_vit_forward_worked_by_hand():
     assert whole_forward_flops("vit_tiny_patch16_224", 32) == depth * (products + attention) + patch_embedding
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_forward_that_is_spent_is_the_whole_one_but_for_the_last_block(precision):
-    model = tiny_vit()
+def spent_forward(precision: str) -> int:
+    backbone = Backbone(tiny_vit(), name="x", device=torch.device("cpu"), precision=precision, normalize=False)
+    return count_flops(lambda: backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
+
+
+def test_the_forward_that_is_spent_is_the_whole_one_but_for_the_last_block():
     whole = whole_forward_flops("vit_tiny_patch16_224", 32)
-    backbone = Backbone(model, name="x", device=torch.device("cpu"), precision=precision, normalize=False)
-    spent = count_flops(lambda: backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
     dim, tokens = 192, 5
     one_token = 2 * dim * (dim + dim + 4 * dim + 4 * dim)  # query, projection and MLP of a token in the last block
     attention = 2 * 2 * tokens * dim
-    assert spent == whole - (tokens - 1) * (one_token + attention)
+    assert spent_forward("fp32") == whole - (tokens - 1) * (one_token + attention)
+
+
+def test_in_bf16_patches_are_embedded_twice_and_the_last_block_has_no_keys_and_values():
+    dim, tokens, heads, patches = 192, 5, 3, 4
+    second_half = 2 * patches * dim * 3 * 16 * 16  # of the embedding's weights
+    keys_and_values = 2 * tokens * dim * 2 * dim
+    instead = 2 * 2 * dim * dim  # the query through the keys' weights, the mixed tokens through the values'
+    attention = 2 * 2 * tokens * dim * (heads - 1)  # over whole tokens for each head
+    assert spent_forward("bf16") - spent_forward("fp32") == second_half - keys_and_values + instead + attention
 
 
 def test_the_counter_is_torchs_own():
