@@ -134,11 +134,11 @@ def correct_planes(image: Image.Image) -> None:
     """
     if image.format != "TIFF" or _tiff_tag(image, 258) != 16:
         return
-    order = "B" if getattr(image, "tag_v2", None) is not None and image.tag_v2.prefix == b"MM" else "L"
+    tiff: Any = image  # of a class of Pillow's own
+    order = "B" if tiff.tag_v2.prefix == b"MM" else "L"
     for number, (decoder, arguments) in enumerate(_tiles(image)):
         if decoder == "raw" and arguments[0] in CHANNELS:
-            part = image.tile[number]
-            image.tile[number] = part._replace(args=(f"{arguments[0]};16{order}", *arguments[1:]))
+            tiff.tile[number] = tiff.tile[number]._replace(args=(f"{arguments[0]};16{order}", *arguments[1:]))
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------------
