@@ -263,7 +263,7 @@ def test_a_required_key_that_is_missing_is_named(tmp_path, key):
     [
         ('{"epochs": 3,}', r"line 1, column \d+.*not JSON"),
         ("", r"line 1, column 1"),
-        ("[1, 2]", "one flat JSON object"),
+        ("[1, 2]", "a config is one JSON object"),
         ('{"epochs": 3, "epochs": 4}', "key 'epochs' stands twice"),
     ],
 )

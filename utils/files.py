@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -94,6 +95,39 @@ def output_file(path: Path, option: str) -> Path:
     return target
 
 
+def open_regular(path: Path, *, pipes: bool = False) -> io.BufferedReader:
+    """Open a regular file to read it. A device may never end, and a pipe that nobody writes to makes ``open`` wait.
+
+    Args:
+        pipes: a pipe is read too, such as a shell's ``<(command)``; one that nobody writes to is empty.
+
+    Raises:
+        OSError: as ``open``, or there is something else.
+    """
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - closed by the caller
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode)):
+        if os.name == "posix":
+            os.set_blocking(file.fileno(), True)
+        return file
+    file.close()
+    raise OSError(errno.ENXIO, "it is a device, pipe or socket, no regular file", str(path))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
 def expanded(path: str | Path) -> Path:
     """The path with a ``~`` at its start replaced by the home folder.
 
@@ -155,7 +189,7 @@ def _without_halves(text: str) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError
+from utils.files import open_regular
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -20,26 +21,32 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, kind: str = "a config", hint: str = "give --config=<file>.json, see exps/") -> dict[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        path: the file, or a pipe such as a shell's ``<(command)``.
+        kind: what the file should be, for messages.
+        hint: what to do if it cannot be read.
 
     Raises:
         ConfigError: not readable, not JSON (line and column are named), not an object, or a key given twice.
     """
     try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        with open_regular(path, pipes=True) as file:
+            values = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; a config is a JSON text file") from None
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; {kind} is a JSON text file") from None
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; a config is one flat JSON object") from None
+        raise ConfigError(f"{path}: nested too deeply for {kind}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give --config=<file>.json, see exps/") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; keep one") from None
     except ValueError as error:  # a number with more digits than Python converts
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is one flat JSON object {{...}}, got {type(values).__name__}")
+        raise ConfigError(f"{path}: {kind} is one JSON object {{...}}, got {type(values).__name__}")
     return values

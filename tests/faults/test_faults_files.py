@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+import main
+import report
 from tests.conftest import fork
 from utils import files
 from utils.errors import CheckpointError, UserError
+from utils.features import __main__ as features_command
 from utils.features import bank as features
 from utils.files import FolderLock, atomic_write
 from utils.runs.checkpoint import MANIFEST
@@ -347,3 +350,89 @@ def test_a_lock_ends_with_its_process_even_if_a_loader_outlives_it(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+# -- what is no regular file ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def never_ending(tmp_path) -> dict[str, Path]:
+    """Places from which reading never ends: a pipe that nobody writes to, and a device."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    return {"pipe": pipe, "device": Path("/dev/zero")}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_manifest_that_is_a_pipe_or_a_device_is_one_line(finished, never_ending, kind):
+    manifest = finished.checkpoints / MANIFEST
+    manifest.unlink()
+    manifest.symlink_to(never_ending[kind])
+    with limited_memory():
+        assert "it is a device, pipe or socket" in finished().error
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_results_that_are_a_pipe_or_a_device_are_replaced_or_one_line(finished, never_ending, kind, capsys):
+    (results,) = finished.logs.rglob("*.json")
+    results.unlink()
+    results.symlink_to(never_ending[kind])
+    with limited_memory():
+        capsys.readouterr()
+        assert report.main([str(results), "--no-pictures", f"--out={finished.folder / 'tables'}"]) == 2
+        assert str(results) in capsys.readouterr().err
+        assert finished().code == 0
+    assert results.is_file()
+    assert not results.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_config_that_is_a_pipe_without_a_writer_or_a_device_is_one_line(never_ending, kind, capsys):
+    with limited_memory():
+        assert main.main([f"--config={never_ending[kind]}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(never_ending[kind]) in line
+
+
+def test_a_config_from_a_pipe_is_read(run, capsys):
+    """As a shell's ``<(command)`` gives it."""
+    content = run.write_config().read_bytes()
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    assert main.main([f"--config=/dev/fd/{reader}", "--check-data"]) == 0
+    os.close(reader)
+    assert "6 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_bank_in_which_a_pipe_or_a_device_lies_is_one_line(run, own_bank, never_ending, kind, capsys):
+    for path in (own_bank, own_bank.with_name("manifest.json")):
+        path.unlink()
+        path.symlink_to(never_ending[kind])
+    with limited_memory():
+        assert "it is a device, pipe or socket" in run("--fresh").error
+        assert features_command.main([f"--cache-dir={run.keys['cache_dir']}", "list"]) == 0
+    assert "unknown contents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_remembered_hashes_that_are_a_pipe_or_a_device_are_made_again(run, own_bank, never_ending, kind):
+    (hashes,) = own_bank.parent.parent.glob("hashes/*.npz")
+    hashes.unlink()
+    hashes.symlink_to(never_ending[kind])
+    with limited_memory():
+        assert run().code == 0
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """A fault of the product must not fill the machine's memory."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2**30, before[1]))
+    signal.alarm(60)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_DATA, before)

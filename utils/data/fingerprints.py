@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import time
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from utils.data.images import content_of_file
 from utils.data.modes import kind_sentences, row_content
 from utils.data.splits import Dataset, ImageFiles, Split
 from utils.errors import DataError, UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, open_regular
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -168,9 +167,9 @@ class _HashMemory:
         if self._path is None:
             return _nothing()
         try:
-            with np.load(self._path, allow_pickle=False) as archive:
+            with open_regular(self._path) as file, np.load(file, allow_pickle=False) as archive:
                 names, stats, contents = archive["names"], archive["stats"], archive["contents"]
-        except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile):
+        except Exception:  # a damaged archive makes NumPy and what unpacks it raise nearly anything
             return _nothing()
         fits = names.dtype == "S16" and stats.dtype == np.int64 and contents.dtype.kind == "S"
         fits = fits and names.ndim == contents.ndim == 1 and stats.shape == (len(names), 4)

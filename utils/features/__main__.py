@@ -11,7 +11,7 @@ from utils.cli import Parser, exit_process, run_command
 from utils.errors import BankError
 from utils.features.bank import default_cache_dir
 from utils.features.rows import LOCK, MANIFEST
-from utils.files import FolderLock, expanded, human_size
+from utils.files import FolderLock, expanded, human_size, read_regular
 from utils.words import counted
 
 
@@ -32,7 +32,7 @@ def size_of(bank: Path) -> int:
 
 def _contents(bank: Path) -> str:
     try:
-        manifest: dict[str, Any] = json.loads((bank / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = json.loads(read_regular(bank / MANIFEST))
         normalized = "normalised" if manifest["normalize"] else "not normalised"
         return (
             f"{manifest['what']}; {manifest['images']} images of {manifest['image_size']} px, {normalized}, through "

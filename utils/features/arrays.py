@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.errors import BankError
-from utils.files import replacing, sync_folder
+from utils.files import open_regular, replacing, sync_folder
 
 HINT_FEATURES_STAY = "start again afterwards: the features that are done stay"
 _BLOCK = 4096  # rows handled at a time where all are
@@ -103,7 +103,7 @@ class ArrayReader:
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
         self.path, self.shape = path, shape
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the context manager
+            self._file = open_regular(path).detach()  # unbuffered; closed by the context manager
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -179,7 +179,7 @@ def read_checksums(path: Path, images: int, rows: np.ndarray | None = None) -> n
     rows = np.arange(images) if rows is None else rows
     found = np.empty(len(rows), dtype="<u4")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             for start, end in _runs(rows) if size == 4 * images else ():  # only what is asked for: tasks are many
                 file.seek(4 * int(rows[start]))

@@ -83,7 +83,7 @@ def _json_files(places: Sequence[Path]) -> list[Path]:
 
 def _read_run(path: Path) -> Run:
     try:
-        values = read_json(path)
+        values = read_json(path, "a run's JSON", "correct that or leave it out")
     except ConfigError as error:
         raise UserError(str(error).removeprefix(f"{path}: ")) from None
     try:

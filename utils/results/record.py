@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import atomic_write, json_lines
+from utils.files import atomic_write, json_lines, read_regular
 from utils.results import metrics
 from utils.results.metrics import GLOSSARY
 from utils.runs.manifest import RunManifest, TaskRecord
@@ -100,7 +100,7 @@ def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
 def write_if_different(path: Path, content: bytes, *, flush: bool = True) -> None:
     """Replace a file whose content is another one, or that is not there; ``flush`` as in ``atomic_write``."""
     try:
-        if path.read_bytes() == content:
+        if read_regular(path) == content:
             return
     except OSError:
         pass

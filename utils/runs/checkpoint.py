@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError, DamagedRunError
-from utils.files import atomic_write, free_name, json_lines, remove_partials, sha256_of_file, write_json
+from utils.files import atomic_write, free_name, json_lines, read_regular, remove_partials, sha256_of_file, write_json
 from utils.runs.manifest import FORMATS, RunManifest
 from utils.runs.tensors import MODULE_PREFIX, first_line, load_tensors, module_from_file
 
@@ -70,7 +70,7 @@ class CheckpointFolder:
         """
         path = self.manifest_path
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(read_regular(path))
         except FileNotFoundError:
             return None
         except OSError as error:

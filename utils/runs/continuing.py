@@ -16,6 +16,7 @@ from utils.config import Config
 from utils.data.old_tests import TestFolder
 from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DataError
+from utils.files import sha256_of_file
 from utils.runs.checkpoint import EVALUATION_FILE, MANIFEST, MODULE_FILE, CheckpointFolder, moving_folder
 from utils.runs.identity import fixed_once_saved
 from utils.runs.manifest import BaseFacts, RunManifest, TaskRecord
@@ -164,7 +165,7 @@ def holds_copies_alone(checkpoint: CheckpointFolder, base: SavedRun) -> bool:
     """Whether all files of runs in ``checkpoint`` are copies of the base's: ``adopt`` was killed while it copied."""
     files, saved = checkpoint.run_files(), base.manifest.files
     try:
-        same = [hashlib.sha256(path.read_bytes()).hexdigest() == saved.get(path.name) for path in files]
+        same = [sha256_of_file(path) == saved.get(path.name) for path in files]
     except OSError:
         return False
     return bool(files) and all(same) and not moving_folder(checkpoint.folder.resolve()).is_dir()
