@@ -1,7 +1,7 @@
 """What every learner offers to the trainer, and what the trainer offers to a learner."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +15,7 @@ from utils.errors import ConfigError
 from utils.methods import SELECTIONS
 from utils.runs.manifest import EpochStats
 
+SAMPLES = 240  # samples that are answered at a time; a multiple of 48, the batch of the faithful selection
 OnEpoch = Callable[[int, EpochStats], None]  # is called after an epoch of training, with its number from 0
 
 
@@ -123,16 +124,36 @@ class Learner(ABC):
             known = ", ".join(self.selections)
             raise ConfigError(f"selection {selection!r} cannot answer single images ({reason}); choose one of: {known}")
 
-    def predict(
+    @torch.no_grad()
+    def predict_pieces(
         self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
+    ) -> Iterator[tuple[Tensor, dict[str, Prediction]]]:
         """Answer ``(samples, dim)`` features in the order given, under every selection that the method has.
 
         A learner without modules answers each sample by itself: its one selection is ``sample``. With modules,
         ``true_task`` ``(samples,)`` adds ``oracle``, and ``shuffled``, a permutation of the samples, adds
         ``batch_shuffled``: batch selection as if the samples came in that order.
+
+        Yields:
+            The numbers of some samples, and their answers under some selections. In the end each sample had one answer
+            under each. A piece's size does not grow with the samples, so whoever keeps only what is needed of each
+            never holds samples × rows.
         """
-        return {"sample": Prediction(self.scores(features))}
+        for samples in torch.arange(len(features), device=features.device).split(SAMPLES):
+            yield samples, {"sample": Prediction(self.scores(features[samples]))}
+
+    def predict(
+        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
+    ) -> dict[str, Prediction]:
+        """Answer as ``predict_pieces`` does, all at once: samples × rows × selections must fit into memory."""
+        pieces: dict[str, list[tuple[Tensor, Prediction]]] = {}
+        for samples, answers in self.predict_pieces(features, true_task, shuffled):
+            for name, prediction in answers.items():
+                pieces.setdefault(name, []).append((samples, prediction))
+        return {
+            name: joined([answers for _, answers in parts], torch.cat([samples for samples, _ in parts]).argsort())
+            for name, parts in pieces.items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that prediction and further learning need, but for the modules."""
@@ -178,3 +199,17 @@ def _state_of(name: str, value: Any) -> dict[str, Tensor]:
     if isinstance(value, dict):
         return {f"{key}.{k}": tensor for key, part in value.items() for k, tensor in part.state_dict().items()}
     return dict(value.state_dict())
+
+
+def joined(parts: Sequence[Prediction], order: Tensor | None = None) -> Prediction:
+    """Several predictions as one, the samples one after the other or in another ``order`` ``(samples,)``."""
+
+    def column(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        return torch.cat(values) if order is None else torch.cat(values)[order]
+
+    scores = torch.cat([part.scores for part in parts])
+    names = ("module", "entropy", "entropies", "task_scores")
+    return Prediction(scores if order is None else scores[order], **{name: column(name) for name in names})

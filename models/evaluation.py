@@ -1,19 +1,20 @@
 """A learner on the test images of all tasks so far, under every selection that it has."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.base import Learner
+from models.base import Learner, Prediction
 from models.modular import ModularLearner
 from utils.data.tasks import TaskStream
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
 from utils.results import metrics
+from utils.results.metrics import SELECTION_NAMES
 from utils.results.predictions import Predictions, SelectionPredictions
 from utils.runs.manifest import TaskRecord
 from utils.seeds import derive_seed
@@ -48,34 +49,72 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
     true_class = np.concatenate([t.test_classes for t in seen])
     true_task = np.repeat(np.arange(len(seen)), [len(t.test) for t in seen])
     generator = torch.Generator().manual_seed(derive_seed("shuffled test set", seed, task))
-    predictions = learner.predict(
-        torch.from_numpy(bank.read("test", TEST_VIEW, images)).to(learner.device),
-        torch.from_numpy(true_task).to(learner.device),
-        torch.randperm(len(images), generator=generator).to(learner.device),
-    )
     row_class = stream.row_class[: seen[-1].rows.stop]
+    found = _collected(
+        learner.predict_pieces(
+            torch.from_numpy(bank.read("test", TEST_VIEW, images)).to(learner.device),
+            torch.from_numpy(true_task).to(learner.device),
+            torch.randperm(len(images), generator=generator).to(learner.device),
+        ),
+        row_class,
+    )
     results: dict[str, dict[str, Any]] = {}
     confusion, entropy, answers = {}, {}, {}
-    for name, prediction in predictions.items():
-        scores = class_scores(prediction.scores, row_class)
-        top = best_classes(scores).cpu().numpy()
-        probability = scores.softmax(dim=1).amax(dim=1).cpu().numpy()
-        hits = top[:, 0] == true_class
+    for name, kept in found.items():
+        predicted = kept.top[:, 0]
+        hits = predicted == true_class
         results[name] = {
             "top1": metrics.percent(hits),
-            "top5": metrics.percent(metrics.top_k_hits(top, true_class, 5)),
+            "top5": metrics.percent(metrics.top_k_hits(kept.top, true_class, 5)),
             "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
-            "groups": _groups(stream, task, top[:, 0], true_class, true_task),
+            "groups": _groups(stream, task, predicted, true_class, true_task),
         }
-        module = None if prediction.module is None else prediction.module.cpu().numpy()
-        answers[name] = SelectionPredictions(top[:, 0], probability, module)
-        if module is not None:
-            results[name]["selection_accuracy"] = metrics.percent(module == true_task)
-            confusion[name] = metrics.confusion(true_task, module, len(seen))
-        if prediction.entropy is not None and module is not None:
-            entropy[name] = metrics.entropy_by_module(prediction.entropy.cpu().numpy(), module, true_task, len(seen))
+        answers[name] = SelectionPredictions(predicted, kept.probability, kept.module)
+        if kept.module is not None:
+            results[name]["selection_accuracy"] = metrics.percent(kept.module == true_task)
+            confusion[name] = metrics.confusion(true_task, kept.module, len(seen))
+            if kept.entropy is not None:
+                entropy[name] = metrics.entropy_by_module(kept.entropy, kept.module, true_task, len(seen))
     sparsity = learner.sparsity(task) if isinstance(learner, ModularLearner) else None
     return Evaluation(TaskRecord(results, confusion, entropy, sparsity), images, true_class, answers)
+
+
+class _Kept(NamedTuple):
+    """What an evaluation keeps of the answers under one selection: a few numbers for each image, whatever the classes.
+
+    Attributes:
+        top: ``(images, up to 5)`` the best classes, best first.
+        probability: ``(images,)`` of the best class.
+        module: ``(images,)`` the module that was chosen, or None.
+        entropy: ``(images,)`` of its prediction, or None.
+    """
+
+    top: np.ndarray
+    probability: np.ndarray
+    module: np.ndarray | None
+    entropy: np.ndarray | None
+
+
+def _collected(pieces: Iterable[tuple[Tensor, dict[str, Prediction]]], row_class: np.ndarray) -> dict[str, _Kept]:
+    """Reduce the answers piece by piece, so that the scores of all images are never held together."""
+    parts: dict[str, list[tuple[Tensor | None, ...]]] = {}
+    for images, answers in pieces:
+        for name, prediction in answers.items():
+            scores = class_scores(prediction.scores, row_class)
+            numbers = (best_classes(scores), scores.softmax(dim=1).amax(dim=1), prediction.module, prediction.entropy)
+            parts.setdefault(name, []).append((images, *numbers))
+    names = sorted(parts, key=list(SELECTION_NAMES).index)
+    return {name: _in_order(*zip(*parts[name], strict=True)) for name in names}
+
+
+def _in_order(images: Sequence[Tensor], *columns: Sequence[Any]) -> _Kept:
+    """Join the pieces of each column, sorted by the numbers of the images."""
+    back = torch.cat(list(images)).argsort()
+    top, probability, module, entropy = (
+        None if pieces[0] is None else torch.cat(list(pieces))[back].cpu().numpy() for pieces in columns
+    )
+    assert top is not None and probability is not None
+    return _Kept(top, probability, module, entropy)
 
 
 def _groups(

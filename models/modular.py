@@ -6,7 +6,8 @@ follow from the shapes of the arguments. Nothing is changed by answering: thread
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Protocol
+from dataclasses import replace
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,12 @@ from torch import Tensor
 
 from backbone.classifier import cosine_logits
 from backbone.luca import LuCA, make_luca
-from models.base import Learner, Prediction, TaskData
+from models.base import SAMPLES, Learner, Prediction, TaskData, joined
 from models.host_values import host_values
 from utils.config import Config
 from utils.seeds import derive_seed
 
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch
-SAMPLES = 5 * SELECTION_BATCH  # samples that are answered at a time
 EVALUATION_BYTES = 64 << 20  # about what the modules may hold of intermediate values at a time
 
 
@@ -56,6 +56,11 @@ class ModularLearner(Learner):
         self.weight, self.sigma = torch.zeros(0, dim, device=device), torch.ones((), device=device)
         self.routers: dict[str, Router] = {}
 
+    @property
+    def module_count(self) -> int:
+        """How many modules are kept."""
+        return len(next(iter(self.modules.values()))) if self.modules else 0
+
     @abstractmethod
     def forward_modules(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """What some modules make of features, as a function of the arguments.
@@ -83,24 +88,27 @@ class ModularLearner(Learner):
 
     def _least_uncertain(self, features: Tensor, chosen: Mapping[str, Tensor]) -> dict[str, Prediction]:
         """Answer under ``sample`` and with modules that are ``chosen`` already, ``(samples,)`` for each name."""
-        entropies, best = [], features.new_full((features.shape[0],), torch.inf)
-        chosen = {"sample": torch.zeros(features.shape[0], dtype=torch.long, device=features.device), **chosen}
-        scores: dict[str, Tensor] = {}
+        samples, device = features.shape[0], features.device
+        chosen = {"sample": torch.zeros(samples, dtype=torch.long, device=device), **chosen}
+        lowest = features.new_full((samples,), torch.inf)
+        # All that outlives a step is laid out first and written in place: a small result that is kept between the large
+        # ones that are not would keep the allocator from using their room again, and memory would grow by the module.
+        entropies = features.new_empty(samples, self.module_count)
+        scores = {name: features.new_empty(samples, len(self.weight)) for name in chosen}
         for first, logits in self.all_logits(features):
+            last = first + len(logits)
             found = entropy(logits)  # (some modules, samples)
-            entropies.append(found)
-            lowest, index = found.min(dim=0)
-            better = lowest < best
-            best = torch.where(better, lowest, best)
-            chosen["sample"] = torch.where(better, first + index, chosen["sample"])
+            entropies[:, first:last] = found.T
+            least, index = found.min(dim=0)
+            torch.where(least < lowest, first + index, chosen["sample"], out=chosen["sample"])
+            torch.minimum(least, lowest, out=lowest)
             for name, module in chosen.items():
-                inside = (module >= first) & (module < first + len(logits))
+                inside = (module >= first) & (module < last)
                 place = (module - first).clamp(0, len(logits) - 1)
                 own = logits.gather(0, place[None, :, None].expand(1, -1, logits.shape[2]))[0]
-                scores[name] = torch.where(inside[:, None], own, scores[name]) if first else own
-        of_all = torch.cat(entropies).T
+                torch.where(inside[:, None], own, scores[name], out=scores[name])
         return {
-            name: Prediction(scores[name], module, of_all.gather(1, module[:, None])[:, 0], of_all)
+            name: Prediction(scores[name], module, entropies.gather(1, module[:, None])[:, 0], entropies)
             for name, module in chosen.items()
         }
 
@@ -109,10 +117,6 @@ class ModularLearner(Learner):
         module = by_task.argmax(dim=1)
         logits = self._logits_by_group(features, module, 1)
         return Prediction(self.own_rows(logits, module), module, entropy(logits), task_scores=by_task)
-
-    def _route(self, features: Tensor, router: str) -> Tensor:
-        """The task of the best row: ``(samples, dim) -> (samples,)``."""
-        return self._task_scores(features, router).argmax(dim=1)
 
     def _task_scores(self, features: Tensor, router: str) -> Tensor:
         """Each task's best score under a router: ``(samples, dim) -> (samples, tasks)``."""
@@ -127,54 +131,43 @@ class ModularLearner(Learner):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def predict(
+    def predict_pieces(
         self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
-        chosen = {} if true_task is None else {"oracle": true_task}
-        chosen |= {name: self._route(features, name) for name in self.routers}
-        parts = [
-            self._least_uncertain(
-                part, {name: module[SAMPLES * number :][: len(part)] for name, module in chosen.items()}
-            )
-            for number, part in enumerate(features.split(SAMPLES))
-        ]
-        answers = {name: joined([part[name] for part in parts]) for name in parts[0]}
-        entropies = answers["sample"].entropies
-        assert entropies is not None
-        result = {"batch": self._by_batch(features, entropies), "sample": answers["sample"]}
+    ) -> Iterator[tuple[Tensor, dict[str, Prediction]]]:
+        in_order = torch.arange(len(features), device=features.device)
+        entropies = features.new_empty(len(features), self.module_count)
+        for samples in in_order.split(SAMPLES):
+            part = features[samples]
+            routed = {name: self._task_scores(part, name).argmax(dim=1) for name in self.routers}
+            known = {} if true_task is None else {"oracle": true_task[samples]}
+            answers = self._least_uncertain(part, {**known, **routed})
+            for name, module in routed.items():
+                answers[name] = replace(answers[name], scores=self.own_rows(answers[name].scores, module))
+            entropies[samples] = cast(Tensor, answers["sample"].entropies)
+            yield samples, answers
+        yield from self._by_batch("batch", features, entropies, in_order)
         if shuffled is not None:
-            result["batch_shuffled"] = self._by_batch(features, entropies, shuffled)
-        for name, module in chosen.items():
-            scores = self.own_rows(answers[name].scores, module) if name in self.routers else answers[name].scores
-            result[name] = Prediction(scores, module, answers[name].entropy, entropies)
-        return result
+            yield from self._by_batch("batch_shuffled", features, entropies, shuffled)
 
-    @torch.no_grad()
-    def entropies(self, features: Tensor) -> Tensor:
-        """Entropy of every module's prediction, in nats: ``(samples, dim) -> (samples, modules)``."""
-        parts = [torch.cat([entropy(logits) for _, logits in self.all_logits(p)]).T for p in features.split(SAMPLES)]
-        return torch.cat(parts)
-
-    def _by_batch(self, features: Tensor, entropies: Tensor, order: Tensor | None = None) -> Prediction:
-        """Answer with one module for every 48 consecutive samples, in ``order`` if that is given."""
-        if order is not None:
-            features, entropies = features[order], entropies[order]
-        groups = choose_by_batch(entropies)
-        module = groups.repeat_interleave(SELECTION_BATCH)[: len(features)]
-        scores = self._logits_by_group(features, groups, SELECTION_BATCH)
-        if order is not None:
-            back = order.argsort()
-            scores, module, entropies = scores[back], module[back], entropies[back]
-        return Prediction(scores, module, entropies.gather(1, module[:, None])[:, 0], entropies)
+    def _by_batch(
+        self, name: str, features: Tensor, entropies: Tensor, order: Tensor
+    ) -> Iterator[tuple[Tensor, dict[str, Prediction]]]:
+        """Answer with one module for every 48 samples that are consecutive in ``order``."""
+        step = self._groups_at_a_time(SELECTION_BATCH)
+        for samples in order.split(step * SELECTION_BATCH):
+            of_all = entropies[samples]
+            groups = choose_by_batch(of_all)
+            scores = self._logits_by_group(features[samples], groups, SELECTION_BATCH)
+            module = groups.repeat_interleave(SELECTION_BATCH)[: len(samples)]
+            yield samples, {name: Prediction(scores, module, of_all.gather(1, module[:, None])[:, 0], of_all)}
 
     # -- logits, in bounded memory -----------------------------------------------------------------------------------
 
     def all_logits(self, features: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Logits of all modules, some modules at a time: the first one's number, ``(modules, samples, rows)``."""
         directions = F.normalize(self.weight, dim=1)
-        count = len(next(iter(self.modules.values())))
-        step = count if torch.compiler.is_compiling() else self._at_a_time(features.shape[0], 0)
-        for first in range(0, count, step):
+        step = self.module_count if torch.compiler.is_compiling() else self._at_a_time(features.shape[0], 0)
+        for first in range(0, self.module_count, step):
             part = {name: p[first : first + step] for name, p in self.modules.items()}
             yield first, cosine_logits(self.forward_modules(part, features), directions, self.sigma)
 
@@ -186,16 +179,19 @@ class ModularLearner(Learner):
         directions = F.normalize(self.weight, dim=1)
         padded = F.pad(features, (0, 0, 0, module.shape[0] * size - features.shape[0]))
         grouped = padded.unflatten(0, (module.shape[0], size))
-        parameters = sum(p[0].numel() for p in self.modules.values())
-        step = self._at_a_time(size, parameters)
         split = [(grouped, module)]  # in one piece where the number of samples is a symbol
         if not torch.compiler.is_compiling():
+            step = self._groups_at_a_time(size)
             split = list(zip(grouped.split(step), module.split(step), strict=True))
         parts = []
         for h, part in split:
             own = {name: p[part] for name, p in self.modules.items()}
             parts.append(cosine_logits(self.forward_modules(own, h), directions, self.sigma).flatten(0, 1))
         return torch.cat(parts)[: features.shape[0]]
+
+    def _groups_at_a_time(self, size: int) -> int:
+        """Groups of ``size`` samples, with the parameters of a module for each, that fit into ``EVALUATION_BYTES``."""
+        return self._at_a_time(size, sum(p[0].numel() for p in self.modules.values()))
 
     def _at_a_time(self, samples: int, copied: int) -> int:
         """Modules that fit into ``EVALUATION_BYTES`` with ``samples`` each and ``copied`` numbers of parameters."""
@@ -228,8 +224,8 @@ class ModularLearner(Learner):
 
     def add_module(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep a new task's module."""
-        new = {name: p.detach()[None] for name, p in parameters.items()}
-        self.modules = {n: torch.cat([self.modules[n], p]) if self.modules else p for n, p in new.items()}
+        new = {name: p.detach() for name, p in parameters.items()}
+        self.modules = {n: appended(self.modules[n], p) if self.modules else p[None].clone() for n, p in new.items()}
 
     def module_state(self, task: int) -> dict[str, Tensor]:
         """The tensors that belong to one task alone and never change again."""
@@ -246,21 +242,26 @@ class ModularLearner(Learner):
         return float(host_values((flat.abs() < 1e-3).sum() / len(flat)))
 
 
-def joined(parts: Sequence[Prediction]) -> Prediction:
-    """Several predictions, of samples in this order, as one."""
+def appended(stack: Tensor, new: Tensor) -> Tensor:
+    """A stack with one more at its end: ``(n, ...), (...) -> (n + 1, ...)``.
 
-    def column(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    names = ("module", "entropy", "entropies", "task_scores")
-    return Prediction(torch.cat([p.scores for p in parts]), **{name: column(name) for name in names})
+    It goes into the room behind the stack in its storage. Where there is none, a storage with twice the room takes the
+    stack over, so that n calls copy each entry a few times, not n times.
+    """
+    count = len(stack)
+    if stack.untyped_storage().nbytes() < (count + 1) * new.nbytes:
+        room = stack.new_empty(2 * count, *new.shape)
+        room[:count] = stack
+        stack = room[:count]
+    longer = stack.as_strided((count + 1, *new.shape), stack.stride())
+    longer[count] = new
+    return longer
 
 
 def entropy(logits: Tensor) -> Tensor:
     """−Σ p·log(p + 1e-9) over the last dimension, in nats."""
     p = logits.softmax(dim=-1)
-    return -(p * (p + 1e-9).log()).sum(dim=-1)
+    return (p + 1e-9).log_().mul_(p).sum(dim=-1).neg_()
 
 
 def choose_by_batch(entropies: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA, luca_stacked
-from models.base import OnEpoch, Prediction, TaskData
-from models.modular import SAMPLES, ModularLearner, entropy, joined
+from models.base import SAMPLES, OnEpoch, Prediction, TaskData, joined
+from models.modular import ModularLearner, entropy
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge_pair import RidgePair
 from models.streaming.whitening import Whitening, make_whitening
@@ -152,14 +152,13 @@ class WhiteTOSCA(ModularLearner):
         return joined([self._answers(part, (selection,))[selection] for part in parts])
 
     @torch.no_grad()
-    def predict(
+    def predict_pieces(
         self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
+    ) -> Iterator[tuple[Tensor, dict[str, Prediction]]]:
         """Answer under every selection; none depends on the order, so nothing is added for ``shuffled``."""
         names = self.selections if true_task is None else (*self.selections, "oracle")
-        tasks = [None] * len(features) if true_task is None else true_task.split(SAMPLES)
-        parts = [self._answers(part, names, known) for part, known in zip(features.split(SAMPLES), tasks, strict=False)]
-        return {name: joined([part[name] for part in parts]) for name in names}
+        for samples in torch.arange(len(features), device=features.device).split(SAMPLES):
+            yield samples, self._answers(features[samples], names, None if true_task is None else true_task[samples])
 
     def _answers(
         self, features: Tensor, selections: Sequence[str], true_task: Tensor | None = None
@@ -186,14 +185,15 @@ class WhiteTOSCA(ModularLearner):
 
         Shape: ``(samples, dim) -> (samples, modules), (samples, rows)``.
         """
-        entropies, own = [], features.new_zeros(features.shape[0], len(self.row_task))
+        samples, rows = features.shape[0], len(self.row_task)
+        entropies, own = features.new_empty(samples, self.module_count), features.new_zeros(samples, rows)
         for first, logits in self.all_logits(features):  # (some modules, samples, rows)
-            entropies.append(entropy(logits).T)
+            entropies[:, first : first + len(logits)] = entropy(logits).T
             numbers = torch.arange(first, first + len(logits), device=logits.device)
             mine = (self.row_task == numbers[:, None])[:, None]  # (some modules, 1, rows)
             inside = logits.masked_fill(~mine, -torch.inf).log_softmax(dim=2)
-            own = own + inside.masked_fill(~mine, 0.0).sum(dim=0)
-        return torch.cat(entropies, dim=1), own
+            own += inside.masked_fill(~mine, 0.0).sum(dim=0)
+        return entropies, own
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -103,9 +103,9 @@ class Fixed(Learner):
     def scores(self, features: Tensor) -> Tensor:
         return self.table
 
-    def predict(self, features, true_task=None, shuffled=None):
+    def predict_pieces(self, features, true_task=None, shuffled=None):
         self.order = shuffled
-        return super().predict(features, true_task, shuffled)
+        return super().predict_pieces(features, true_task, shuffled)
 
 
 class FixedModules(Fixed):
