@@ -235,6 +235,7 @@ def _embedding(model: TimmModel, *, normalize: bool) -> nn.Module:
         and isinstance(patch.norm, nn.Identity)
         and not patch.dynamic_img_pad
         and patch.img_size is not None
+        and model.pos_embed is not None  # without positions versions of timm differ in what becomes of the class token
         and patch.proj.kernel_size == patch.proj.stride
         and patch.proj.padding == (0, 0)
     )
@@ -274,8 +275,8 @@ class PatchProduct(nn.Module):
         step = pixels.std.new_tensor(255).reciprocal() / (pixels.std if normalize else torch.ones_like(one))
         tokens = [t for t in (model.cls_token, model.reg_token) if t is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else weight.new_zeros(1, 0, len(weight))
-        position = weight.new_zeros(1, 1, len(weight)) if model.pos_embed is None else model.pos_embed
-        if model.pos_embed is not None and not model.no_embed_class:
+        position = model.pos_embed
+        if not model.no_embed_class:
             count = prefix.shape[1]
             prefix, position = prefix + position[:, :count], position[:, count:]
         exact = (weight * step).flatten(1)

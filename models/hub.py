@@ -4,12 +4,13 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.config import KEYS
 from utils.errors import CheckpointError, UserError
 from utils.files import expanded
 from utils.keys import REQUIRED
+from utils.methods import Method
 from utils.results.metrics import selection_name
 from utils.results.record import run_json
 from utils.runs.checkpoint import MANIFEST
@@ -19,6 +20,51 @@ if TYPE_CHECKING:
     from models.continual import ContinualClassifier
 
 CARD, WEIGHTS = "README.md", "backbone"
+_CARD = """\
+---
+library_name: tosca
+pipeline_tag: image-classification
+tags:
+- continual-learning
+- class-incremental-learning
+- {method}
+---
+
+# {title}
+
+A frozen {backbone} and what {method} learned on it, task after task.
+
+## Data
+
+`{dataset}`: {train} and {test}, {classes}.
+
+## Protocol
+
+{protocol} {kept}
+
+## Results
+
+Per cent, after the last task. Selections are different claims: never mix them.
+
+{results}
+
+## Use
+
+```python
+from models import ContinualClassifier
+
+model = ContinualClassifier.from_pretrained("<user>/<repo>")
+model.predict(["image.jpg"]).classes
+```
+
+## Run again
+
+`python main.py --config=config.json data_path=<the data's folder>` with this config:
+
+```json
+{config}
+```
+"""
 _MEASURES = ("average", "last", "forgetting")
 _HTTP_CLIENTS = ("httpx", "httpx2", "requests")  # one of them, as the version of huggingface_hub has it
 HINT_PATHS = ("data_path", "backbone_weights", "continue_from")  # places on the machine of the run, beside "place" keys
@@ -102,36 +148,51 @@ def _reason(error: Exception) -> str:
 def model_card(model: "ContinualClassifier") -> str:
     """Markdown with the hub's header: data, protocol, results under every selection, how to load and to run again."""
     run, config = run_json(model.manifest), model.config
-    stream = "domains" if config.scenario == "domain" else "tasks"
     names = ", ".join(_plain(name) for name in model.class_names[:20])
     more = f" and {len(model.class_names) - 20} more" if len(model.class_names) > 20 else ""
-    rows = [
-        f"| {' | '.join([selection_name(name), *(fixed(result[key], 2) for key in _MEASURES)])} |"
-        for name, result in run["results"].items()
-    ]
-    table = ["| selection | Ā | A_T | forgetting |", "|---|---|---|---|", *rows] if rows else ["Not evaluated."]
-    command = "python main.py --config=config.json data_path=<the data's folder>"
-    return "\n".join(
-        [
-            *("---", "library_name: tosca", "pipeline_tag: image-classification"),
-            *("tags:", "- continual-learning", "- class-incremental-learning", f"- {config.model_name}", "---", ""),
-            f"# {_plain(config.model_name)} on {_plain(config.dataset)}",
-            "",
-            f"A frozen `{model.backbone.name}` ({model.backbone.pooling}, {config.image_size} px) and what "
-            f"{_plain(config.model_name)} learned on it, task after task.",
-            *("", "## Data", ""),
-            f"`{config.dataset}`: {run['data']['train_images']} training and {run['data']['test_images']} test images, "
-            f"{counted(len(model.class_names), 'class')}: {names}{more}.",
-            *("", "## Protocol", ""),
-            f"{model.tasks} {stream} of {', '.join(map(str, run['task_sizes']))} classes, seed {run['seed']}. No image "
-            "of an earlier task is kept.",
-            *("", "## Results", "", "Per cent, after the last task. Selections are different claims: never mix them."),
-            *("", *table, "", "## Use", "", "```python", "from models import ContinualClassifier", ""),
-            'model = ContinualClassifier.from_pretrained("<user>/<repo>")',
-            *('model.predict(["image.jpg"]).classes', "```", "", "## Run again", "", f"`{command}` with this config:"),
-            *("", "```json", json.dumps(_given(model), indent=1, ensure_ascii=False), "```", ""),
-        ]
+    return _CARD.format(
+        method=config.model_name,
+        title=f"{_plain(config.model_name)} on {_plain(config.dataset)}",
+        backbone=f"`{model.backbone.name}` ({model.backbone.pooling}, {config.image_size} px)",
+        dataset=config.dataset,
+        train=counted(run["data"]["train_images"], "training image"),
+        test=counted(run["data"]["test_images"], "test image"),
+        classes=f"{counted(len(model.class_names), 'class')}: {names}{more}",
+        protocol=_protocol(model),
+        kept=_kept(config.method),
+        results=_results(run),
+        config=json.dumps(_given(model), indent=1, ensure_ascii=False),
     )
+
+
+def _kept(method: Method) -> str:
+    """What the method needs of earlier tasks."""
+    if not method.continual:
+        return "Not continual: it saw the images of all tasks at once, an upper bound."
+    return "The features of all earlier images are kept." if method.exemplars else "No earlier image is kept."
+
+
+def _protocol(model: "ContinualClassifier") -> str:
+    """How many tasks of how many classes, or which domains, in which order."""
+    sizes, seed = [len(rows) for rows in model.manifest.learned().task_rows], f"seed {model.manifest.seed}"
+    if model.domains:
+        named = ", ".join(_plain(name) if name else "(no domain)" for name in model.domains)
+        return f"{counted(model.tasks, 'domain')}, in this order: {named}; {seed}."
+    each = f"{', '.join(map(str, sizes))} classes"
+    if len(set(sizes)) == 1:
+        each = counted(sizes[0], "class") + (" each" if len(sizes) > 1 else "")
+    return f"{counted(model.tasks, 'task')} of {each}, {seed}."
+
+
+def _results(run: dict[str, Any]) -> str:
+    """The square of selections as a Markdown table."""
+    if not run["results"]:
+        return "Not evaluated."
+    rows = ["| selection | Ā | A_T | forgetting |", "|---|---|---|---|"]
+    for name, result in run["results"].items():
+        numbers = " | ".join(fixed(result[key], 2) for key in _MEASURES)
+        rows.append(f"| {selection_name(name)} | {numbers} |")
+    return "\n".join(rows)
 
 
 def _given(model: "ContinualClassifier") -> dict[str, object]:

@@ -12,6 +12,7 @@ import main
 import predict
 from models import ContinualClassifier
 from models.evaluation import class_scores, top_classes
+from models.hub import model_card
 from tests.conftest import TINY
 from utils.config import make_config
 from utils.data.datasets import load_dataset
@@ -161,6 +162,7 @@ def test_answers_name_the_domain_whose_module_answered(finished, domains_folder,
     assert json.loads(said[-1])["domain"] == name
     assert f"<td>{module + 1} of 3 (domain {name})</td>" in answer._repr_html_()
     assert "3 domains" in repr(model)
+    assert "3 domains, in this order: dark, plain, turned; seed 1993. No earlier image is kept." in model_card(model)
     assert pickle.loads(pickle.dumps(answer)).domains == tuple(found["domains"])
 
 

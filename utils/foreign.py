@@ -9,6 +9,7 @@ BACKBONE_ALIASES = {
 
 # keys of LAMDA-PILOT and PyCIL that configs of theirs carry: accepted, and a line in the log says what counts here
 _NO_EXEMPLARS = "no old images are kept"
+_FROZEN = "the backbone stays as it is, without prompts or adapters in it"
 UNUSED_KEYS = {
     "memory_size": _NO_EXEMPLARS,
     "memory_per_class": _NO_EXEMPLARS,
@@ -24,4 +25,9 @@ UNUSED_KEYS = {
     "lrate_decay": "scheduler=steplr divides the rate by ten",
     "min_lr": "scheduler=cosine ends at 1e-8, as in the release",
     "reinit_optimizer": "every task starts with a new optimizer",
+    "vpt_type": _FROZEN,
+    "prompt_token_num": _FROZEN,
+    "ffn_num": _FROZEN,
+    "use_RP": "model_name=ranpac always projects on random features",
+    "M": "model_name=ranpac has 10,000 random features",
 }

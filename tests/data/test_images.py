@@ -99,9 +99,9 @@ def test_ordinary_pictures_are_what_pillow_makes_of_them(tmp_path, mode, suffix)
     image = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
     try:
         image.save(path)
+        expected = np.asarray(Image.open(path).convert("RGB"))  # Pillow 11 does not read the YCbCr TIFF that it writes
     except (OSError, KeyError):
         pytest.skip("this format does not hold this mode")
-    expected = np.asarray(Image.open(path).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(decode(path)), expected)
     if mode != "CMYK":
         assert kinds_of_file(path) == []

@@ -16,6 +16,7 @@ import predict
 from backbone.vit import load_backbone
 from models import ContinualClassifier
 from models.export import ImageClassifier, as_module, export
+from models.hub import model_card
 from models.registry import make_learner
 from tests.conftest import tiny_config
 from utils.errors import CheckpointError, ConfigError, UserError
@@ -250,11 +251,22 @@ def test_the_backbones_file_goes_with_the_model(finished_run, tmp_path, saved):
 def test_the_card_holds_data_protocol_every_selection_and_the_command(saved, finished_run, tmp_path):
     card = (saved.save_pretrained(tmp_path / "model") / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: tosca\n")
-    assert "3 tasks of 2, 2, 2 classes, seed 1993" in card and "24 training" in card
+    data = finished_run.json()["data"]
+    assert f"`imagefolder`: {data['train_images']} training images and {data['test_images']} test images, 6" in card
+    assert "3 tasks of 2 classes each, seed 1993. No earlier image is kept." in card
     for name, result in finished_run.json()["results"].items():
         assert f"| {result['average']:.2f} | {result['last']:.2f} |" in card, name
     assert "python main.py --config=config.json" in card
     assert str(finished_run.folder) not in card  # no place of the machine that it ran on
+
+
+def test_the_card_counts_tasks_and_says_what_a_method_keeps(digit_folder, run_main, tmp_path):
+    one = run_main(tmp_path / "one", data_path=str(digit_folder), init_cls=6, model_name="knn")
+    card = model_card(ContinualClassifier.load(one.checkpoints))
+    assert "1 task of 6 classes, seed 1993. The features of all earlier images are kept." in card
+    joint = run_main(tmp_path / "joint", data_path=str(digit_folder), init_cls=4, model_name="linear_joint")
+    card = model_card(ContinualClassifier.load(joint.checkpoints))
+    assert "2 tasks of 4, 2 classes, seed 1993. Not continual: it saw the images of all tasks at once" in card
 
 
 def test_the_upload_hands_the_folder_to_the_hubs_client(saved, monkeypatch):
