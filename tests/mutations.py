@@ -1,7 +1,8 @@
 """The small mistakes that ``tests.mutate`` plants.
 
 One comparison, operator, number, truth value, condition or reduction is changed, or a call left out. Lines that only
-speak to people (messages, log lines, docstrings) are left alone.
+speak to people (messages, log lines, docstrings) are left alone, and so is zip's ``strict``, which can only fail where
+another line is wrong.
 """
 
 import ast
@@ -142,6 +143,8 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)) or _speaks(child):
+                continue
+            if isinstance(child, ast.keyword) and child.arg == "strict":
                 continue
             if isinstance(child, ast.AST):
                 yield child

@@ -75,12 +75,30 @@ def test_forgetting_reads_nothing_above_the_diagonal():
     assert metrics.forgetting([[90, above, above], [80, 70, above], [60, 65, 50]]) == pytest.approx((30 + 5) / 2)
 
 
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [[NONE, NONE, NONE], [80, 70, NONE], [60, 65, 50]],  # not measured when it was learned
+        [[90, NONE, NONE], [80, 70, NONE], [NONE, 65, 50]],  # nor at the end
+    ],
+)
+def test_a_task_that_was_not_measured_throughout_is_left_out(matrix):
+    assert metrics.forgetting(matrix) == 5
+    assert metrics.backward_transfer(matrix) == -5
+
+
+def test_the_selections_that_read_the_order_have_a_name_for_a_shuffled_test_set_too():
+    assert [name for name in metrics.SELECTION_NAMES if name.endswith("_shuffled")] == ["batch_shuffled"]
+    assert metrics.SELECTION_NAMES["batch_shuffled"] == "batch (shuffled test set)"
+
+
 def test_one_task_alone_cannot_forget():
     assert metrics.forgetting([[73.0]]) == 0.0
 
 
 def test_mean_and_sample_standard_deviation():
     assert metrics.mean_std([2.0, 4.0, 6.0]) == (4.0, 2.0)
+    assert metrics.mean_std([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
     assert metrics.mean_std([5.0]) == (5.0, 0.0)
 
 
