@@ -53,11 +53,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "models/streaming/ridge_pair.py": STREAMING,
     "models/streaming/whitening.py": STREAMING,
     "utils/results/metrics.py": ("tests/results/test_metrics.py", "tests/results/test_predictions.py"),
-    "utils/data/tasks.py": ("tests/data/test_tasks.py", "tests/test_domains.py", "tests/runs/test_continue.py"),
-    "utils/data/transforms.py": ("tests/data/test_data.py", "tests/features"),
-    "utils/data/fingerprints.py": ("tests/data/test_fingerprints.py", "tests/data/test_data.py", "tests/features"),
-    "utils/features/arrays.py": ("tests/features", "tests/faults/test_faults_bank.py"),
-    "utils/runs/identity.py": ("tests/test_keys.py", "tests/test_config.py"),
+    "utils/data/tasks.py": ("tests/data/test_tasks.py", "tests/test_domains.py"),
+    "utils/data/transforms.py": ("tests/data/test_data.py", "tests/features/test_views.py"),
+    "utils/data/fingerprints.py": ("tests/data/test_fingerprints.py",),
+    "utils/features/arrays.py": ("tests/features/test_rows.py",),
+    "utils/runs/identity.py": ("tests/test_keys.py",),
     "utils/seeds.py": ("tests/data/test_data.py", *TOSCA),
 }
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from utils.errors import BankError, UserError
-from utils.features import extraction
-from utils.features.arrays import TEST_VIEW, RowChecksums, checksums_path, incomplete_path
+from utils.features import arrays, extraction
+from utils.features.arrays import TEST_VIEW, ArrayReader, RowChecksums, checksums_path, incomplete_path, read_checksums
 from utils.features.bank import resolve_cache_dir
 from utils.features.extraction import Store
 from utils.features.rows import LOCK, FolderRows, MemoryRows
@@ -54,6 +54,35 @@ def as_an_earlier_version(rows: FolderRows) -> FolderRows:
 
 
 # -- what was written is what is read ---------------------------------------------------------------------------------
+
+
+def test_an_array_begins_as_rows_of_nan_in_the_size_it_will_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "_BLOCK", 2)  # so that rows are written in several pieces, the last one smaller
+    arrays.create_array(tmp_path / "new.npy", (5, 3))
+    found = np.load(tmp_path / "new.npy")
+    assert found.shape == (5, 3) and found.dtype == np.float32 and np.isnan(found).all()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_both_headers_that_numpy_writes_for_such_arrays_are_read(tmp_path: Path, version: tuple[int, int]) -> None:
+    with open(tmp_path / "array.npy", "wb") as file:
+        np.lib.format.write_array(file, FEATURES, version=version)
+    with ArrayReader(tmp_path / "array.npy", SHAPE) as reader:
+        np.testing.assert_array_equal(reader.rows(EVERY), FEATURES)
+
+
+def test_a_reader_closes_its_file_also_when_it_refuses_it(tmp_path: Path) -> None:
+    np.save(tmp_path / "array.npy", FEATURES)
+    with ArrayReader(tmp_path / "array.npy", SHAPE) as reader:
+        pass
+    with pytest.raises(ValueError, match="closed file"):
+        reader.rows(EVERY)
+    with pytest.raises(BankError) as refused:  # which keeps the reader alive
+        ArrayReader(tmp_path / "array.npy", (IMAGES + 1, DIM))
+    (opened,) = [frame.frame.f_locals["self"] for frame in refused.traceback if frame.name == "__init__"]
+    assert opened._file.closed
 
 
 def test_rows_are_read_as_they_were_written_in_any_order(rows: FolderRows) -> None:
@@ -247,6 +276,19 @@ def test_files_are_on_the_disk_before_they_have_their_names_and_names_too(
     ]
 
 
+def test_a_row_is_in_its_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    """A process that is killed loses nothing that it had computed."""
+    rows = fill(make_rows(tmp_path / "bank"), [0], count=0, finish=False)
+    writer, complete = rows.writer(0), rows.path(0)
+    writer.write(4, FEATURES[4])
+    with ArrayReader(incomplete_path(complete), SHAPE) as reader:
+        np.testing.assert_array_equal(reader.rows(EVERY[4:5])[0], FEATURES[4])
+    found = read_checksums(checksums_path(complete), IMAGES)
+    assert found is not None and np.flatnonzero(found).tolist() == [4]
+    writer.close()
+    assert writer._rows.closed and writer._checksums.closed
+
+
 @needs_proc
 def test_rows_and_checksums_are_flushed_every_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = fill(make_rows(tmp_path / "bank"), [0], count=0, finish=False)
@@ -396,6 +438,12 @@ def test_checksums_depend_on_every_bit_of_a_row() -> None:
         changed[bit // 8] ^= 1 << bit % 8
         assert sums.of(3, np.frombuffer(changed, dtype=np.float32)) != expected
     assert sums.of(4, FEATURES[3]) != expected
+
+
+def test_checksums_of_banks_on_disk_stay_valid() -> None:
+    """Another formula would call every bank damaged that was filled before."""
+    sums, feature = RowChecksums(Path("bank/test.npy")), np.arange(5, dtype=np.float32)
+    assert (sums.of(0, feature), sums.of(3, feature)) == (3269163841, 1624023921)
 
 
 def test_a_task_reads_its_own_checksums_alone(rows: FolderRows, monkeypatch: pytest.MonkeyPatch) -> None:
