@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,8 @@ def test_files_exchanged_under_equal_size_times_and_inode_are_noticed(
     assert second["test"] != first["test"] and second["train"] == first["train"]
     assert f"{data.test.path(4)} has other content than before, though" in caplog.text
     assert len(hashed) == 2 * 21  # all were looked at, and then, for nothing remembered is to be trusted, read again
-    assert fingerprint_splits(data, tmp_path / "cache") == second  # which is remembered
+    caplog.clear()
+    assert fingerprint_splits(data, tmp_path / "cache") == second and caplog.text == ""  # which is remembered
 
 
 def test_each_start_reads_other_files_again_and_never_more_than_its_budget(
@@ -117,6 +119,10 @@ def test_each_start_reads_other_files_again_and_never_more_than_its_budget(
     hashed.clear()
     fingerprint_splits(data, tmp_path / "cache")
     assert 2 <= len(hashed) < 12 and sum(path.stat().st_size for path in hashed) <= 2 * 2 * size
+    monkeypatch.setattr(fingerprints, "CHECKED_BYTES", 0)
+    hashed.clear()
+    fingerprint_splits(data, tmp_path / "cache")
+    assert len(hashed) == 2  # of each split one at least
 
 
 @pytest.mark.parametrize(
@@ -149,6 +155,69 @@ def test_a_damaged_memory_of_hashes_is_made_again(
     with np.load(memory) as made, np.load(tmp_path / "cache" / "hashes" / memory.name) as again:
         assert made["contents"].tolist() == again["contents"].tolist()
     assert len(memory.read_bytes()) == len(whole)
+
+
+def test_every_file_is_hashed_once_and_in_order_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "content_of_file", lambda path: f"content of {path.name}")
+    names = [f"{number}.png" for number in range(700)]
+    assert fingerprints._hashes(names) == [f"content of {name}" for name in names]
+
+
+def test_a_memory_whose_hashes_are_no_text_is_made_again(
+    data: Dataset, tmp_path: Path, later: None, hashed: list[Path]
+) -> None:
+    first = fingerprint_splits(data, tmp_path / "cache")
+    (memory,) = (tmp_path / "cache" / "hashes").iterdir()
+    with np.load(memory) as archive:
+        names, stats = archive["names"], archive["stats"]
+    np.savez(memory, names=names, stats=stats, contents=np.zeros(len(names)))
+    hashed.clear()
+    assert fingerprint_splits(data, tmp_path / "cache") == first and len(hashed) == 21
+
+
+@pytest.mark.parametrize("newest", ["modified", "changed"])
+@pytest.mark.parametrize(("age_ns", "remembered"), [(2_000_000_000, False), (2_000_000_001, True)])
+def test_a_file_that_is_younger_than_two_seconds_is_read_again(
+    data: Dataset, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch, newest, age_ns, remembered
+) -> None:
+    """Within the clock's tick it may change again and look the same."""
+    start, inode = 10**18, 2**62  # an inode's number is no time, however large
+    times = (start - age_ns, 0) if newest == "modified" else (0, start - age_ns)
+    monkeypatch.setattr(fingerprints.time, "time_ns", lambda: start)
+    monkeypatch.setattr(fingerprints, "_stat", lambda path: (os.stat(path).st_size, *times, inode))
+    fingerprint_splits(data, tmp_path / "cache")
+    nothing_is_checked(monkeypatch)
+    hashed.clear()
+    fingerprint_splits(data, tmp_path / "cache")
+    assert len(hashed) == (0 if remembered else 21)
+
+
+def test_hashes_are_written_only_when_there_are_new_ones_and_never_without_a_folder(
+    data: Dataset, tmp_path: Path, later: None, hashed: list[Path]
+) -> None:
+    first = fingerprint_splits(data, tmp_path / "cache")
+    (memory,) = (tmp_path / "cache" / "hashes").iterdir()
+    assert re.fullmatch(r"[0-9a-f]{16}\.npz", memory.name)
+    os.utime(memory, (1e9, 1e9))
+    assert fingerprint_splits(data, tmp_path / "cache") == first and memory.stat().st_mtime == 1e9
+    hashed.clear()
+    assert fingerprint_splits(data, None) == first and len(hashed) == 21
+
+
+def test_a_new_file_is_found_wherever_it_stands_among_the_remembered_ones(
+    tmp_path: Path, make_folder: FolderMaker, later: None, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprints, "_hash_of_path", lambda path: path[-16:].encode())  # in the order of names
+    folder = make_folder(tmp_path / "images", classes=2, train=2, test=1)
+    config = tiny_config(data_path=str(folder), init_cls=1, increment=1)
+    fingerprint_splits(load_dataset(config), tmp_path / "cache")
+    nothing_is_checked(monkeypatch)
+    for name in ("000a.png", "zzzz.png"):
+        new = folder / "train" / "1" / name
+        new.write_bytes((folder / "train" / "1" / "000.png").read_bytes())
+        hashed.clear()
+        fingerprint_splits(load_dataset(config), tmp_path / "cache")
+        assert hashed == [new]
 
 
 def test_where_hashes_cannot_be_remembered_the_images_are_read_each_time(
