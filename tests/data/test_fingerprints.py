@@ -5,12 +5,13 @@ import os
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import FolderMaker, tiny_config
+from tests.conftest import ROOT, FolderMaker, tiny_config
 from utils.data import fingerprints
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
@@ -155,6 +156,24 @@ def test_a_damaged_memory_of_hashes_is_made_again(
     with np.load(memory) as made, np.load(tmp_path / "cache" / "hashes" / memory.name) as again:
         assert made["contents"].tolist() == again["contents"].tolist()
     assert len(memory.read_bytes()) == len(whole)
+
+
+def test_the_budget_is_the_one_that_the_page_names() -> None:
+    page = (ROOT / "docs" / "bank.md").read_text(encoding="utf-8")
+    (files, megabytes), *_ = re.findall(r"all of them up to ([\d,]+) files and (\d+) MB", page)
+    assert int(files.replace(",", "")) == fingerprints.CHECKED_FILES
+    assert int(megabytes) * 10**6 == fingerprints.CHECKED_BYTES
+
+
+def test_what_is_remembered_of_a_file_fits_into_64_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"123")
+    found = os.stat(tmp_path / "file")
+    assert fingerprints._stat(str(tmp_path / "file")) == (3, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    largest = SimpleNamespace(st_size=3, st_mtime_ns=1, st_ctime_ns=2, st_ino=2**64 - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprints.os, "stat", lambda path: largest)
+        row = fingerprints._stat("any")
+    assert np.array(row, dtype=np.int64).tolist() == [3, 1, 2, 2**63 - 1]
 
 
 def test_every_file_is_hashed_once_and_in_order_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

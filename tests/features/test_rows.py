@@ -63,6 +63,12 @@ def test_an_array_begins_as_rows_of_nan_in_the_size_it_will_have(
     arrays.create_array(tmp_path / "new.npy", (5, 3))
     found = np.load(tmp_path / "new.npy")
     assert found.shape == (5, 3) and found.dtype == np.float32 and np.isnan(found).all()
+    with ArrayReader(tmp_path / "new.npy", (5, 3)) as reader:
+        assert [(numbers.tolist(), len(rows)) for numbers, rows in reader.blocks()] == [
+            ([0, 1], 2),
+            ([2, 3], 2),
+            ([4], 1),
+        ]
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])

@@ -42,7 +42,12 @@ def test_oas_worked_by_hand():
     torch.testing.assert_close(oas_covariance(torch.tensor([9.0, 27.0]).double().diag(), 9), expected)
 
 
-@pytest.mark.parametrize("scatter", [torch.eye(3), torch.ones(1, 1), torch.tensor([4.0, 0.0]).diag()])
+# the formula gives ρ = ∞, ∞, 2 and 3/2
+@pytest.mark.parametrize(
+    "scatter",
+    [torch.eye(3), torch.ones(1, 1), torch.tensor([4.0, 0.0]).diag(), torch.tensor([4.0, 0.0, 0.0]).diag()],
+    ids=range(4),
+)
 def test_oas_never_shrinks_beyond_the_identity(scatter):
     covariance = oas_covariance(scatter.double(), 1)
     torch.testing.assert_close(covariance, scatter.trace().double() / len(scatter) * torch.eye(len(scatter)).double())
