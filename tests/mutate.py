@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
@@ -87,10 +88,6 @@ class Trace:
                 break
             chosen.append(test)
         return chosen
-
-    def limit(self, tests: Sequence[str]) -> float:
-        """Return how long a process may run these tests, in seconds, before it counts as hanging."""
-        return 10 + 10 * sum(map(self.cost, tests))
 
 
 class Tracer:
@@ -157,10 +154,11 @@ def run_test(item: pytest.Item, following: pytest.Item | None) -> bool:
     return not any(report.failed for report in runtestprotocol(item, nextitem=following, log=False))
 
 
-def run_until_failure(items: Sequence[pytest.Item], report: Callable[[str], None]) -> None:
-    """Run tests in this order and report the first that fails."""
+def run_until_failure(items: Sequence[pytest.Item], trace: Trace, report: Callable[[str], None]) -> None:
+    """Run tests in this order and report the first that fails, or that takes ten times as long as it should."""
     for item, following in zip(items, [*items[1:], None], strict=True):
-        report(item.nodeid)  # also of one that hangs
+        report(item.nodeid)
+        signal.alarm(10 + int(10 * trace.cost(item.nodeid)))  # which ends this process
         if not run_test(item, following):
             return
     report("")
@@ -170,7 +168,7 @@ class Failure(Exception):
     """A forked process failed by itself, in no test."""
 
 
-def in_fork(work: Callable[[Callable[[Any], None]], None], limit_s: float = float("inf")) -> Any:
+def in_fork(work: Callable[[Callable[[Any], None]], None]) -> Any:
     """Call ``work`` in a silent forked process and return what it reported last.
 
     Raises:
@@ -184,13 +182,9 @@ def in_fork(work: Callable[[Callable[[Any], None]], None], limit_s: float = floa
             os.replace(Path(folder, "next"), reported)
 
         if pid := os.fork():
-            deadline = time.monotonic() + limit_s
-            while os.waitpid(pid, os.WNOHANG)[0] == 0:
-                if time.monotonic() > deadline:
-                    os.killpg(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                    break
-                time.sleep(0.02)
+            os.waitpid(pid, 0)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # what a test left behind
             if not reported.exists():
                 raise Failure(output.read_text(errors="replace"))
             found = pickle.loads(reported.read_bytes())
@@ -296,9 +290,9 @@ def measure(chosen: Sequence[Mutation], say: Callable[[Mutation, str], None]) ->
 
             def work(report: Callable[[Any], None], mutation: Mutation = mutation) -> None:
                 patch(mutation)
-                run_until_failure([items[test] for test in tests[mutation]], report)
+                run_until_failure([items[test] for test in tests[mutation]], trace, report)
 
-            say(mutation, in_fork(work, trace.limit(tests[mutation])))
+            say(mutation, in_fork(work))
 
     def plant_all(report: Callable[[Any], None]) -> None:
         report(None)
@@ -312,12 +306,13 @@ def measure(chosen: Sequence[Mutation], say: Callable[[Mutation, str], None]) ->
         def import_anew(report: Callable[[Any], None], mutation: Mutation = mutation, names: list[str] = names) -> None:
             sys.meta_path.insert(0, Loader(mutation))
             report("an import")
+            signal.alarm(120)
             collect(
                 files_of(names),
-                Loop(lambda items: run_until_failure([items[name] for name in names if name in items], report)),
+                Loop(lambda items: run_until_failure([items[n] for n in names if n in items], trace, report)),
             )
 
-        say(mutation, in_fork(import_anew, trace.limit(names)))
+        say(mutation, in_fork(import_anew))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

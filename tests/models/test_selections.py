@@ -109,12 +109,13 @@ class Fixed(Learner):
 
 
 class FixedModules(Fixed):
-    """Scores and modules that are written down; nothing is said of entropies."""
+    """Scores and modules that are written down, in two pieces, the later one first; nothing is said of entropies."""
 
     module: Tensor = torch.tensor([0, 1, 1, 1])
 
-    def predict(self, features, true_task=None, shuffled=None):
-        return {"sample": Prediction(self.table, self.module)}
+    def predict_pieces(self, features, true_task=None, shuffled=None):
+        for images in (torch.tensor([2, 3]), torch.tensor([0, 1])):
+            yield images, {"sample": Prediction(self.table[images], self.module[images])}
 
 
 def evaluated(
@@ -159,6 +160,7 @@ def test_the_choice_of_modules_is_counted_with_and_without_entropies():
     tasks = [(range(1), [0, 0]), (range(1, 2), [1, 1])]
     found, _, evaluation = evaluated(torch.zeros(4, 2), tasks, [0, 1], kind=FixedModules)
     assert found["selection_accuracy"] == 75
+    assert evaluation.answers["sample"].module.tolist() == [0, 1, 1, 1]
     assert evaluation.record.confusion["sample"] == [[1, 1], [0, 2]]  # [true task][chosen module]
     assert evaluation.record.entropy == {}
 
