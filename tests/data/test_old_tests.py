@@ -129,3 +129,32 @@ def test_arrays_are_not_in_folders(recorded):
 def test_a_run_without_a_recorded_folder_is_said(new):
     with pytest.raises(DataError, match="records no test folder: its images lay in none, or"):
         with_old_tests(new, [], LEARNED)
+
+
+def test_the_newest_folder_counts_where_it_has_the_images_of_all_runs_before(new, old, recorded, tmp_path):
+    early = shutil.copytree(old, tmp_path / "early")
+    shutil.rmtree(early / "train" / "2")
+    shutil.rmtree(early / "test" / "2")
+    joined = look(new, [*folders_of(early), *recorded])
+    assert joined.test.keys == look(new, recorded).test.keys
+    assert {joined.test.root_of(index) for index in range(len(joined.test))} == {new.test.root, old / "test"}
+
+
+def test_domains_come_from_the_folders_of_several_runs(old, tmp_path):
+    def data_of(*domains):
+        for domain in domains:
+            for split in ("train", "test"):
+                shutil.copytree(old / split, tmp_path / domains[0] / split / domain)
+        keys = {"data_path": str(tmp_path / domains[0]), "scenario": "domain", "init_cls": None, "increment": None}
+        return load_dataset(tiny_config(**keys))
+
+    recorded = [
+        facts
+        for data in (data_of("dark", "dim"), data_of("plain"))
+        for facts in folders_to_record(data, fingerprint_splits(data, None), [])
+    ]
+    learned = LearnedClasses(("0", "1", "2"), np.tile(np.arange(3), 3), (3, 3, 3), ("dark", "dim", "plain"))
+    joined = with_old_tests(data_of("odd"), recorded, learned)
+    assert joined.domain_names == ("odd", "dark", "dim", "plain")
+    assert {key.split("/")[0] for key in joined.test.keys} == {"odd", "dark", "dim", "plain"}
+    assert len(joined.test) == len(joined.test_domains) == 4 * 9
