@@ -319,3 +319,21 @@ def test_costs_stand_twice_each_with_its_account(tmp_path, capsys):
     assert r"as spent here & 2.000 $\pm$ 1.414" in tex and r"as published & -- & 101.0 $\pm$ 1.4" in tex
     (row,) = csv.DictReader(io.StringIO(render.cost_csv([found])))
     assert (row["Eval (ms/smp) mean"], row["Eval (ms/smp) as published mean"]) == ("3.0", "101.0")
+
+
+def test_names_of_pictures_and_legends_hang_on_the_runs_alone(tmp_path):
+    """Whatever else lies in the folder: another method, an unfinished run, another data set."""
+
+    def of_the_first(folder: Path) -> tuple[str, str]:
+        section = next(s for s in sections_of(folder)[0] if s.key.startswith("my_set-2-2"))
+        group = next(g for g in section.groups if g.runs[0].identity["model_name"] == "tosca" and g.finished)
+        return section.key, group.key
+
+    write(tmp_path, run_values(1))
+    alone = of_the_first(tmp_path)
+    write(tmp_path, run_values(2), run_values(1, model="simplecil"), unfinished(3, 1), run_values(1, dataset="other"))
+    assert of_the_first(tmp_path) == alone
+    (section,) = (s for s in sections_of(tmp_path)[0] if s.key == "my_set-2-2")
+    names = [group.name for group in section.groups]
+    assert names == ["tosca (tosca_r)", "tosca (tosca_r, unfinished, 1 of 2 tasks)", "simplecil"]
+    assert len({group.key for group in section.groups}) == 3
