@@ -297,6 +297,28 @@ def test_a_resealed_manifest_of_another_shape_is_one_line(finished, change):
     assert f"{MANIFEST} is damaged (" in finished().error
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["backbone"].update(weights_sha256=None),
+        lambda values: values["backbone"].pop("precision"),
+        lambda values: values["data"].update(train_images="many"),
+        lambda values: values["data"].update(test_folders=[None]),
+        lambda values: values["data"]["test_folders"][0].update(folder=5),
+        lambda values: values["identity"].update(learned_by_hand=7),
+    ],
+)
+def test_a_resealed_manifest_whose_facts_are_of_another_kind_is_one_line(finished, change, capsys):
+    """As predict.py, the API and a run that continues this one read them."""
+    reseal(finished.checkpoints, change)
+    image = next(Path(finished.keys["data_path"]).rglob("*.png"))
+    assert predict.main([f"--checkpoint={finished.checkpoints}", str(image)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"{MANIFEST} is damaged (" in line
+    new = finished(continue_from=str(finished.checkpoints), checkpoint_dir=str(finished.folder / "new"))
+    assert f"{MANIFEST} is damaged (" in new.error
+
+
 def test_a_damaged_file_of_results_beside_the_manifest_is_named(finished):
     path = finished.checkpoints / "evaluation2.manifest"
     path.write_bytes(path.read_bytes()[:-20])

@@ -15,10 +15,11 @@ from typing import Any
 from utils.config import Config
 from utils.data.old_tests import TestFolder
 from utils.data.tasks import LearnedClasses, TaskStream
-from utils.errors import CheckpointError, ConfigError, DataError
+from utils.errors import CheckpointError, ConfigError, DamagedRunError, DataError
 from utils.files import sha256_of_file
 from utils.runs.checkpoint import EVALUATION_FILE, MANIFEST, MODULE_FILE, CheckpointFolder, moving_folder
 from utils.runs.identity import fixed_once_saved
+from utils.runs.json_values import JsonValues
 from utils.runs.manifest import BaseFacts, RunManifest, TaskRecord
 
 log = logging.getLogger(__name__)
@@ -55,14 +56,34 @@ def recorded_test_folders(manifest: RunManifest) -> list[TestFolder]:
     return [facts for facts in manifest.data.get("test_folders", []) if {"folder", "images", "sha256"} <= set(facts)]
 
 
+def _check_facts(manifest: RunManifest) -> None:
+    """Check what is read by name from the manifest's free parts.
+
+    Raises:
+        CheckpointError: something is absent or of another kind; it is named.
+    """
+    backbone, data = JsonValues(manifest.backbone, "backbone's "), JsonValues(manifest.data, "data's ")
+    for name in ("name", "weights_sha256", "precision"):
+        backbone.read(name, str)
+    data.read("train_images", int)
+    for facts in data.items("test_folders", dict, []):
+        for name, kind in (("folder", str), ("images", int), ("sha256", str)):
+            JsonValues(facts, "test_folders' ").read(name, kind, kind())
+    JsonValues(manifest.identity, "identity's ").items("learned_by_hand", str, [])
+
+
 def read_run(checkpoint: CheckpointFolder) -> RunManifest:
     """The manifest of a run that has learned something.
 
     Raises:
-        CheckpointError: there is none; the message says what is there instead.
+        CheckpointError: there is none; the message says what is there instead. DamagedRunError: it is damaged.
     """
     manifest = checkpoint.read_manifest()
     if manifest is not None and manifest.tasks:
+        try:
+            _check_facts(manifest)
+        except CheckpointError as error:
+            raise DamagedRunError(f"{checkpoint.manifest_path} is damaged ({error})") from None
         return manifest
     folder = checkpoint.folder
     if manifest is not None:
