@@ -176,6 +176,7 @@ def test_what_the_machine_refuses_is_one_line(number, capsys):
     [
         MemoryError(),
         MemoryError("9 TiB"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("[x] can't allocate memory: 9 bytes\nmore"),
         torch.OutOfMemoryError(),
     ],
@@ -184,7 +185,7 @@ def test_a_lack_of_memory_is_one_line(error, capsys):
     assert run_command("prog", failing(error)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("prog: error: the memory does not suffice (")
-    assert line.endswith("lower what takes it (batch_size, feature_batch_size, num_workers), then start again")
+    assert line.endswith("or lower what takes it (batch_size, feature_batch_size, num_workers), then start again")
 
 
 @pytest.mark.parametrize("error", [OSError("no number"), FileNotFoundError(errno.ENOENT, "x"), ValueError("x")])

@@ -20,7 +20,10 @@ from utils.errors import UserError, is_lack_of_memory
 DEBUG = "TOSCA_DEBUG"  # =1 in the environment: every fault shows its traceback
 HINT_GO_ON = "start the same command again to go on"
 HINT_CORRECT = "correct that, then start again"
-HINT_MEMORY = "free some, lower what takes it (batch_size, feature_batch_size, num_workers), then start again"
+HINT_MEMORY = (
+    "free some, raise its limit (ulimit -v) or lower what takes it (batch_size, feature_batch_size, num_workers), then "
+    "start again"
+)
 
 # what a disk or the machine refuses, whatever the program does; every other OSError is a bug and shows its traceback
 _OF_THE_MACHINE = {

@@ -53,6 +53,7 @@ class NumericError(UserError):
 
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether memory, of the machine or of an accelerator, is what lacks: PyTorch raises RuntimeErrors for that."""
-    words = ("allocate memory", "out of memory")
-    of_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return isinstance(error, MemoryError) or of_torch or type(error).__name__ == "OutOfMemoryError"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("allocate memory", "out of memory", "failed to map segment")  # the last: of a library that is loaded
+    return isinstance(error, (RuntimeError, ImportError)) and any(word in str(error) for word in words)

@@ -32,10 +32,19 @@ def atomic_write(path: Path, content: bytes | memoryview, *, flush: bool = True)
         with replacing(path, partial_path(path), flush=flush) as file:
             file.write(content)
     except OSError as error:
+        hint = hint_of_limits(error) or "free space, correct the permissions or set another folder"
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); what was there is unchanged: free space, correct the "
-            "permissions or set another folder, then start again"
+            f"{path} cannot be written ({error.strerror}); what was there is unchanged: {hint}, then start again"
         ) from error
+
+
+def hint_of_limits(error: OSError) -> str:
+    """What to do about an error that is a limit's of the process; empty for any other."""
+    hints = {
+        errno.EMFILE: "raise the number of open files (ulimit -n)",
+        errno.EFBIG: "raise the size of files (ulimit -f)",
+    }
+    return hints.get(error.errno or 0, "")
 
 
 def partial_path(path: Path) -> Path:
@@ -224,10 +233,9 @@ class FolderLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(
-                f"{self.what} cannot be used: {error.filename or self.path} cannot be written ({error.strerror}); mend "
-                "that or set another folder"
-            ) from error
+            refused = f"{error.filename or self.path} cannot be written ({error.strerror})"
+            hint = hint_of_limits(error) or "correct that or set another folder"
+            raise UserError(f"{self.what} cannot be used: {refused}; {hint}") from error
         if not self._lock(wait=False):
             holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() if os.name == "posix" else ""
             holder = holder or "another process"

@@ -436,3 +436,10 @@ def limited_memory() -> Iterator[None]:
     finally:
         signal.alarm(0)
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize(("number", "limit"), [(errno.EMFILE, "ulimit -n"), (errno.EFBIG, "ulimit -f")])
+def test_a_limit_of_the_process_is_named(tmp_path, monkeypatch, number, limit):
+    half_then(monkeypatch, OSError(number, os.strerror(number)))
+    with pytest.raises(UserError, match=limit):
+        atomic_write(tmp_path / "file", b"new")

@@ -74,7 +74,7 @@ def _walk(root: Path, below: str, unused: Unused, visited: set[tuple[int, int]])
             entries = sorted((e.name, e.is_dir(), e) for e in found if not is_system_name(e.name))
         regular = {name: entry.is_file() for name, is_folder, entry in entries if not is_folder}
     except OSError as error:
-        raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}); mend or remove it") from None
+        raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}); correct or remove it") from None
     for name, is_folder, _ in entries:
         if is_folder:
             yield from _walk(root, f"{below}{name}/", unused, visited)

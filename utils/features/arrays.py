@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.errors import BankError
-from utils.files import open_regular, replacing, sync_folder
+from utils.files import hint_of_limits, open_regular, replacing, sync_folder
 
 HINT_FEATURES_STAY = "start again afterwards: the features that are done stay"
 _BLOCK = 4096  # rows handled at a time where all are
@@ -269,7 +269,7 @@ def complete_array(path: Path) -> None:
 
 def cannot_be_written(path: Path, error: OSError) -> BankError:
     return BankError(
-        f"{path} cannot be written ({error.strerror}); free space or set cache_dir to another disk; "
+        f"{path} cannot be written ({error.strerror}); {_hint(error, 'free space or set cache_dir to another disk')}; "
         f"{HINT_FEATURES_STAY}"
     )
 
@@ -284,9 +284,9 @@ def _cannot_be_opened(path: Path, error: OSError) -> BankError:
 
 
 def _hint(error: OSError, otherwise: str) -> str:
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "raise the number of open files (ulimit -n) or lower train_views or num_workers"
-    return otherwise
+    if error.errno == errno.EMFILE:
+        return f"{hint_of_limits(error)} or lower train_views or num_workers"
+    return hint_of_limits(error) or otherwise
 
 
 def _damaged(path: Path, found: str) -> BankError:

@@ -74,7 +74,7 @@ class CheckpointFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend that, then start again") from error
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); correct that, start again") from error
         except (ValueError, RecursionError) as error:
             raise DamagedRunError(f"{path} is damaged ({first_line(error)})") from error
         if not isinstance(values, dict) or "identity" not in values:
@@ -165,7 +165,7 @@ class CheckpointFolder:
             os.replace(gathered, aside)
         except OSError as error:
             raise CheckpointError(
-                f"the run in {self.folder} cannot be moved aside to {aside} ({error.strerror}); mend that or set "
+                f"the run in {self.folder} cannot be moved aside to {aside} ({error.strerror}); correct that or set "
                 "another checkpoint_dir"
             ) from error
         return aside
