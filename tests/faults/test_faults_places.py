@@ -290,6 +290,13 @@ def test_a_module_too_many_or_too_few_is_one_line(finished):
         lambda values: values["tasks"][0].update(results=[]),
         lambda values: values.update(files={"task0.pth": "not a hash"}),
         lambda values: values.update(seconds=None),
+        lambda values: values["seconds"].update(train="long"),
+        lambda values: values["cost"].update({"Params (M)": [["x"]]}),
+        lambda values: values.update(status="running"),
+        lambda values: values.update(status="\x1b[31m"),
+        lambda values: values["tasks"][0]["results"]["lda"].update(top5=None),
+        lambda values: values["tasks"][1]["results"]["sample"].update(top1=[[]]),
+        lambda values: values["tasks"][0]["parameters"].update(classifier="2"),
     ],
 )
 def test_a_resealed_manifest_of_another_shape_is_one_line(finished, change):

@@ -198,7 +198,7 @@ def test_an_old_manifest_that_held_everything_goes_on_and_is_then_kept_apart(tmp
         ({"task_sizes": [3, 0]}, "task_sizes [3, 0] do not fit"),
         ({"row_class": [0, 1, 9]}, "row_class names classes that are not among the 3"),
         ({"row_class": [0, 1, -1]}, "row_class names classes that are not among the 3"),
-        ({"tasks": [manifest(1).tasks[0].to_json()] * 4}, "results of 4 tasks, but 3 tasks"),
+        ({"tasks": [manifest(1).tasks[0].to_json()] * 4}, "results of 4 of 3 tasks"),
         ({"base": {"folder": 1}}, "base's 'folder' is of another kind"),
         ({"tasks": [{"results": {"sample": 3}}]}, "a task's 'results' holds a value of another kind"),
     ],

@@ -286,7 +286,7 @@ def _cannot_be_opened(path: Path, error: OSError) -> BankError:
 def _hint(error: OSError, otherwise: str) -> str:
     if error.errno == errno.EMFILE:
         return f"{hint_of_limits(error)} or lower train_views or num_workers"
-    return hint_of_limits(error) or otherwise
+    return " or ".join(filter(None, [hint_of_limits(error), otherwise]))
 
 
 def _damaged(path: Path, found: str) -> BankError:

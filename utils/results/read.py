@@ -113,6 +113,8 @@ def _fault(run: dict[str, Any]) -> str | None:
         return "its data counts are damaged"
     canonical([identity["scenario"], run["continual"], run["config"]["augment_seed"], data["images_sha256"]])
     chosen = run["selection_accuracy"]
+    if not all(math.isfinite(number) for number in _numbers(list({**run.get("cost", {})}.values()))):
+        return "its cost is not a number"
     lengths = {len(result["top1_curve"]) for result in run["results"].values()}
     if len(lengths) > 1 or max(lengths, default=0) > tasks:
         return "its curves have different lengths"

@@ -1,6 +1,7 @@
 """Values of a JSON object that was read from a file, each checked for its kind as it is taken."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +54,54 @@ class JsonValues:
         if not all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in found):
             raise CheckpointError(f"{self.of}{name!r} holds an item of another kind")
         return tuple(found)
+
+    def one_of(self, name: str, allowed: Sequence[str]) -> str:
+        """Return the text ``name``, which is one of ``allowed``.
+
+        Raises:
+            CheckpointError: it is absent or another one.
+        """
+        value: str = self.read(name, str)
+        if value not in allowed:
+            raise CheckpointError(f"{self.of}{name!r} is {value!r}, not one of {', '.join(allowed)}")
+        return value
+
+    def numbers(self, name: str, *default: Any) -> Any:
+        """Return the object ``name``, which holds finite numbers, or None for what is undefined, at any depth.
+
+        Raises:
+            CheckpointError: it is absent, no object, or holds something else.
+        """
+        found = self.read(name, dict, *default)
+        if not all(map(_is_number, _leaves(found))):
+            raise CheckpointError(f"{self.of}{name!r} holds something that is no number")
+        return found
+
+    def results(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the object ``name``: for each selection its results, of which two are never undefined.
+
+        Raises:
+            CheckpointError: it is absent or of another kind; what is, is named.
+        """
+        found = self.objects(name)
+        for selection, result in found.items():
+            of = JsonValues(result, f"{name} of {selection!r}: ")
+            for accuracy in ("top1", "top5"):
+                of.read(accuracy, (float, int))
+            of.read("selection_accuracy", (float, int, type(None)), None)
+        self.numbers(name)
+        return found
+
+
+def _leaves(nested: Any) -> Iterator[Any]:
+    if isinstance(nested, (dict, list)):
+        for item in nested.values() if isinstance(nested, dict) else nested:
+            yield from _leaves(item)
+    else:
+        yield nested
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

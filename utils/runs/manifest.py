@@ -90,11 +90,11 @@ class TaskRecord:
         """
         get = JsonValues(values, "a task's ")
         return cls(
-            results=get.objects("results"),
-            confusion=get.read("confusion", dict, {}),
-            entropy=get.read("entropy", dict, {}),
+            results=get.results("results"),
+            confusion=get.numbers("confusion", {}),
+            entropy=get.numbers("entropy", {}),
             sparsity=get.read("sparsity", (float, int, type(None))),
-            parameters=get.read("parameters", dict),
+            parameters=get.numbers("parameters"),
             details=get.read("details", dict, {}),
             epochs=_epochs_from_json(get),
         )
@@ -261,14 +261,14 @@ class RunManifest:
         tasks = list(self.tasks)
         for index, row in zip(range(first, len(tasks)), rows, strict=False):
             of = JsonValues(row, "a row's ")
-            results = {name: {**result, **of.read(name, dict)} for name, result in tasks[index].results.items()}
+            results = {name: {**result, **of.numbers(name)} for name, result in tasks[index].results.items()}
             tasks[index] = replace(tasks[index], results=results)
             if index == task and "epochs" in values:  # format 2 had them in the manifest
                 tasks[index] = replace(tasks[index], epochs=_epochs_from_json(get))
             if index < len(tasks) - 1:
                 tasks[index] = tasks[index].of_an_earlier_task()
         if task == len(tasks) - 1 and tasks[-1].results:
-            facts = {name: get.read(name, dict) for name in ("confusion", "entropy")}
+            facts = {name: get.numbers(name) for name in ("confusion", "entropy")}
             tasks[-1] = replace(tasks[-1], **facts, details=get.read("details", dict, {}))
         return replace(self, tasks=tuple(tasks))
 
@@ -289,7 +289,7 @@ class RunManifest:
         manifest = cls(
             **{name: get.read(name, dict) for name in ("identity", "config", "backbone", "data")},
             **{name: get.read(name, int) for name in ("seed", "backbone_forwards")},
-            status=get.read("status", str),
+            status=get.one_of("status", ("running", "finished")),
             versions=get.read("versions", dict),
             class_order=get.items("class_order", str),
             task_sizes=get.items("task_sizes", int),
@@ -297,9 +297,9 @@ class RunManifest:
             domains=get.items("domains", str, []),
             continual=get.read("continual", bool, True),
             missing_at_start=get.read("missing_at_start", (int, type(None)), None),
-            seconds=get.read("seconds", dict),
+            seconds=get.numbers("seconds"),
             files=get.read("files", dict),
-            cost=get.read("cost", dict, {}),
+            cost=get.numbers("cost", {}),
             tasks=tuple(TaskRecord.from_json(item) for item in get.items("tasks", dict)),
             base=_base_from_json(base),
         )
@@ -324,7 +324,7 @@ def _check_counts(manifest: RunManifest) -> None:
         raise CheckpointError(f"its task_sizes {list(manifest.task_sizes)} do not fit its {rows} rows of row_class")
     if not all(0 <= number < classes for number in manifest.row_class):
         raise CheckpointError(f"its row_class names classes that are not among the {classes} of class_order")
-    if len(manifest.tasks) > len(manifest.task_sizes):
-        raise CheckpointError(
-            f"it has results of {len(manifest.tasks)} tasks, but {counted(len(manifest.task_sizes), 'task')}"
-        )
+    left = len(manifest.task_sizes) - len(manifest.tasks)
+    if left < 0 or manifest.finished != (left == 0):
+        found = f"results of {len(manifest.tasks)} of {counted(len(manifest.task_sizes), 'task')}"
+        raise CheckpointError(f"its status is {manifest.status!r}, but it has {found}")
