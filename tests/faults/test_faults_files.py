@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import main
+import predict
 import report
 from tests.conftest import fork
 from utils import files
@@ -443,3 +444,16 @@ def test_a_limit_of_the_process_is_named(tmp_path, monkeypatch, number, limit):
     half_then(monkeypatch, OSError(number, os.strerror(number)))
     with pytest.raises(UserError, match=limit):
         atomic_write(tmp_path / "file", b"new")
+
+
+@pytest.mark.parametrize("size", [100, 2_000])
+def test_features_that_outgrow_their_disk_are_named_and_leave_no_litter(finished, tmp_path, capsys, size):
+    (folder := tmp_path / "features").mkdir()
+    file = folder / "features.npy"
+    images = Path(finished.keys["data_path"]) / "test"
+    capsys.readouterr()
+    with largest_file(size):
+        assert predict.main([f"--checkpoint={finished.checkpoints}", f"--features={file}", str(images)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert f"--features '{file}' cannot be written (File too large)" in line
+    assert list(folder.iterdir()) == []

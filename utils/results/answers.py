@@ -4,6 +4,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -206,7 +207,8 @@ class FeatureFile:
         except OSError as error:
             raise self._cannot(error) from error
         finally:
-            self._file.close()
+            with suppress(OSError):  # what it still holds cannot be written either
+                self._file.close()
             self._partial.unlink(missing_ok=True)
 
     def _cannot(self, error: OSError) -> UserError:
