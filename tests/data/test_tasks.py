@@ -1,17 +1,23 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.conftest import tiny_config
 from utils.data.splits import Dataset, ImageArray
-from utils.data.tasks import class_order, make_stream, task_sizes
+from utils.data.tasks import LearnedClasses, check_new_names, class_order, make_stream, task_sizes
 from utils.errors import ConfigError
 
 
 def dataset(labels: list[int], test_labels: list[int], classes: int) -> Dataset:
+    return named_dataset(labels, test_labels, tuple("abcdefghij"[:classes]))
+
+
+def named_dataset(labels: list[int], test_labels: list[int], names: tuple[str, ...]) -> Dataset:
     def split(of_image):
         return ImageArray(np.zeros((len(of_image), 2, 2), dtype=np.uint8), of_image)
 
-    return Dataset("imagefolder", split(labels), split(test_labels), tuple("abcdefghij"[:classes]))
+    return Dataset("imagefolder", split(labels), split(test_labels), names)
 
 
 def test_the_order_of_100_classes_for_seed_1993_is_numpys_legacy_permutation():
@@ -85,3 +91,35 @@ def test_without_shuffle_every_seed_has_the_same_stream():
     data = dataset([0, 1, 2], [0, 1, 2], 3)
     streams = [make_stream(data, tiny_config(init_cls=1, increment=1, shuffle=False), seed) for seed in (1, 2)]
     assert [s.class_names for s in streams] == [("a", "b", "c")] * 2
+
+
+# -- names that a saved run knows in another letter case --------------------------------------------------------------
+
+LEARNED = LearnedClasses().with_task(["cat", "dog"])
+
+
+def test_known_classes_keep_the_spelling_of_the_saved_run_and_new_ones_their_own(caplog):
+    data = named_dataset([1, 1], [0, 1], ("Cat", "Dog"))  # images of cats to test alone, of dogs to learn
+    stream = make_stream(data, tiny_config(init_cls=1, increment=1), seed=1, learned=LEARNED)
+    assert stream.class_names == ("cat", "dog", "Dog")
+    assert [task.test.tolist() for task in stream.tasks] == [[0], [1]]
+    assert "Class 'Dog' is learned as a new one, though 'dog' is learned" in caplog.text
+
+
+def test_a_new_name_like_no_other_brings_no_warning(caplog):
+    check_new_names(["bird"], LEARNED)
+    assert caplog.text == ""
+
+
+def test_in_domain_runs_known_classes_and_domains_keep_the_spelling_of_the_saved_run():
+    learned = LearnedClasses().with_task(["cat", "dog"], "photo")
+    data = replace(
+        named_dataset([0, 1], [0, 1, 0, 1], ("Cat", "Dog")),
+        train_domains=np.array([1, 1]),
+        test_domains=np.array([0, 0, 1, 1]),
+        domain_names=("Photo", "Sketch"),
+    )
+    stream = make_stream(data, tiny_config(scenario="domain", init_cls=None, increment=None), seed=1, learned=learned)
+    assert stream.class_names == ("cat", "dog") and stream.domains == ("photo", "Sketch")
+    assert stream.row_class.tolist() == [0, 1, 0, 1]
+    assert [task.test.tolist() for task in stream.tasks] == [[0, 1], [2, 3]]

@@ -36,6 +36,10 @@ def test_statistics_worked_by_hand():
     assert lda.scatter.tolist() == [[2, 0], [0, 8]]  # (−1)² + 1² and (−2)² + 2²
 
 
+def test_before_the_first_task_there_is_no_row_to_score():
+    assert StreamingLDA(2).scores(torch.ones(3, 2)).shape == (3, 0)
+
+
 def test_oas_worked_by_hand():
     # S = diag(1, 3), p = 2, n = 9: Tr(S) = 4, Tr(S²) = 10, so ρ = (0·10 + 16) / ((9 + 1 − 1)(10 − 16/2)) = 8/9.
     expected = torch.eye(2).double() * 8 / 9 * 2 + torch.tensor([1.0, 3.0]).double().diag() / 9
@@ -51,6 +55,27 @@ def test_oas_worked_by_hand():
 def test_oas_never_shrinks_beyond_the_identity(scatter):
     covariance = oas_covariance(scatter.double(), 1)
     torch.testing.assert_close(covariance, scatter.trace().double() / len(scatter) * torch.eye(len(scatter)).double())
+
+
+def test_degrees_of_freedom_are_images_less_the_rows_that_have_any():
+    lda = StreamingLDA(2)
+    lda.update(torch.tensor([[0.0, 0.0], [2.0, 1.0], [5.0, 1.0], [7.0, 5.0]]), torch.tensor([0, 0, 0, 2]), 3)
+    torch.testing.assert_close(lda.covariance(), oas_covariance(lda.scatter, 4 - 2))
+
+
+def test_two_different_images_of_one_row_are_spread_enough():
+    lda = StreamingLDA(2)
+    lda.update(torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 0]), 1)
+    assert lda.covariance().tolist() == [[4, 0], [0, 4]]  # the scatter is diag(8, 0), all of it shrunk
+
+
+@pytest.mark.parametrize(("variance", "is_spread"), [(0.9e-12, False), (1.1e-12, True)])
+def test_spread_is_a_variance_above_a_trillionth_of_the_means_square(variance, is_spread):
+    lda = StreamingLDA(2)
+    scatter = 10 * torch.diag(torch.tensor([variance, variance], dtype=torch.float64))  # of 11 images, in one row
+    means = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    lda.load_state_dict({"images": torch.tensor([11.0], dtype=torch.float64), "means": means, "scatter": scatter})
+    assert (lda.covariance()[0, 0].item() == 1.0) is not is_spread
 
 
 def test_scores_are_log_likelihood_ratios(data):
