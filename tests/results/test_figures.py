@@ -49,6 +49,16 @@ def test_the_curve_is_the_mean_over_seeds_and_the_band_one_sample_deviation(two_
     assert "sample" in axes.get_title() and "2 seeds" in axes.get_title()
 
 
+@pytest.mark.parametrize("curves", [[[100.0, 99.0], [60.0, 97.0]], [[0.0, 1.0], [30.0, 2.0]]])
+def test_bands_and_axes_never_leave_percentages(curves):
+    figure, axes = drawing.one_panel()
+    drawing.draw_line(axes, 0, "x", np.array(curves))
+    drawing.finish_curves(axes, "after task", "accuracy (%)")
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() >= 0 and heights.max() <= 100
+    assert axes.get_ylim()[0] >= 0 and axes.get_ylim()[1] <= 101
+
+
 @pytest.mark.parametrize("name", ["$x^2$", "a $ and $ b_1", r"$\\frac{$"])
 def test_a_dollar_sign_in_a_name_is_drawn_as_it_is(name, tmp_path):
     """Matplotlib would read what stands between two of them as a formula, and stop at one that is none."""
