@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from backbone.forward import plain_features
 from backbone.luca import make_luca
 from backbone.vit import Backbone
 from models.cost import (
+    CostMeter,
     FlopCounter,
     count_flops,
     forget_peak,
@@ -23,7 +25,7 @@ from models.cost import (
 )
 from tests.conftest import tiny_config
 from utils.data.tasks import Task
-from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PUBLISHED_COLUMNS, TRAIN
+from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PEAK_MB, PUBLISHED_COLUMNS, TRAIN
 
 DIM, ROWS, HIDDEN = 768, 10, 48
 PRODUCT = 2 * DIM * HIDDEN  # one product of a feature with a bottleneck's weights: two for a multiply-add
@@ -111,14 +113,21 @@ def test_training_counts_every_image_in_every_epoch_and_once_for_the_prototypes(
 def test_the_peak_of_learning_is_not_that_of_what_the_process_did_before():
     device, megabyte = torch.device("cpu"), 1 << 20
     before = torch.ones(96 * megabyte)  # 384 MB
-    whole = peak_bytes(device)
+    whole = peak_bytes(device) / megabyte
     del before
+    meter = CostMeter(tiny_config(model_name="simplecil"), SimpleNamespace(device=device), None, {})
     forget_peak(device)
-    start = peak_bytes(device)
-    learning = torch.ones(16 * megabyte)
-    assert whole - start > 300 * megabyte
-    assert 60 * megabyte < peak_bytes(device) - start < 90 * megabyte
-    assert len(learning)
+    start = peak_bytes(device) / megabyte
+    with meter.learning():
+        learning = torch.ones(16 * megabyte)
+    assert whole - start > 300
+    assert 60 < meter.counted[PEAK_MB] - start < 90
+    del learning
+    again = torch.ones(96 * megabyte)
+    del again
+    with meter.learning():
+        pass
+    assert meter.counted[PEAK_MB] - start < 90  # what came between two tasks is none of learning
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------

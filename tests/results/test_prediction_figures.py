@@ -38,13 +38,6 @@ def test_two_hundred_classes_have_numbers_beside_the_matrix_and_names_beside_the
     assert len(mistakes.patches) == 15 and all("→" in label.get_text() for label in mistakes.get_yticklabels())
 
 
-def test_bands_stay_between_0_and_100():
-    _, axes = drawing.one_panel()
-    drawing.draw_line(axes, 0, "x", np.array([[99.0, 1.0], [100.0, 9.0], [80.0, 0.0]]))
-    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert heights.min() == 0 and heights.max() == 100
-
-
 @pytest.fixture
 def group(finished_run, tmp_path):
     values = finished_run.json()
