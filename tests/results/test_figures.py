@@ -51,7 +51,7 @@ def test_the_curve_is_the_mean_over_seeds_and_the_band_one_sample_deviation(two_
 
 @pytest.mark.parametrize("curves", [[[100.0, 99.0], [60.0, 97.0]], [[0.0, 1.0], [30.0, 2.0]]])
 def test_bands_and_axes_never_leave_percentages(curves):
-    figure, axes = drawing.one_panel()
+    _, axes = drawing.one_panel()
     drawing.draw_line(axes, 0, "x", np.array(curves))
     drawing.finish_curves(axes, "after task", "accuracy (%)")
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
