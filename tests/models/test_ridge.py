@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.streaming import ridge
 from models.streaming.ridge import RIDGES, RandomRidge, ridge_path_errors
 from models.streaming.ridge_pair import RidgePair
 from utils.errors import NumericError
@@ -195,6 +196,33 @@ def test_rows_without_images_cannot_win(width):
     assert (scores[:, [0, 2]] == -torch.inf).all() and scores[:, [1, 3]].isfinite().all()
     assert RandomRidge(DIM, width, 0).scores(torch.ones(2, DIM)).shape == (2, 0)
     assert model.scores(torch.ones(0, DIM)).shape == (0, ROWS)
+
+
+def test_before_the_first_task_it_holds_and_answers_nothing():
+    model = RandomRidge(DIM, 8, 0)
+    assert model.scores(torch.ones(3, DIM)).shape == (3, 0)
+    empty = {name: tuple(value.shape) for name, value in model.state_dict().items() if not value.numel()}
+    assert empty == {"images": (0,), "statistic": (0, 8), "statistic_targets": (0, 0), "weight": (8, 0)}
+
+
+@pytest.mark.parametrize(("width", "rows"), [(96, 24), (95, 95)])
+def test_up_to_a_quarter_of_the_width_in_images_the_root_is_kept(data, width, rows):
+    first, _ = parts(data)
+    assert len(first[1]) == 24
+    assert fitted([first], width).statistic.shape == (rows, width)
+
+
+def test_images_of_each_row_are_counted(data):
+    assert fitted(parts(data), 20).images.tolist() == torch.bincount(data[1]).tolist()
+
+
+def test_no_more_samples_than_a_batch_are_expanded_at_a_time(data, monkeypatch):
+    model, sizes = fitted(parts(data), 20), []
+    expand = model._expand
+    monkeypatch.setattr(ridge, "PREDICT_BATCH", 20)
+    monkeypatch.setattr(model, "_expand", lambda part: sizes.append(len(part)) or expand(part))
+    model.scores(data[0])
+    assert sum(sizes) == len(data[0]) > 20 and max(sizes) == 20
 
 
 def test_many_samples_are_answered_as_one_by_one(data):
