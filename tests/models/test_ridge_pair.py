@@ -52,6 +52,12 @@ def test_whitening_worked_by_hand():
     )
 
 
+def test_a_row_without_images_moves_no_centre():
+    statistics = StreamingLDA(2)
+    statistics.update(torch.tensor([[1.0, 2.0], [3.0, 2.0], [6.0, 8.0]]), torch.tensor([0, 0, 2]), 3)
+    assert make_whitening(statistics).mean.tolist() == [4, 5]  # between (2, 2) and (6, 8)
+
+
 def test_features_inside_a_class_become_white():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(DIM, DIM, generator=generator)
@@ -117,6 +123,7 @@ def test_each_regression_has_the_temperature_of_its_smallest_loss():
 
 def test_losses_of_all_tasks_are_added(data):
     first, second = parts(data)
+    assert not fitted([]).losses.any()
     alone = fitted([first]).losses
     both = fitted([first, second]).losses
     assert (both > alone).all()
