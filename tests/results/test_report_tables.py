@@ -261,11 +261,13 @@ def test_report_writes_all_files_and_names_what_it_skipped(tmp_path, capsys):
     (logs / "foreign.json").write_text('{"name": "something else"}')
     (logs / "list.json").write_text("[1, 2]")
     (logs / "nan.json").write_text(json.dumps(run_values(last=float("nan"))))
+    (logs / "cost.json").write_text(json.dumps(run_values() | {"cost": 5}))
+    (logs / "costs.json").write_text(json.dumps(run_values() | {"cost": {"Params (M)": "many"}}))
     (logs / "shape.json").write_text(json.dumps(run_values() | {"results": 5}))
     out, page = tmp_path / "out", tmp_path / "page.html"
     assert report.main([str(logs), "--out", str(out), "--html", str(page), "--no-pictures"]) == 0
     told = capsys.readouterr().out
-    for name in ("torn", "foreign", "list", "nan", "shape"):
+    for name in ("torn", "foreign", "list", "nan", "cost", "costs", "shape"):
         lines = [line for line in told.splitlines() if line.startswith("skipped") and f"{name}.json" in line]
         assert len(lines) == 1
     names = ["comparisons.csv", "cost.csv", "tables.csv", "tables.md", "tables.tex"]
