@@ -291,6 +291,8 @@ def test_a_module_too_many_or_too_few_is_one_line(finished):
         lambda values: values.update(files={"task0.pth": "not a hash"}),
         lambda values: values.update(seconds=None),
         lambda values: values["seconds"].update(train="long"),
+        lambda values: values.update(seconds={"a": 1}),
+        lambda values: values["seconds"].update(train=None),
         lambda values: values["cost"].update({"Params (M)": [["x"]]}),
         lambda values: values.update(status="running"),
         lambda values: values.update(status="\x1b[31m"),

@@ -66,8 +66,13 @@ class JsonValues:
             raise CheckpointError(f"{self.of}{name!r} is {value!r}, not one of {', '.join(allowed)}")
         return value
 
-    def numbers(self, name: str, *default: Any) -> Any:
+    def numbers(self, name: str, *default: Any, among: Sequence[str] = ()) -> Any:
         """Return the object ``name``, which holds finite numbers, or None for what is undefined, at any depth.
+
+        Args:
+            name: which value.
+            default: for a value that is absent.
+            among: names that it holds in any case, each with a number.
 
         Raises:
             CheckpointError: it is absent, no object, or holds something else.
@@ -75,6 +80,8 @@ class JsonValues:
         found = self.read(name, dict, *default)
         if not all(map(_is_number, _leaves(found))):
             raise CheckpointError(f"{self.of}{name!r} holds something that is no number")
+        for needed in among:
+            JsonValues(found, f"{self.of}{name!r}: ").read(needed, (float, int))
         return found
 
     def results(self, name: str) -> dict[str, dict[str, Any]]:
@@ -84,12 +91,10 @@ class JsonValues:
             CheckpointError: it is absent or of another kind; what is, is named.
         """
         found = self.objects(name)
-        for selection, result in found.items():
-            of = JsonValues(result, f"{name} of {selection!r}: ")
-            for accuracy in ("top1", "top5"):
-                of.read(accuracy, (float, int))
-            of.read("selection_accuracy", (float, int, type(None)), None)
-        self.numbers(name)
+        of_all = JsonValues(found, f"{self.of}{name} of ")
+        for selection in found:
+            result = of_all.numbers(selection, among=("top1", "top5"))
+            JsonValues(result, f"{name} of {selection!r}: ").read("selection_accuracy", (float, int, type(None)), None)
         return found
 
 

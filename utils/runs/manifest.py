@@ -297,7 +297,7 @@ class RunManifest:
             domains=get.items("domains", str, []),
             continual=get.read("continual", bool, True),
             missing_at_start=get.read("missing_at_start", (int, type(None)), None),
-            seconds=get.numbers("seconds"),
+            seconds=get.numbers("seconds", among=("features", "train", "evaluate")),
             files=get.read("files", dict),
             cost=get.numbers("cost", {}),
             tasks=tuple(TaskRecord.from_json(item) for item in get.items("tasks", dict)),
