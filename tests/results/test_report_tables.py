@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import report
 from utils.results import escape, page, render
@@ -339,3 +340,18 @@ def test_names_of_pictures_and_legends_hang_on_the_runs_alone(tmp_path):
     names = [group.name for group in section.groups]
     assert names == ["tosca (tosca_r)", "tosca (tosca_r, unfinished, 1 of 2 tasks)", "simplecil"]
     assert len({group.key for group in section.groups}) == 3
+
+
+def test_a_picture_of_many_small_letters_has_the_width_of_the_page(tmp_path):
+    """Such as the confusion of 200 classes with the names of the mistakes beside it."""
+    write(tmp_path, run_values())
+    (section,), _ = sections_of(tmp_path)
+    files = [tmp_path / f"{width}.png" for width in (900, 1700)]
+    for path in files:
+        Image.new("L", (int(path.stem), 10)).save(path)
+    text = page.as_html([section], None, {section.key: {"a run": [(path.stem, path) for path in files]}}, [])
+    assert re.findall(r'<figure( class="whole")?>.*?<img alt="(\d+)"', text) == [
+        ("", "900"),
+        (' class="whole"', "1700"),
+    ]
+    assert ".whole { grid-column: 1 / -1; } .whole img { min-width: 60rem; }" in text

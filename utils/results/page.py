@@ -34,7 +34,8 @@ td ins { text-decoration: underline; text-underline-offset: .15em; }
 .wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .85rem; }
 img { width: 100%; height: auto; display: block; }
-.wide img { min-width: 30rem; }
+.wide img { min-width: 28rem; }
+.whole { grid-column: 1 / -1; } .whole img { min-width: 60rem; }
 summary { cursor: pointer; padding: .4rem 0; font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 62rem) { .scrolls { display: block; } }
 .short { display: none; }
@@ -55,6 +56,7 @@ function hints() {
 addEventListener("load", hints); addEventListener("resize", hints); addEventListener("toggle", hints, true);
 """
 _HINT = '<p class="hint{}">Wide {}: scroll it sideways →</p>'
+_WHOLE_WIDTH = 1400  # pixels of a picture that has the page's whole width for itself
 _MARKS = {"": "{}", "best": "<strong>{}</strong>", "close": "<ins>{}</ins>"}
 
 
@@ -127,7 +129,9 @@ def _side(table: Table, column: int) -> str:
 
 
 def _figure(caption: str, path: Path, *, wide: bool) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    content = path.read_bytes()
+    data = base64.b64encode(content).decode()
+    whole = ' class="whole"' if int.from_bytes(content[16:20], "big") > _WHOLE_WIDTH else ""  # a PNG's width in pixels
     image = f'<img alt="{html_text(caption)}" src="data:image/png;base64,{data}">'
     hint = _HINT.format("", "picture") if wide else ""
-    return f'<figure>{hint}<div class="box">{image}</div><figcaption>{html_text(caption)}</figcaption></figure>'
+    return f'<figure{whole}>{hint}<div class="box">{image}</div><figcaption>{html_text(caption)}</figcaption></figure>'
