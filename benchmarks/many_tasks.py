@@ -1,6 +1,6 @@
 """What many tasks of one class cost: bookkeeping (checkpoint, results, log, pictures) against learning.
 
-    python -m benchmarks.many_tasks [--tasks 75 150 300] [--images 100]
+    python -m benchmarks.many_tasks [--tasks 75 150 300] [--images 100] [--write docs/scale.md]
 
 Whole runs on small made images with a tiny random ViT (32 px, width 192), a bank that is filled first, and the keys'
 defaults: 20 epochs, batches of 48. *Learning* and *evaluation* are the run's own seconds; *bookkeeping* is all else
@@ -22,6 +22,7 @@ from PIL import Image
 
 import trainer
 from benchmarks.images import machine
+from benchmarks.pages import add_write_option, exponent, publish
 from models.preparation import prepare, wanted_features
 from utils.config import make_config
 from utils.hardware import ONE_RANK, single_thread
@@ -29,7 +30,9 @@ from utils.results import record
 from utils.runs.manifest import RunManifest
 from utils.runs.paths import RunPaths
 
-TEST = 5
+COMMAND = "benchmarks.many_tasks"
+PHASES = ("learning", "evaluation", "bookkeeping")
+TEST = 5  # test images of each class
 
 
 def make_classes(root: Path, classes: int, train: int) -> Path:
@@ -93,23 +96,43 @@ def measure(folder: Path, tasks: int, train: int) -> dict[str, float]:
     }
 
 
+def section(tasks: list[int], found: list[dict[str, float]], images: int, load: str) -> list[str]:
+    """The part of the page, in lines of Markdown."""
+    columns = ("tasks", *PHASES, "bookkeeping of a task", "middle task writes", "last but one writes")
+    lines = [
+        f"Whole runs of a tiny ViT (width 192), {images} training and {TEST} test images a class, 20 epochs, one",
+        f"thread. {load}: above the number of CPUs, other work inflated the seconds.",
+        "*Bookkeeping* is all but learning and evaluation: checkpoint, results, log, the summary and the picture.",
+        "*Writes* leaves tensors out. *Exponent* is the p of tasks^p between the two largest counts.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    for count, of in zip(tasks, found, strict=True):
+        times = " | ".join(f"{of[name]:.1f} s" for name in PHASES)
+        written = " | ".join(f"{of[name] / 1024:.0f} KB" for name in ("middle", "last"))
+        lines.append(f"| {count} | {times} | {of['bookkeeping'] / count * 1000:.0f} ms | {written} |")
+    powers = [exponent(tasks, [of[name] for of in found]) for name in (*PHASES, "middle", "last")]
+    powers.insert(len(PHASES), powers[len(PHASES) - 1] - 1)
+    lines.append("| exponent | " + " | ".join(f"{power:.2f}" for power in powers) + " |")
+    share = found[-1]["bookkeeping"] / found[-1]["learning"]
+    return [*lines, "", f"Bookkeeping took {share:.2f} of the time of learning at {tasks[-1]} tasks."]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[75, 150, 300])
     parser.add_argument("--images", type=int, default=100, help="training images of each class")
+    add_write_option(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    print(f"start: {machine()}", flush=True)
-    columns = ("tasks", "learning", "evaluation", "bookkeeping", "a task", "middle task writes", "last but one writes")
-    print("|" + "|".join(f" {column} " for column in columns) + "|")
-    print("|---|---|---|---|---|---|---|")
-    for tasks in sorted(args.tasks):
+    tasks, found, start = sorted(args.tasks), [], machine()
+    for count in tasks:
         with tempfile.TemporaryDirectory() as folder, single_thread(), contextlib.redirect_stderr(io.StringIO()):
-            found = measure(Path(folder), tasks, args.images)
-        times = " | ".join(f"{found[name]:.1f} s" for name in ("learning", "evaluation", "bookkeeping"))
-        written = " | ".join(f"{found[name] / 1024:.0f} KB" for name in ("middle", "last"))
-        print(f"| {tasks} | {times} | {found['bookkeeping'] / tasks * 1000:.0f} ms | {written} |", flush=True)
-    print(f"end: {machine()}")
+            found.append(measure(Path(folder), count, args.images))
+        print(f"{count} tasks: {found[-1]}", flush=True)
+    load = f"{start} at the start and {machine().split('average ')[1]} at the end"
+    publish(args.write, COMMAND, section(tasks, found, args.images, load))
 
 
 if __name__ == "__main__":

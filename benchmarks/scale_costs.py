@@ -9,19 +9,21 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.pages import add_write_option, publish
+from models.base import SAMPLES
 from utils.config import load_config
 from utils.data.datasets import DATASETS
-from utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("cifar", "cub", "ina", "inr", "omni", "vtab")
-BEGIN, END = "<!-- made by benchmarks.scale_costs: begin -->", "<!-- made by benchmarks.scale_costs: end -->"
+COMMAND = "benchmarks.scale_costs"
 IMAGES_A_SECOND = 1_000  # assumed, of ViT-B/16 at 224 px on one data-centre card
 DIM, BOTTLENECK = 768, 48
 LUCA = 2 * DIM + 4 * DIM * BOTTLENECK + BOTTLENECK + DIM  # parameters: LayerNorm, four products, two biases
 LUCA_FLOPS = 2 * 4 * DIM * BOTTLENECK
 FORWARD_FLOPS = 35.1e9  # of ViT-B/16 at 224 px: 17.6 G multiply-adds
-SELECTIONS = 6  # that an evaluation reports, each with scores of its own
+SELECTIONS = 6  # that an evaluation reports
+KEPT = 8 * (5 + 1 + 1) + 4 + 4  # bytes kept of an answer: five classes, module and image; probability and entropy
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,17 @@ class Stream:
         return self.tasks * (LUCA_FLOPS + 2.0 * self.classes * DIM)
 
     @property
-    def scores_gb(self) -> float:
-        """Of the last evaluation, which holds the scores of every test image under every selection."""
-        return self.test * self.classes * 4 * SELECTIONS / 1e9
+    def evaluation_gb(self) -> float:
+        """Of the last evaluation: what it keeps of each test image, and the scores of those that are answered now."""
+        of_an_image = 4 * DIM + 4 * self.tasks + KEPT * SELECTIONS
+        return (self.test * of_an_image + 4 * SAMPLES * self.classes * SELECTIONS) / 1e9
+
+    @property
+    def evaluations_of_forwards(self) -> float:
+        """Multiplications of the evaluations after each task, against those of all forwards."""
+        shares = [(task + 1) / self.tasks for task in range(self.tasks)]  # of images, modules and classes by then
+        flops = sum(s * self.test * s * self.tasks * (LUCA_FLOPS + 2.0 * s * self.classes * DIM) for s in shares)
+        return flops / (self.forwards * FORWARD_FLOPS)
 
 
 def paper_stream(name: str) -> Stream:
@@ -75,48 +85,40 @@ def paper_stream(name: str) -> Stream:
 
 
 def streams() -> list[Stream]:
-    """The six, then 14,197,122 images of 21,841 classes in 1,000 tasks, with one augmented view and 5 tests a class."""
+    """The six, then large ones in 1,000 tasks, with one augmented view and 5 test images a class."""
     large = Stream("ImageNet-21K-sized", 21_841, 14_197_122, 5 * 21_841, 1_000, 1)
-    return [*map(paper_stream, CONFIGS), large]
+    made = Stream("made, 10 million images", 10_000, 10_000_000, 5 * 10_000, 1_000, 1)
+    return [*map(paper_stream, CONFIGS), large, made]
 
 
-def section() -> str:
-    """The part of the page, in Markdown."""
+def section() -> list[str]:
+    """The part of the page, in lines of Markdown."""
     lines = [
-        BEGIN,
         f"Worked out from counts, not measured. Assumed: {IMAGES_A_SECOND:,} images a second through a ViT-B/16 at",
         "224 px on one card (put your own rate in its place: hours scale with it), "
         f"{FORWARD_FLOPS / 1e9:.1f} GFLOP a forward, features of",
         f"width {DIM} in fp32.",
-        "*Answer* is one image under every module: modules × (LuCA + 2 × classes × width). *Scores* is what the last",
-        f"evaluation holds at once: test images × classes × {SELECTIONS} selections × 4 bytes.",
+        "*Answer* is one image under every module: modules × (LuCA + 2 × classes × width). *Evaluation* is what the",
+        f"last evaluation holds at once: its test images × (feature, every module's entropy, {KEPT} bytes under each",
+        f"of {SELECTIONS} selections), and the scores of {SAMPLES} images alone. *All evaluations* counts one after",
+        "each task, on all test images so far, against all forwards.",
         "",
-        "| stream | classes | tasks | views | forwards | GPU-hours | bank | modules | answer | of a forward | scores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| stream | classes | tasks | views | forwards | GPU-hours | bank | modules | answer | of a forward "
+        "| evaluation | all evaluations |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in streams():
         counts = f"{s.name} | {s.classes:,} | {s.tasks:,} | {s.views} | {s.forwards:,}"
         sizes = f"{s.hours:.2f} | {s.bank_gb:.2f} GB | {s.modules_gb:.3f} GB"
-        answer = f"{s.answer_flops / 1e9:.3f} GFLOP | {s.answer_flops / FORWARD_FLOPS:.2%} | {s.scores_gb:.2f} GB"
-        lines.append(f"| {counts} | {sizes} | {answer} |")
-    return "\n".join([*lines, END])
-
-
-def write(page: Path) -> None:
-    """Replace the part of ``page`` between the two marks."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    atomic_write(page, (before + section() + rest.split(END)[1]).encode())
+        answer = f"{s.answer_flops / 1e9:.3f} GFLOP | {s.answer_flops / FORWARD_FLOPS:.2%} | {s.evaluation_gb:.2f} GB"
+        lines.append(f"| {counts} | {sizes} | {answer} | {s.evaluations_of_forwards:.2%} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the part of this page")
-    args = parser.parse_args()
-    if args.write:
-        write(args.write)
-    else:
-        print(section())
+    add_write_option(parser)
+    publish(parser.parse_args().write, COMMAND, section())
 
 
 if __name__ == "__main__":

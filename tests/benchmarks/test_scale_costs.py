@@ -4,6 +4,7 @@ from pathlib import Path
 
 from backbone.luca import make_luca
 from benchmarks import scale_costs
+from benchmarks.pages import publish
 from tests.conftest import ROOT
 
 
@@ -11,7 +12,7 @@ def test_the_page_holds_what_the_command_writes(tmp_path: Path) -> None:
     page = ROOT / "docs" / "scale.md"
     copy = tmp_path / "scale.md"
     copy.write_bytes(page.read_bytes())
-    scale_costs.write(copy)
+    publish(copy, scale_costs.COMMAND, scale_costs.section())
     assert copy.read_bytes() == page.read_bytes()
 
 
@@ -19,7 +20,8 @@ def test_cifar_worked_by_hand() -> None:
     stream = scale_costs.paper_stream("cifar")
     assert (stream.classes, stream.tasks, stream.views) == (100, 20, 20)
     assert stream.forwards == 50_000 * 21 + 10_000
-    assert stream.scores_gb == 10_000 * 100 * 6 * 4 / 1e9
+    scores, of_an_image = 240 * 100 * 6 * 4, 768 * 4 + 20 * 4 + 6 * (5 * 8 + 8 + 8 + 4 + 4)
+    assert stream.evaluation_gb == (10_000 * of_an_image + scores) / 1e9
 
 
 def test_a_module_has_the_parameters_that_are_counted() -> None:
