@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.pages import add_write_option, publish
 from models.base import SAMPLES
+from models.tosca import ROUTER_WIDTH
 from utils.config import load_config
 from utils.data.datasets import DATASETS
 
@@ -73,6 +74,16 @@ class Stream:
         flops = sum(s * self.test * s * self.tasks * (LUCA_FLOPS + 2.0 * s * self.classes * DIM) for s in shares)
         return flops / (self.forwards * FORWARD_FLOPS)
 
+    @property
+    def state_gb(self) -> float:
+        """Of the classifier's file, which each task writes anew."""
+        return state_bytes(self.classes, DIM) / 1e9
+
+
+def state_bytes(rows: int, dim: int) -> int:
+    """What TOSCA saves beside its modules: classifier, LDA (means, scatter), ridge (Gram matrix, targets, weights)."""
+    return rows * (4 * dim + 8 * dim + 2 * 8 * ROUTER_WIDTH + 3 * 8) + 8 * (dim**2 + ROUTER_WIDTH**2)
+
 
 def paper_stream(name: str) -> Stream:
     """The counts of ``exps/tosca_<name>.json``."""
@@ -98,18 +109,19 @@ def section() -> list[str]:
         "224 px on one card (put your own rate in its place: hours scale with it), "
         f"{FORWARD_FLOPS / 1e9:.1f} GFLOP a forward, features of",
         f"width {DIM} in fp32.",
+        "*State* is the classifier's file with the statistics of `lda` and `ridge`, written anew after each task.",
         "*Answer* is one image under every module: modules × (LuCA + 2 × classes × width). *Evaluation* is what the",
         f"last evaluation holds at once: its test images × (feature, every module's entropy, {KEPT} bytes under each",
         f"of {SELECTIONS} selections), and the scores of {SAMPLES} images alone. *All evaluations* counts one after",
         "each task, on all test images so far, against all forwards.",
         "",
-        "| stream | classes | tasks | views | forwards | GPU-hours | bank | modules | answer | of a forward "
+        "| stream | classes | tasks | views | forwards | GPU-hours | bank | modules | state | answer | of a forward "
         "| evaluation | all evaluations |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in streams():
         counts = f"{s.name} | {s.classes:,} | {s.tasks:,} | {s.views} | {s.forwards:,}"
-        sizes = f"{s.hours:.2f} | {s.bank_gb:.2f} GB | {s.modules_gb:.3f} GB"
+        sizes = f"{s.hours:.2f} | {s.bank_gb:.2f} GB | {s.modules_gb:.3f} GB | {s.state_gb:.3f} GB"
         answer = f"{s.answer_flops / 1e9:.3f} GFLOP | {s.answer_flops / FORWARD_FLOPS:.2%} | {s.evaluation_gb:.2f} GB"
         lines.append(f"| {counts} | {sizes} | {answer} | {s.evaluations_of_forwards:.2%} |")
     return lines

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
 from backbone.luca import make_luca
 from benchmarks import scale_costs
 from benchmarks.pages import publish
-from tests.conftest import ROOT
+from benchmarks.scale import MadeTask
+from models.tosca import TOSCA
+from tests.conftest import ROOT, tiny_config
 
 
 def test_the_page_holds_what_the_command_writes(tmp_path: Path) -> None:
@@ -27,3 +31,11 @@ def test_cifar_worked_by_hand() -> None:
 def test_a_module_has_the_parameters_that_are_counted() -> None:
     luca = make_luca(768, mlp_ratio=16, se_ratio=16, flow="tosca", first=True, seed=0)
     assert sum(p.numel() for p in luca.parameters()) == scale_costs.LUCA
+
+
+def test_the_state_has_the_bytes_that_are_counted() -> None:
+    learner = TOSCA(tiny_config(), 32, torch.device("cpu"), seed=0)
+    for index in range(2):  # 400 images: the ridge statistics are a Gram matrix by then
+        learner.learn(MadeTask(index, 32))
+    saved = sum(tensor.nbytes for tensor in learner.state_dict().values())
+    assert abs(saved - scale_costs.state_bytes(20, 32)) < 200  # scalars and the error of each λ
