@@ -15,7 +15,7 @@ from utils import methods
 from utils.data.datasets import DATASETS, load_dataset
 from utils.data.transforms import Transforms
 from utils.errors import DataError
-from utils.seeds import derive_seed
+from utils.seeds import derive_seed, fixed_seed
 
 
 def image_file(path: Path, level: int = 0) -> None:
@@ -260,4 +260,12 @@ def test_seeds_differ_by_every_part_its_order_and_its_borders():
     seeds = [derive_seed(*p) for p in parts]
     assert len(set(seeds)) == len(parts) - 1  # 12 and "12" are the same part
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed("view", 1993, 0, "a/1.png") == derive_seed("view", 1993, 0, "a/1.png")
+    assert derive_seed("view", 1993, 0, "a/1.png") == 4621778148415235478  # features on disk were drawn from it
+
+
+def test_a_fixed_seed_holds_for_a_while_and_leaves_the_generator_as_it_was():
+    before = torch.get_rng_state()
+    with fixed_seed(5):
+        drawn = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))

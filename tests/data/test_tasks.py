@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from utils.data.splits import Dataset, ImageArray
-from utils.data.tasks import LearnedClasses, check_new_names, class_order, make_stream, task_sizes
+from utils.data.tasks import LearnedClasses, check_new_names, class_order, make_stream, next_task, task_sizes
 from utils.errors import ConfigError
 
 
@@ -103,7 +103,19 @@ def test_known_classes_keep_the_spelling_of_the_saved_run_and_new_ones_their_own
     stream = make_stream(data, tiny_config(init_cls=1, increment=1), seed=1, learned=LEARNED)
     assert stream.class_names == ("cat", "dog", "Dog")
     assert [task.test.tolist() for task in stream.tasks] == [[0], [1]]
+    assert [task.train.tolist() for task in stream.tasks] == [[], [0, 1]]
     assert "Class 'Dog' is learned as a new one, though 'dog' is learned" in caplog.text
+
+
+def test_the_next_task_of_images_that_nobody_tests_is_sorted_by_row():
+    task = next_task(LEARNED, np.array([1, 0, 1]), 2)
+    assert (task.index, task.rows, task.train.tolist(), task.train_rows.tolist()) == (
+        1,
+        range(2, 4),
+        [1, 0, 2],
+        [2, 3, 3],
+    )
+    assert task.test.tolist() == task.test_classes.tolist() == []
 
 
 def test_a_new_name_like_no_other_brings_no_warning(caplog):

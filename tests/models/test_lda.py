@@ -37,7 +37,8 @@ def test_statistics_worked_by_hand():
 
 
 def test_before_the_first_task_there_is_no_row_to_score():
-    assert StreamingLDA(2).scores(torch.ones(3, 2)).shape == (3, 0)
+    lda = StreamingLDA(2)
+    assert lda.means.shape == (0, 2) and lda.scores(torch.ones(3, 2)).shape == (3, 0)
 
 
 def test_oas_worked_by_hand():
