@@ -374,6 +374,20 @@ def test_a_run_logs_what_a_foreign_key_means_here(digit_folder, run_main, tmp_pa
     assert "init_lr has no effect here: the first task trains as the others do, lr=0.025" in text
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("memory_size", "memory_per_class", "fixed_memory", "print_forget", "init_lr", "tuned_epoch", "min_lr"),
+        ("reinit_optimizer", "init_milestones", "init_lr_decay", "init_epoch", "init_weight_decay"),  # LAMDA-PILOT
+        ("lrate", "lrate_decay"),  # PyCIL
+        ("ffn_num", "vpt_type", "prompt_token_num", "use_RP", "M"),  # LAMDA-PILOT's RanPAC and adapters
+    ],
+)
+def test_keys_of_other_toolboxes_are_accepted_with_a_line_each(names):
+    remarks = make_config({**REQUIRED, **dict.fromkeys(names, 0)}).remarks
+    assert [remark.split()[0] for remark in remarks] == list(names)
+
+
 @pytest.mark.parametrize("name", UNUSED_KEYS)
 def test_every_foreign_key_has_a_line_and_is_no_key_of_ours(name):
     (line,) = make_config({**REQUIRED, name: None}).remarks
