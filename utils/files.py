@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from utils.errors import UserError
+from utils.hardware import process_lives
 
 
 def atomic_write(path: Path, content: bytes | memoryview, *, flush: bool = True) -> None:
@@ -149,14 +150,19 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path}: the home folder at its start is not known; give the whole path") from None
 
 
-def remove_partials(folder: Path, name: str) -> None:
+def remove_partials(folder: Path, name: str, *, locked: bool = True) -> None:
     """Remove what killed processes left of unfinished writes of files whose name matches the pattern ``name``.
 
-    Only whoever holds the lock of those files may call this: a partial file may be another process's, at work.
+    Args:
+        folder: where the files are.
+        name: a regular expression.
+        locked: whether the lock of those files is held: a partial file may else be another process's, at work. False
+            leaves the files of processes that live on this machine.
     """
     if folder.is_dir():
         for path in folder.iterdir():
-            if re.fullmatch(rf"\.{name}\.\d+\.partial", path.name):
+            partial = re.fullmatch(rf"\.{name}\.(\d+)\.partial", path.name)
+            if partial and (locked or not process_lives(int(partial.groups()[-1]))):
                 path.unlink(missing_ok=True)
 
 

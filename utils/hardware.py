@@ -141,3 +141,16 @@ def single_thread() -> Iterator[None]:
 def default_workers(local_ranks: int = 1) -> int:
     """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
     return max(0, min(available_cpus() // local_ranks - 1, 16))
+
+
+def process_lives(process: int) -> bool:
+    """Whether a process of this number is there, on this machine."""
+    if os.name != "posix":  # elsewhere asking might end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

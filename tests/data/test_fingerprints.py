@@ -259,3 +259,14 @@ def test_the_contents_are_those_of_the_files(data: Dataset, tmp_path: Path) -> N
         expected = [hashlib.sha256(split.path(i).read_bytes()).digest() for i in range(len(split))]
         assert [row.tobytes() for row in found.contents[name]] == expected
     assert pickle.loads(pickle.dumps(found)).contents["train"].shape == (12, 32)  # as ranks share it
+
+
+def test_what_a_killed_write_of_hashes_left_is_removed_by_the_next(data: Dataset, tmp_path: Path, later: None) -> None:
+    fingerprint_splits(data, tmp_path / "bank")
+    (hashes,) = (tmp_path / "bank" / "hashes").iterdir()
+    hashes.unlink()
+    dead, at_work = (hashes.with_name(f".{hashes.name}.{process}.partial") for process in (2**30, os.getppid()))
+    for partial in (dead, at_work):
+        partial.write_bytes(b"half")
+    fingerprint_splits(data, tmp_path / "bank")
+    assert sorted(path.name for path in hashes.parent.iterdir()) == sorted([hashes.name, at_work.name])

@@ -328,6 +328,17 @@ def test_a_resealed_manifest_whose_facts_are_of_another_kind_is_one_line(finishe
     assert f"{MANIFEST} is damaged (" in new.error
 
 
+@pytest.mark.parametrize("row", [{"per_task": 1.0}, {"per_task": ["x"]}, {}, {"per_task": [1.0], "groups": []}, 5])
+def test_a_resealed_file_of_results_of_another_kind_is_one_line(finished, row):
+    path = finished.checkpoints / "evaluation1.manifest"
+    values = json.loads(path.read_bytes())
+    values["row"]["sample"] = row
+    path.write_text(json.dumps(values))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    reseal(finished.checkpoints, lambda manifest: manifest["files"].update({path.name: sha256}))
+    assert f"{path.name} is damaged (" in finished().error
+
+
 def test_a_damaged_file_of_results_beside_the_manifest_is_named(finished):
     path = finished.checkpoints / "evaluation2.manifest"
     path.write_bytes(path.read_bytes()[:-20])

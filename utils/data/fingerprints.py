@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from utils.data.images import content_of_file
 from utils.data.modes import kind_sentences, row_content
 from utils.data.splits import Dataset, ImageFiles, Split
 from utils.errors import DataError, UserError
-from utils.files import atomic_write, open_regular
+from utils.files import atomic_write, open_regular, remove_partials
 from utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -158,8 +159,9 @@ class _HashMemory:
         file = io.BytesIO()
         np.savez(file, names=names[order], stats=stats[order], contents=contents[order])
         try:
+            remove_partials(self._path.parent, re.escape(self._path.name), locked=False)
             atomic_write(self._path, file.getbuffer())
-        except UserError as error:
+        except (UserError, OSError) as error:
             log.info("The hashes of the images are not remembered: %s", error)
 
     def _load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ class JsonValues:
             raise CheckpointError(f"{self.of}{name!r} holds a value of another kind")
         return found
 
-    def items(self, name: str, kind: type, *default: Any) -> tuple[Any, ...]:
+    def items(self, name: str, kind: type | tuple[type, ...], *default: Any) -> tuple[Any, ...]:
         """Return the list ``name``, each of whose items is of ``kind``, as a tuple.
 
         Raises:
@@ -82,6 +82,18 @@ class JsonValues:
             raise CheckpointError(f"{self.of}{name!r} holds something that is no number")
         for needed in among:
             JsonValues(found, f"{self.of}{name!r}: ").read(needed, (float, int))
+        return found
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Return the object ``name``: what a selection gave on each task so far.
+
+        Raises:
+            CheckpointError: it is absent or of another kind.
+        """
+        found: dict[str, Any] = self.numbers(name)
+        of = JsonValues(found, f"{self.of}{name!r}: ")
+        of.items("per_task", (float, int, type(None)))
+        of.read("groups", dict, {})
         return found
 
     def results(self, name: str) -> dict[str, dict[str, Any]]:

@@ -261,7 +261,7 @@ class RunManifest:
         tasks = list(self.tasks)
         for index, row in zip(range(first, len(tasks)), rows, strict=False):
             of = JsonValues(row, "a row's ")
-            results = {name: {**result, **of.numbers(name)} for name, result in tasks[index].results.items()}
+            results = {name: {**result, **of.row(name)} for name, result in tasks[index].results.items()}
             tasks[index] = replace(tasks[index], results=results)
             if index == task and "epochs" in values:  # format 2 had them in the manifest
                 tasks[index] = replace(tasks[index], epochs=_epochs_from_json(get))
