@@ -243,8 +243,10 @@ def test_the_backbones_file_goes_with_the_model(finished_run, tmp_path, saved):
     torch.save(saved.backbone.model.state_dict(), weights)
     model = ContinualClassifier.load(finished_run.checkpoints, backbone_weights=weights)
     folder = model.save_pretrained(tmp_path / "model")
+    assert (folder / "backbone.pth").read_bytes() == weights.read_bytes()
     weights.unlink()
     loaded = ContinualClassifier.from_pretrained(folder)
+    assert loaded.config.backbone_weights == str(folder / "backbone.pth")
     assert torch.equal(loaded.predict(images(4)).probabilities, saved.predict(images(4)).probabilities)
 
 
