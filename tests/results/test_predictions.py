@@ -64,6 +64,11 @@ def test_a_probability_on_the_edge_belongs_to_the_bin_below_it():
     assert [i for i, b in enumerate(bins) if b.count] == [0, 14] and bins[0].count == 2
 
 
+def test_a_probability_that_rounding_lifted_above_one_is_in_the_last_bin():
+    bins = metrics.reliability(np.array([1.0000001], dtype=np.float32), np.array([True]))
+    assert [b.count for b in bins] == [0] * (metrics.BINS - 1) + [1]
+
+
 def test_answers_that_are_too_sure_have_the_error_that_was_built_in():
     details = made_predictions(20_000).details()["sample"]
     assert details["ece"] == pytest.approx(10.0, abs=0.7)
