@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models import tosca
 from models.base import Learner, OnEpoch, Prediction, TaskData
-from models.evaluation import evaluate
+from models.evaluation import best_classes, evaluate
 from models.ranpac import RanPAC
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
@@ -148,6 +148,7 @@ def test_top_five_counts_the_fifth_class_and_not_the_sixth():
     table = torch.arange(7, 0, -1).float().repeat(4, 1)  # class 0 is best, class 6 last
     found, *_ = evaluated(table, [(range(7), [0, 4, 4, 5])], list(range(7)))
     assert (found["top1"], found["top5"]) == (25, 75)
+    assert best_classes(table).tolist() == [[0, 1, 2, 3, 4]] * 4
 
 
 def test_an_answer_s_probability_is_the_largest_of_the_softmax_over_classes():
