@@ -114,3 +114,9 @@ def test_entropy_by_module_where_it_was_right_and_where_it_was_not():
         "right": [0.5, None, None],
         "wrong": [2.0, 1.0, None],
     }
+
+
+def test_a_probability_lies_in_the_bin_that_ends_at_or_above_it():
+    bins = metrics.reliability(np.array([0.01, 1 / 15, 0.1, 0.5, 1.0]), np.array([True, False, True, False, True]))
+    assert {place: b.count for place, b in enumerate(bins) if b.count} == {0: 2, 1: 1, 7: 1, 14: 1}
+    assert bins[0].accuracy == 50.0 and bins[14].probability == 100.0
