@@ -15,7 +15,7 @@ from tests.conftest import ROOT, FolderMaker, TinyExtractor, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import ImageFiles
-from utils.data.transforms import Transforms, crop_and_flip
+from utils.data.transforms import ATTEMPTS, WORDS, Draws, Transforms, crop_and_flip
 from utils.errors import DataError
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
@@ -52,6 +52,12 @@ def test_pixels_are_those_of_torchvision(size: tuple[int, int], side: int) -> No
         _torchvision_seeded(derive_seed("view", 3, view, "key"))
         expected = T.Compose([crop, T.RandomHorizontalFlip(0.5), pil_to_tensor])(image)
         assert torch.equal(transforms.view(image, "key", view), expected)
+
+
+@pytest.mark.parametrize(("coin", "flip"), [((1 << 23) - 1, True), (1 << 23, False)])
+def test_where_no_attempt_fits_an_image_of_fitting_ratio_is_taken_whole(coin: int, flip: bool) -> None:
+    draws = Draws((1.0,) * ATTEMPTS, (1.3,) * ATTEMPTS, (coin,) * WORDS)  # as large as the image, but wider
+    assert crop_and_flip(draws, 36, 36) == ((0, 0, 36, 36), flip)
 
 
 def test_a_view_leaves_the_global_generator_alone() -> None:
