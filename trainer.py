@@ -299,6 +299,7 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
         if manifest and not report_belongs_to(paths, manifest.identity):
             manifest = None
         if manifest:
-            record.draw_curves(paths, record.write_run_json(paths, manifest))
+            with held_folders(setup.config, seed):
+                record.draw_curves(paths, record.write_run_json(paths, manifest))
     manifest = setup.ranks.share(manifest)
     return record.run_json(manifest) if manifest else None
