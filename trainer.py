@@ -292,14 +292,15 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
     """What the JSON of a finished run holds, made again where it does not say so; None if something is left to do."""
     manifest: RunManifest | None = None
     if setup.ranks.first:
-        paths = run_paths(setup.config, seed)
-        manifest = setup.checkpoint(seed).read_manifest()
+        paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
+        manifest = checkpoint.read_manifest()
         if manifest and (not manifest.finished or manifest.identity != setup.identity(seed)):
             manifest = None
         if manifest and not report_belongs_to(paths, manifest.identity):
             manifest = None
         if manifest:
             with held_folders(setup.config, seed):
+                manifest = find_earlier_start(setup, seed, paths, checkpoint)
                 record.draw_curves(paths, record.write_run_json(paths, manifest))
     manifest = setup.ranks.share(manifest)
     return record.run_json(manifest) if manifest else None

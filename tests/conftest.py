@@ -43,9 +43,12 @@ TINY: dict[str, Any] = {
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole suite runs in a process for each CPU, at most four; tests chosen by place or -k run in this process."""
+    """The whole suite runs in one process more than there are CPUs, at most four, since many tests wait for others.
+
+    Tests chosen by place or -k run in this process.
+    """
     chosen = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
-    return 0 if chosen else min(4, available_cpus())
+    return 0 if chosen else min(4, available_cpus() + 1)
 
 
 @pytest.fixture(autouse=True)
