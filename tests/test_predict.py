@@ -292,15 +292,15 @@ def test_a_file_name_steers_neither_terminal_nor_spreadsheet(run, images, tmp_pa
     assert lines[1].startswith("'=1+1.png,")
 
 
-def test_names_that_are_not_utf8_are_answered_from_standard_input_too(three_classes, images, tmp_path):
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.slow)])
+def test_names_that_are_not_utf8_are_answered_from_standard_input_too(three_classes, images, tmp_path, encoding):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     shutil.copy(images / "0" / "004.png", os.fsdecode(name))
     command = [sys.executable, "predict.py", "--checkpoint", str(three_classes.checkpoints), "--json", "-"]
-    for encoding in ("utf-8", "ascii"):
-        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-        found = subprocess.run(command, cwd=ROOT, input=name + b"\n", capture_output=True, env=environment, check=False)
-        assert found.returncode == 0, found.stderr
-        assert os.fsencode(json.loads(found.stdout)["file"]) == name
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    found = subprocess.run(command, cwd=ROOT, input=name + b"\n", capture_output=True, env=environment, check=False)
+    assert found.returncode == 0, found.stderr
+    assert os.fsencode(json.loads(found.stdout)["file"]) == name
 
 
 # -- finding and loading ----------------------------------------------------------------------------------------------

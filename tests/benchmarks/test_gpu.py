@@ -134,6 +134,7 @@ def test_every_line_runs_on_a_cpu(capsys, monkeypatch):
     assert "failed" not in table and "nan" not in table and "What waits for what" in table
 
 
+@pytest.mark.slow
 def test_the_compiled_forward_is_measured():
     """Through dynamo itself; with its plain backend, which needs no compiler."""
     lines, _ = gpu.measure_forwards(gpu.SMALL, CPU)
