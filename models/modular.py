@@ -202,15 +202,16 @@ class ModularLearner(Learner):
 
     def fresh_luca(self, task: TaskData) -> LuCA:
         """The module before training: the first task's from PyTorch's default initialisation, later ones' Xavier."""
-        c, seed = self.config, derive_seed("luca", self.seed, task.index)
-        shape = {"mlp_ratio": c.mlp_ratio, "se_ratio": c.se_ratio}
-        return make_luca(self.dim, **shape, flow=c.flow, first=task.index == 0, seed=seed).to(self.device)
+        seed = derive_seed("luca", self.seed, task.index)
+        return self._made_luca(first=task.index == 0, seed=seed).to(self.device)
 
     def luca_parameters(self) -> int:
         """Return how many parameters a task's LuCA has."""
+        return sum(p.numel() for p in self._made_luca(first=True, seed=0).parameters())
+
+    def _made_luca(self, *, first: bool, seed: int) -> LuCA:
         c = self.config
-        luca = make_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=True, seed=0)
-        return sum(p.numel() for p in luca.parameters())
+        return make_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=first, seed=seed)
 
     def newest_rows(self, coming: TaskData | None = None) -> int:
         """Return how many rows the last task brought, or those that ``coming`` brings."""
