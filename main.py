@@ -51,9 +51,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.check_data:
         return _check_data(config, as_json=args.json)
     import trainer  # after the config is known to be good: this loads PyTorch
+    from utils.hardware import use_full_fp32
     from utils.logs import set_up_logging
 
     set_up_logging()
+    use_full_fp32()
     if args.dry_run:
         for one in [cell.config for cell in grid] or [config]:
             trainer.dry_run(one)

@@ -33,6 +33,9 @@ def _checked_run(args: argparse.Namespace) -> int:
     if not args.paths:
         raise UserError("give images, folders, or - for a list on standard input")
     check_paths(args.paths)
+    from utils.hardware import use_full_fp32  # this loads PyTorch
+
+    use_full_fp32()
     return run(args)
 
 

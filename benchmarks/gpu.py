@@ -39,7 +39,7 @@ from benchmarks.pipeline import pipeline_seconds
 from utils.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.transforms import Transforms
-from utils.hardware import default_workers
+from utils.hardware import default_workers, use_full_fp32
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -279,7 +279,10 @@ def main() -> None:
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         parser.error("this machine has no accelerator that PyTorch can use; --device cpu --small runs the same lines")
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # streams, clocks and graphs are the current device's
     logging.disable()
+    use_full_fp32()
     started = time.monotonic()
     module = torch.get_device_module(device)
     card = module.get_device_name(device) if hasattr(module, "get_device_name") else "no accelerator"

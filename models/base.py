@@ -15,7 +15,7 @@ from utils.errors import ConfigError
 from utils.methods import SELECTIONS
 from utils.runs.manifest import EpochStats
 
-SAMPLES = 240  # samples that are answered at a time; a multiple of 48, the batch of the faithful selection
+SAMPLES = 240  # that are answered at a time
 OnEpoch = Callable[[int, EpochStats], None]  # is called after an epoch of training, with its number from 0
 
 

@@ -250,7 +250,7 @@ def appended(stack: Tensor, new: Tensor) -> Tensor:
     stack over, so that n calls copy each entry a few times, not n times.
     """
     count = len(stack)
-    if stack.untyped_storage().nbytes() < (count + 1) * new.nbytes:
+    if stack.untyped_storage().nbytes() < stack.storage_offset() * stack.itemsize + (count + 1) * new.nbytes:
         room = stack.new_empty(2 * count, *new.shape)
         room[:count] = stack
         stack = room[:count]

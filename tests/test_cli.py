@@ -210,3 +210,12 @@ def test_every_command_answers_a_mistake_in_one_line(command, capsys):
     assert stopped.value.code == 2
     assert len(lines) == 1
     assert "--help shows the usage" in lines[0]
+
+
+@pytest.mark.parametrize("start", [lambda file: main.main(["--dry-run"]), lambda file: predict.main([file])])
+def test_the_commands_keep_fp32_convolutions_at_full_precision(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.png").touch()
+    start("image.png")
+    assert torch.backends.cudnn.allow_tf32 is False

@@ -122,6 +122,17 @@ def forward_threads(device: "torch.device") -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
+def use_full_fp32() -> None:
+    """Keep fp32 convolutions at full precision in this process, on every device.
+
+    PyTorch lets NVIDIA's GPUs round their factors to TF32, which has ten bits of mantissa in place of 23 (its notes on
+    numerical accuracy); its matrix products it does not. A patch embedding is a convolution.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @contextmanager
 def single_thread() -> Iterator[None]:
     """One CPU thread inside a product for a while: small products cost more to hand out than they gain.

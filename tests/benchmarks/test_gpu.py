@@ -97,9 +97,13 @@ def test_every_line_runs_on_a_cpu(capsys, monkeypatch):
     monkeypatch.setattr(gpu.logging, "disable", lambda: None)  # it would last
     monkeypatch.setattr(gpu.torch.accelerator, "current_accelerator", lambda **_: None)
     monkeypatch.setattr(gpu.torch, "compile", lambda forward, **_: forward)  # dynamo is not at home under a trace
+    chosen = []
+    monkeypatch.setattr(gpu.torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setattr(gpu, "use_full_fp32", lambda: None)  # it would last, too
     with lines_run() as run:
-        monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--small"])
+        monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu:0", "--small"])
         gpu.main()
+        assert chosen == [0]
         table = capsys.readouterr().out
         times = gpu_learning.step_times(32, 3, CPU, StandInForCuda)
         assert gpu.note_of_step(times["largest difference of a parameter"], 1.0) == "0.0e+00"

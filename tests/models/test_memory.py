@@ -146,3 +146,9 @@ def test_a_stack_that_grew_is_left_as_it_was():
         and torch.equal(third[3], torch.full((3,), 7.0))
     )
     assert second.data_ptr() == third.data_ptr()  # the room was used
+
+
+def test_a_stack_that_ends_its_storage_moves_wherever_it_begins():
+    stack = torch.arange(12.0).view(4, 3)[2:]
+    longer = appended(stack, torch.zeros(3))
+    assert torch.equal(longer, torch.tensor([[6.0, 7.0, 8.0], [9.0, 10.0, 11.0], [0.0, 0.0, 0.0]]))
