@@ -18,7 +18,8 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-HALF = torch.bfloat16
+from backbone.half import HALF, drop_key_bias, fold_scale, use_half_products
+
 TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
 
 
@@ -184,7 +185,7 @@ class ProductFeatures(Features):
     """
 
     numerics: ClassVar[str] = (
-        "bf16-products-2"  # part of a bank's identity: rows differ in their last bits from those of autocast
+        "bf16-products-3"  # part of a bank's identity: rows differ in their last bits from those of autocast
     )
 
     def __init__(self, model: TimmModel, *, normalize: bool) -> None:
@@ -193,11 +194,15 @@ class ProductFeatures(Features):
         self.cls_only = supports_cls_only(model)
         self.last_in_fp32 = self.cls_only and isinstance(model.blocks[-1].attn.k_norm, nn.Identity)
         for block in model.blocks[:-1] if self.last_in_fp32 else model.blocks:
-            _drop_key_bias(block.attn)
-            _fold_scale(block, "ls1", block.attn.proj)
-            _fold_scale(block, "ls2", getattr(block.mlp, "fc2", None))
-            block.attn.to(HALF)
-            block.mlp.to(HALF)
+            drop_key_bias(block.attn)
+            fold_scale(block, "ls1", block.attn.proj)
+            fold_scale(block, "ls2", getattr(block.mlp, "fc2", None))
+        for block in model.blocks[:-1] if self.cls_only else model.blocks:
+            use_half_products(block.attn)
+            use_half_products(block.mlp)
+        if self.cls_only and not self.last_in_fp32:  # whose products ``cls_block`` takes apart
+            model.blocks[-1].attn.to(HALF)
+            model.blocks[-1].mlp.to(HALF)
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
@@ -210,22 +215,6 @@ class ProductFeatures(Features):
         elif self.cls_only:
             x = cls_block(model.blocks[-1], x, HALF)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
-
-
-def _drop_key_bias(attn: TimmModel) -> None:
-    if attn.qkv.bias is not None and isinstance(attn.k_norm, nn.Identity):
-        width = attn.num_heads * attn.head_dim
-        attn.qkv.bias.data[width : 2 * width] = 0
-
-
-def _fold_scale(block: TimmModel, name: str, product: nn.Module | None) -> None:
-    """Move a layer scale into the product whose output it scales, where that is a plain linear layer."""
-    scale = getattr(block, name)
-    if type(product) is nn.Linear and not isinstance(scale, nn.Identity):
-        product.weight.data.mul_(scale.gamma[:, None])
-        if product.bias is not None:
-            product.bias.data.mul_(scale.gamma)
-        setattr(block, name, nn.Identity())
 
 
 def _embedding(model: TimmModel, *, normalize: bool) -> nn.Module:
