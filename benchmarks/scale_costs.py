@@ -9,8 +9,11 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.pages import add_write_option, publish
 from models.base import SAMPLES
+from models.streaming.packed import packed
 from models.tosca import ROUTER_WIDTH
 from utils.config import load_config
 from utils.data.datasets import DATASETS
@@ -82,7 +85,8 @@ class Stream:
 
 def state_bytes(rows: int, dim: int) -> int:
     """What TOSCA saves beside its modules: classifier, LDA (means, scatter), ridge (Gram matrix, targets, weights)."""
-    return rows * (4 * dim + 8 * dim + 2 * 8 * ROUTER_WIDTH + 3 * 8) + 8 * (dim**2 + ROUTER_WIDTH**2)
+    gram = packed(torch.empty(ROUTER_WIDTH, ROUTER_WIDTH, device="meta")).numel()
+    return rows * (4 * dim + 8 * dim + 2 * 8 * ROUTER_WIDTH + 3 * 8) + 8 * (dim**2 + gram)
 
 
 def paper_stream(name: str) -> Stream:

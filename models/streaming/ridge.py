@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.host_values import host_values, places
 from models.streaming.lda import finite_float64, float64_device, grown
+from models.streaming.packed import packed, unpacked
 
 RIDGES = tuple(10.0**power for power in range(-8, 10))
 FIT_SHARE = 0.8  # of a task's images; the others judge the candidates for λ
@@ -163,13 +164,20 @@ class RandomRidge:
         return (solution if self._is_gram else self.statistic.T @ solution), factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of ``STATE``, all that prediction and further learning need."""
-        return {name: getattr(self, name) for name in STATE}
+        """The tensors of ``STATE``, all that prediction and further learning need; ``G`` is packed."""
+        state: dict[str, Tensor] = {name: getattr(self, name) for name in STATE}
+        return {**state, "statistic": packed(self.statistic)} if self._is_gram else state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the ``state_dict`` of an object with the same dim, width and seed; other keys are left alone."""
+        """Restore the ``state_dict`` of an object with the same dim, width and seed; other keys are left alone.
+
+        Of ``G`` the lower triangle alone is ever read, so what is restored goes on to the same bits. Earlier versions
+        saved all of it.
+        """
         for name in STATE:
             setattr(self, name, state[name].to(self.device))
+        if self.statistic.dim() == 1:
+            self.statistic = unpacked(self.statistic, self.width)
 
 
 def ridge_path_errors(fit: Tensor, fit_targets: Tensor, judge: Tensor, judge_targets: Tensor) -> Tensor:

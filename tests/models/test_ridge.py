@@ -245,6 +245,28 @@ def test_state_round_trip_is_bit_exact_and_goes_on_alone(data, width):
     assert torch.equal(original.scores(data[0]), copy.scores(data[0]))
 
 
+def test_a_gram_matrix_is_saved_by_its_lower_triangle_which_alone_is_read(data):
+    width = 200  # more than a strip, and no multiple of one
+    data = tuple(values.repeat(3, *[1] * (values.dim() - 1)) for values in data)  # images enough for Gram form
+    first, second = parts(data)
+    original = fitted([first], width)
+    assert original.statistic.shape == (width, width)
+    original.statistic += torch.ones(width, width, dtype=torch.float64).triu(1)
+    saved = original.state_dict()
+    assert saved["statistic"].numel() < 0.7 * width**2
+    whole = {**saved, "statistic": original.statistic}  # as earlier versions saved it
+    for state in (saved, whole):
+        copy = RandomRidge(DIM, width, 0)
+        copy.load_state_dict(state)
+        assert torch.equal(copy.statistic.tril(), original.statistic.tril())
+        assert (copy.statistic == copy.statistic.T).all() or state is whole
+        copy.update(*second, ROWS)
+        again = RandomRidge(DIM, width, 0)
+        again.load_state_dict(whole)
+        again.update(*second, ROWS)
+        assert torch.equal(copy.weight, again.weight)
+
+
 def test_a_feature_that_is_not_finite_is_refused():
     model = RandomRidge(DIM, 40, 0)
     features = torch.ones(4, DIM)

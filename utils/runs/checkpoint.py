@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,11 @@ class CheckpointFolder:
     def _save(self, name: str, state: dict[str, Tensor]) -> str:
         buffer = io.BytesIO()
         torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
-        atomic_write(self.folder / name, buffer.getbuffer())
-        return hashlib.sha256(buffer.getbuffer()).hexdigest()  # of what was meant, not of what the disk made of it
+        content = buffer.getbuffer()
+        with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the disk does, and waits for nothing of it
+            sha256 = beside.submit(hashlib.sha256, content)  # of what was meant, not of what the disk made of it
+            atomic_write(self.folder / name, content)
+            return sha256.result().hexdigest()
 
     def _save_evaluation(self, name: str, values: dict[str, Any]) -> str:
         content = json_lines(values).encode()

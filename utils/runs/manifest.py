@@ -21,8 +21,8 @@ from utils.errors import CheckpointError
 from utils.runs.json_values import JsonValues
 from utils.words import counted
 
-FORMAT = 3  # 1 held everything in one file, 2 the rows of all tasks in the last task's file; both are still read
-FORMATS = (1, 2, FORMAT)
+FORMAT = 4  # 1: one file, 2: rows of all tasks in the last task's file, 3: symmetric matrices whole; all are read
+FORMATS = (1, 2, 3, FORMAT)
 FEW_TASKS = 30  # up to here the JSON of an unfinished run holds all that that of a finished one does
 
 
