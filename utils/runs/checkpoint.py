@@ -187,7 +187,8 @@ class CheckpointFolder:
         files = {n: sha for n, sha in manifest.files.items() if any(form.fullmatch(n) for form in OF_A_TASK)}
         before = max((index for index in _evaluated(files) if index < task), default=-1)
         for new in range(before + 1, len(manifest.tasks)):
-            files[evaluation_name(new)] = self._save_evaluation(evaluation_name(new), manifest.evaluation(new))
+            content = json_lines(manifest.evaluation(new)).encode()
+            files[evaluation_name(new)] = self._write(evaluation_name(new), content)
         files |= self._save_module(task, module)
         files[classifier_name(task)] = self._save(classifier_name(task), state)
         manifest = replace(manifest, files=files)
@@ -257,16 +258,14 @@ class CheckpointFolder:
     def _save(self, name: str, state: dict[str, Tensor]) -> str:
         buffer = io.BytesIO()
         torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
-        content = buffer.getbuffer()
+        return self._write(name, buffer.getbuffer())
+
+    def _write(self, name: str, content: bytes | memoryview) -> str:
+        """Write a file of the run; return the SHA-256 of what was meant, not of what the disk made of it."""
         with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the disk does, and waits for nothing of it
-            sha256 = beside.submit(hashlib.sha256, content)  # of what was meant, not of what the disk made of it
+            sha256 = beside.submit(hashlib.sha256, content)
             atomic_write(self.folder / name, content)
             return sha256.result().hexdigest()
-
-    def _save_evaluation(self, name: str, values: dict[str, Any]) -> str:
-        content = json_lines(values).encode()
-        atomic_write(self.folder / name, content)
-        return hashlib.sha256(content).hexdigest()
 
     def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256.
