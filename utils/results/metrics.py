@@ -102,13 +102,12 @@ def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
     improves to its best at the very end has negative forgetting. One task alone: 0.
     """
     last = len(matrix) - 1
-    drops = []
-    for k in range(last):
-        before = [value for t in range(k, last) if (value := matrix[t][k]) is not None]
-        final = matrix[last][k]
-        if len(before) == last - k and final is not None:
-            drops.append(max(before) - final)
-    return float(np.mean(drops)) if drops else 0.0
+    table = np.full((last + 1, last + 1), -np.inf)  # of a task that is still to come: never the best
+    for t, row in enumerate(matrix):
+        table[t, : t + 1] = np.array(row[: t + 1], dtype=float)  # None becomes NaN
+    drops = table[:last, :last].max(axis=0, initial=-np.inf) - table[last, :last]
+    drops = drops[~np.isnan(drops)]
+    return float(drops.mean()) if len(drops) else 0.0
 
 
 def backward_transfer(matrix: Sequence[Sequence[float | None]]) -> float:

@@ -325,6 +325,5 @@ def _name_aside(folder: Path) -> Path:
 
 
 def _sha256_of_values(values: dict[str, Any]) -> str:
-    """Of JSON values, whatever their order and layout in the file."""
-    as_read = json.loads(json.dumps(values))
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    """Of JSON values, whatever their order and layout in the file; all keys are strings."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
