@@ -47,7 +47,8 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
 
     A continued run whose data does not test the classes of the saved run reports its own tasks alone.
     """
-    values, first = manifest.to_json(whole=False), manifest.first_reported
+    first = manifest.first_reported
+    values = dataclasses.replace(manifest, tasks=()).to_json()  # the tasks are laid out otherwise here
     tasks = [_without_tasks(record, first) for record in manifest.tasks[first:]]
     last = tasks[-1] if tasks else TaskRecord()
     selecting = {name: [task.results[name].get("selection_accuracy") for task in tasks] for name in last.results}
