@@ -101,7 +101,8 @@ def section(tasks: list[int], found: list[dict[str, float]], images: int, load: 
     columns = ("tasks", *PHASES, "bookkeeping of a task", "middle task writes", "last but one writes")
     lines = [
         f"Whole runs of a tiny ViT (width 192), {images} training and {TEST} test images a class, 20 epochs, one",
-        f"thread. {load}: above the number of CPUs, other work inflated the seconds.",
+        f"thread. {load}",
+        "(a load above the number of CPUs is other work, which inflates seconds).",
         "*Bookkeeping* is all but learning and evaluation: checkpoint, results, log, the summary and the picture.",
         "*Writes* leaves tensors out. *Exponent* is the p of tasks^p between the two largest counts.",
         "",
