@@ -34,7 +34,7 @@ class HalfProduct(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("weight", linear.weight.detach().to(HALF))
         self.register_buffer("bias", bias)
-        self.register_buffer("rounded", None if bias is None else bias.to(HALF), persistent=False)
+        self.register_buffer("rounded", None if bias is None else bias.to(HALF))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and ONEDNN_IN_BF16 and not torch.compiler.is_compiling():
@@ -44,11 +44,12 @@ class HalfProduct(nn.Module):
         return F.gelu(y, approximate=self.gelu) if self.gelu else y
 
 
-def _onednn_in_bf16() -> bool:
+def onednn_computes_bf16() -> bool:
+    """Whether PyTorch was built with oneDNN, and this CPU has what its bf16 needs."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-ONEDNN_IN_BF16 = _onednn_in_bf16()
+ONEDNN_IN_BF16 = onednn_computes_bf16()
 
 if ONEDNN_IN_BF16:
 
@@ -60,13 +61,12 @@ if ONEDNN_IN_BF16:
 
 def use_half_products(part: nn.Module) -> None:
     """Let an attention or an MLP compute in bf16."""
-    for name, child in list(part.named_children()):
-        if type(child) is nn.Linear:
-            setattr(part, name, HalfProduct(child))
-        else:
-            use_half_products(child)
-    for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-        tensor.data = tensor.data.to(HALF)
+    for module in list(part.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, HalfProduct(child))
+    for parameter in part.parameters():  # of norms; a product has none
+        parameter.data = parameter.data.to(HALF)
     if type(part) is Mlp and isinstance(part.fc1, HalfProduct) and type(part.act) is nn.GELU:
         part.fc1.gelu, part.act = part.act.approximate, nn.Identity()
 

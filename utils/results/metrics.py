@@ -102,7 +102,7 @@ def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
     improves to its best at the very end has negative forgetting. One task alone: 0.
     """
     last = len(matrix) - 1
-    table = np.full((last + 1, last + 1), -np.inf)  # of a task that is still to come: never the best
+    table = np.full((len(matrix), len(matrix)), -np.inf)  # of a task that is still to come: never the best
     for t, row in enumerate(matrix):
         table[t, : t + 1] = np.array(row[: t + 1], dtype=float)  # None becomes NaN
     drops = table[:last, :last].max(axis=0, initial=-np.inf) - table[last, :last]
