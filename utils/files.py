@@ -10,7 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,10 +89,14 @@ def sync_folder(folder: Path) -> None:
 def output_file(path: Path, option: str) -> Path:
     """Return the file that output to ``path`` goes to: links are followed, and nothing but a regular file is replaced.
 
+    What killed processes left of writing it is removed.
+
     Raises:
         UserError: a folder, device, pipe or socket is there; ``option`` is what the user calls it.
     """
     target = Path(os.path.realpath(path))
+    with suppress(OSError):  # what cannot be removed is in nobody's way
+        remove_partials(target.parent, re.escape(target.name), locked=False)
     try:
         mode = target.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -76,3 +76,18 @@ def test_a_page_of_surrogates_is_written(tmp_path):
     write(tmp_path / "logs", run_values(dataset="\udcff\udcfe"))
     assert report.main([str(tmp_path / "logs"), "--no-pictures", "--out", str(tmp_path / "out")]) == 0
     assert "udcff" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_killed_report_left_is_removed_by_the_next(logs, tmp_path, there):
+    page = tmp_path / "page.html"
+    if there:
+        page.write_text("old")
+    dead, at_work, other = (
+        tmp_path / f".{name}.{process}.partial"
+        for name, process in (("page.html", 2**30), ("page.html", os.getppid()), ("else.html", 2**30))
+    )
+    for partial in (dead, at_work, other):
+        partial.write_bytes(b"half")
+    assert report.main([str(logs), "--html", str(page)]) == 0
+    assert "<html" in page.read_text() and not dead.exists() and at_work.exists() and other.exists()
