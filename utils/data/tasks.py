@@ -190,13 +190,15 @@ def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClas
     class_names = (*learned.class_names, *new_names)
     rank = _places(data.class_names, class_names, "class")  # label -> place in the learned order
     train, test = rank[data.train.labels], rank[data.test.labels]
-    tasks = [_old_task(i, rows, test, learned.row_class[rows]) for i, rows in enumerate(learned.task_rows)]
+    of_train, of_test = (_Images(labels, len(class_names)) for labels in (train, test))
+    old = ((rows, of_test.labelled(learned.row_class[rows])) for rows in learned.task_rows)
+    tasks = [_old_task(index, rows, images, test[images]) for index, (rows, images) in enumerate(old)]
     first = learned.rows
     assert config.init_cls is not None and config.increment is not None  # the config has checked it
     for size in task_sizes(len(order), config.init_cls, config.increment):
         rows = range(first, first + size)
         first += size
-        train_images, test_images = _images_of(train, rows), _images_of(test, rows)
+        train_images, test_images = of_train.labelled(rows), of_test.labelled(rows)
         tasks.append(Task(len(tasks), rows, train_images, train[train_images], test_images, test[test_images]))
     return TaskStream(tuple(tasks), class_names, np.arange(len(class_names)))
 
@@ -214,14 +216,16 @@ def _domain_stream(data: Dataset, config: Config, seed: int, learned: LearnedCla
     domain_task = _places(data.domain_names, learned.domains, "domain")
     train_task, test_task = domain_task[data.train_domains], domain_task[data.test_domains]
     train, test = rank[data.train.labels], rank[data.test.labels]
-    tasks = []
+    tasks, count = [], len(class_names)  # a class of a domain has the label domain · count + class
+    of_train, of_test = (
+        _Images(t * count + c, len(learned.domains) * count) for t, c in ((train_task, train), (test_task, test))
+    )
     for index, rows in enumerate(learned.task_rows):
         classes = learned.row_class[rows]
-        of_train, of_test = (np.where(t == index, c, -1) for t, c in ((train_task, train), (test_task, test)))
-        if not (train_task == index).any():
-            tasks.append(_old_task(index, rows, of_test, classes))
+        train_images, test_images = (of.labelled(index * count + classes) for of in (of_train, of_test))
+        if not len(train_images):
+            tasks.append(_old_task(index, rows, test_images, test[test_images]))
             continue
-        train_images, test_images = _images_of(of_train, classes), _images_of(of_test, classes)
         train_rows = rows.start + np.searchsorted(classes, train[train_images])
         tasks.append(Task(index, rows, train_images, train_rows, test_images, test[test_images]))
     return TaskStream(tuple(tasks), class_names, learned.row_class, learned.domains)
@@ -234,10 +238,10 @@ def next_task(learned: LearnedClasses, new_row: np.ndarray, new_rows: int) -> Ta
     return Task(len(learned.task_sizes), rows, train, rows.start + new_row[train], nothing, nothing)
 
 
-def _old_task(index: int, rows: range, test: np.ndarray, classes: np.ndarray) -> Task:
+def _old_task(index: int, rows: range, images: np.ndarray, classes: np.ndarray) -> Task:
     """A task of the saved run: nothing to learn, and what there is of its test images."""
-    nothing, images = np.empty(0, dtype=np.int64), _images_of(test, classes)
-    return Task(index, rows, nothing, nothing, images, test[images])
+    nothing = np.empty(0, dtype=np.int64)
+    return Task(index, rows, nothing, nothing, images, classes)
 
 
 def _with_training_images(labels: np.ndarray, count: int, learned: LearnedClasses) -> np.ndarray:
@@ -256,6 +260,13 @@ def _places(names: Sequence[str], order: Sequence[str], what: str) -> np.ndarray
     return np.array([places[name] for name in names], dtype=np.int64)
 
 
-def _images_of(labels: np.ndarray, wanted: range | np.ndarray) -> np.ndarray:
-    """Image numbers whose label is in ``wanted``, by label, then in file order."""
-    return np.concatenate([np.flatnonzero(labels == label) for label in wanted])
+class _Images:
+    """The images of each label from 0 to ``count - 1``, found by sorting the images' labels once."""
+
+    def __init__(self, labels: np.ndarray, count: int) -> None:
+        self._images = np.argsort(labels, kind="stable")
+        self._begin = np.searchsorted(labels[self._images], np.arange(count + 1))
+
+    def labelled(self, wanted: range | np.ndarray) -> np.ndarray:
+        """Image numbers whose label is in ``wanted``, by label, then in file order."""
+        return np.concatenate([self._images[self._begin[label] : self._begin[label + 1]] for label in wanted])
