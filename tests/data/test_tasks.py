@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import tiny_config
 from utils.data.splits import Dataset, ImageArray
 from utils.data.tasks import LearnedClasses, check_new_names, class_order, make_stream, next_task, task_sizes
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
 
 
 def dataset(labels: list[int], test_labels: list[int], classes: int) -> Dataset:
@@ -135,3 +135,10 @@ def test_in_domain_runs_known_classes_and_domains_keep_the_spelling_of_the_saved
     assert stream.class_names == ("cat", "dog") and stream.domains == ("photo", "Sketch")
     assert stream.row_class.tolist() == [0, 1, 0, 1]
     assert [task.test.tolist() for task in stream.tasks] == [[0, 1], [2, 3]]
+
+
+def test_a_task_of_new_classes_brings_none_that_is_learned():
+    learned = LearnedClasses().with_task(["cat", "dog"])
+    with pytest.raises(DataError, match="class 'dog' is learned already"):
+        learned.with_task(["cow", "dog"])
+    assert learned.with_task(["cow"]).class_names == ("cat", "dog", "cow")

@@ -190,7 +190,7 @@ def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClas
     class_names = (*learned.class_names, *new_names)
     rank = _places(data.class_names, class_names, "class")  # label -> place in the learned order
     train, test = rank[data.train.labels], rank[data.test.labels]
-    of_train, of_test = (_Images(labels, len(class_names)) for labels in (train, test))
+    of_train, of_test = _Images(train), _Images(test)
     old = ((rows, of_test.labelled(learned.row_class[rows])) for rows in learned.task_rows)
     tasks = [_old_task(index, rows, images, test[images]) for index, (rows, images) in enumerate(old)]
     first = learned.rows
@@ -217,9 +217,7 @@ def _domain_stream(data: Dataset, config: Config, seed: int, learned: LearnedCla
     train_task, test_task = domain_task[data.train_domains], domain_task[data.test_domains]
     train, test = rank[data.train.labels], rank[data.test.labels]
     tasks, count = [], len(class_names)  # a class of a domain has the label domain · count + class
-    of_train, of_test = (
-        _Images(t * count + c, len(learned.domains) * count) for t, c in ((train_task, train), (test_task, test))
-    )
+    of_train, of_test = _Images(train_task * count + train), _Images(test_task * count + test)
     for index, rows in enumerate(learned.task_rows):
         classes = learned.row_class[rows]
         train_images, test_images = (of.labelled(index * count + classes) for of in (of_train, of_test))
@@ -261,12 +259,13 @@ def _places(names: Sequence[str], order: Sequence[str], what: str) -> np.ndarray
 
 
 class _Images:
-    """The images of each label from 0 to ``count - 1``, found by sorting the images' labels once."""
+    """The images of each label, found by sorting the images' labels once."""
 
-    def __init__(self, labels: np.ndarray, count: int) -> None:
+    def __init__(self, labels: np.ndarray) -> None:
         self._images = np.argsort(labels, kind="stable")
-        self._begin = np.searchsorted(labels[self._images], np.arange(count + 1))
+        self._labels = labels[self._images]
 
     def labelled(self, wanted: range | np.ndarray) -> np.ndarray:
         """Image numbers whose label is in ``wanted``, by label, then in file order."""
-        return np.concatenate([self._images[self._begin[label] : self._begin[label + 1]] for label in wanted])
+        begin, end = (np.searchsorted(self._labels, wanted, side=side) for side in ("left", "right"))
+        return np.concatenate([self._images[first:last] for first, last in zip(begin, end, strict=True)])
