@@ -8,6 +8,7 @@ from pathlib import Path
 from utils.cli import Parser, exit_process, run_command
 from utils.config import Config, load_config
 from utils.grid import make_grid
+from utils.hardware import use_full_fp32
 from utils.reference import methods_help
 
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
@@ -51,7 +52,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.check_data:
         return _check_data(config, as_json=args.json)
     import trainer  # after the config is known to be good: this loads PyTorch
-    from utils.hardware import use_full_fp32
     from utils.logs import set_up_logging
 
     set_up_logging()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import DataError, UserError
+from utils.hardware import use_full_fp32
 
 if TYPE_CHECKING:
     from models.predictor import FileAnswers
@@ -33,9 +34,7 @@ def _checked_run(args: argparse.Namespace) -> int:
     if not args.paths:
         raise UserError("give images, folders, or - for a list on standard input")
     check_paths(args.paths)
-    from utils.hardware import use_full_fp32  # this loads PyTorch
-
-    use_full_fp32()
+    use_full_fp32()  # loads PyTorch
     return run(args)
 
 

@@ -8,15 +8,18 @@ STRIP = 64  # rows that are cut at the same column, so that a little more than t
 
 def packed(matrix: Tensor) -> Tensor:
     """``(size, size)``, of which the lower triangle counts, -> ``(numbers,)``: strips of rows up to the diagonal."""
-    ends = range(STRIP, len(matrix) + STRIP, STRIP)
-    return torch.cat([matrix[end - STRIP : end, :end].flatten() for end in ends])
+    return torch.cat([strip.flatten() for strip in _strips(matrix)])
 
 
 def unpacked(numbers: Tensor, size: int) -> Tensor:
     """``packed`` undone: ``(size, size)``, symmetric."""
-    matrix, done = numbers.new_zeros(size, size), 0
-    for end in range(STRIP, size + STRIP, STRIP):
-        strip = matrix[end - STRIP : end, :end]
-        strip.copy_(numbers[done : done + strip.numel()].view_as(strip))
-        done += strip.numel()
+    matrix = numbers.new_zeros(size, size)
+    strips = _strips(matrix)
+    for strip, part in zip(strips, numbers.split([strip.numel() for strip in strips]), strict=True):
+        strip.copy_(part.view_as(strip))
     return matrix.tril() + matrix.tril(-1).T
+
+
+def _strips(matrix: Tensor) -> list[Tensor]:
+    """The strips as views of the matrix."""
+    return [matrix[end - STRIP : end, :end] for end in range(STRIP, len(matrix) + STRIP, STRIP)]

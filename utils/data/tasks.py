@@ -191,8 +191,10 @@ def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClas
     rank = _places(data.class_names, class_names, "class")  # label -> place in the learned order
     train, test = rank[data.train.labels], rank[data.test.labels]
     of_train, of_test = _Images(train), _Images(test)
-    old = ((rows, of_test.labelled(learned.row_class[rows])) for rows in learned.task_rows)
-    tasks = [_old_task(index, rows, images, test[images]) for index, (rows, images) in enumerate(old)]
+    tasks: list[Task] = []
+    for rows in learned.task_rows:
+        images = of_test.labelled(learned.row_class[rows])
+        tasks.append(_old_task(len(tasks), rows, images, test[images]))
     first = learned.rows
     assert config.init_cls is not None and config.increment is not None  # the config has checked it
     for size in task_sizes(len(order), config.init_cls, config.increment):
