@@ -90,7 +90,7 @@ def _torchrun(config: Path, name: str, *options: str) -> Agent:
 def _two_nodes(config: Path) -> tuple[Agent, Agent]:
     """As docs/cluster.md starts two nodes, one rank on each; the first is the head.
 
-    Between machines torchrun tells the head by its name. Here both have that name, and whichever came first would be it.
+    Between machines torchrun tells the head by its name; here both have that name, and the faster one would be it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,12 @@ def test_wandb_holds_config_curves_summary_and_pictures_offline(tmp_path, monkey
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     a_run(WeightsAndBiases, tmp_path, [[record(90.0)], [record(90.0), record(80.0)]])
+    deadline = time.monotonic() + 30
     records = wandb_records(tmp_path / "run")
+    while not any(r.HasField("exit") for r in records):  # wandb's own process writes the end after finish has returned
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        records = wandb_records(tmp_path / "run")
     history = [
         {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item}
         for r in records
