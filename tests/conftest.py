@@ -1,5 +1,6 @@
 """Shared by all tests: tiny real images, a tiny config, a tiny frozen extractor. Nothing is ever downloaded."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 import main
+from backbone import create
+from backbone.forward import TimmModel
 from utils.config import Config, make_config
 from utils.hardware import available_cpus
-from utils.results import run_log
+from utils.results import record, run_log
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: tests' runs would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,6 +73,45 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+_draw_curves, _build = record.draw_curves, create._build
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_runs() -> Iterator[None]:
+    """What every run would do again for no test's sake is done once or not at all.
+
+    A random ViT, the same one in every run, is built once and copied; the picture beside a run's JSON is drawn where a
+    test asks for ``pictures``. Together they were half the time of a tiny run.
+    """
+    built = cache(lambda options, image_size: _build(dict(options), image_size))
+
+    def build(options: dict[str, Any], image_size: int) -> TimmModel:
+        made = torch.empty(0)  # a test may build without memory, or with tensors that only know their shapes
+        plain = type(made) is Tensor and made.device.type == "cpu"
+        if not plain or options["pretrained"] or options["model_name"] != TINY["backbone_type"]:
+            return _build(options, image_size)
+        return copy.deepcopy(built(tuple(options.items()), image_size))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(create, "_build", build)
+        patch.setattr(record, "draw_curves", lambda *_: None)
+        yield
+
+
+@contextmanager
+def curves_drawn() -> Iterator[None]:
+    """Runs draw their curves, as they do for users who have matplotlib."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "draw_curves", _draw_curves)
+        yield
+
+
+@pytest.fixture
+def pictures() -> Iterator[None]:
+    with curves_drawn():
+        yield
 
 
 def fork() -> int:
@@ -235,7 +278,7 @@ def finished_run(
         modules.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
         log_task(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with curves_drawn(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_log, "log_task", look)
         outcome = run_main(folder, data_path=str(digit_folder), cache_dir=str(folder / "cache"))
     return FinishedRun(outcome.code, outcome.config, outcome.folder, jsons, modules)

@@ -192,7 +192,7 @@ def without_matplotlib(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
 
 
-def test_without_matplotlib_a_run_says_so_and_goes_on(without_matplotlib, finished_run, tmp_path, caplog):
+def test_without_matplotlib_a_run_says_so_and_goes_on(without_matplotlib, pictures, finished_run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     report.draw_curves(RunPaths(tmp_path, "run"), finished_run.json())
     assert "pip install matplotlib" in caplog.text

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import re
+import shutil
 
 import pytest
 
@@ -135,9 +136,7 @@ def test_what_rounds_to_zero_has_no_sign(value, text):
 
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".epochs.csv", ".png"])
 @pytest.mark.parametrize("how", ["changed", "gone"])
-def test_a_report_that_differs_from_the_manifest_is_made_again(finished_run, run_main, tmp_path, suffix, how):
-    import shutil
-
+def test_a_report_that_differs_from_the_manifest_is_made_again(finished_run, run_main, tmp_path, pictures, suffix, how):
     for name in ("tosca", "logs"):
         shutil.copytree(finished_run.folder / name, tmp_path / name)
     keys = {name: finished_run.config[name] for name in ("data_path", "cache_dir")}

@@ -12,7 +12,7 @@ import pytest
 import main
 import trainer
 from models import preparation
-from tests.conftest import fork
+from tests.conftest import curves_drawn, fork
 from utils.errors import ConfigError, NumericError
 from utils.grid import make_grid
 from utils.results import record
@@ -170,7 +170,8 @@ def unkilled(run_main, killed_keys, tmp_path_factory) -> dict[str, Any]:
     """The end of a sweep that nothing disturbs."""
     assert run_main(tmp_path_factory.mktemp("fill"), **killed_keys).code == 0
     folder = tmp_path_factory.mktemp("unkilled")
-    assert run_main(folder, *KILLED_GRID, **killed_keys).code == 0
+    with curves_drawn():
+        assert run_main(folder, *KILLED_GRID, **killed_keys).code == 0
     return end_of(folder)
 
 
@@ -205,7 +206,7 @@ def killed_after_commits(run_main: Any, folder: Path, keys: dict[str, Any], comm
     ids=["half-way through the first cell", "after its last commit", "half-way through the last", "after the last"],
 )
 def test_a_sweep_killed_before_the_json_of_a_task_ends_as_one_that_nobody_killed(
-    run_main, killed_keys, unkilled, tmp_path, commits, status
+    run_main, killed_keys, unkilled, tmp_path, pictures, commits, status
 ):
     killed_after_commits(run_main, tmp_path, killed_keys, commits)
     left = [json.loads(path.read_text())["status"] for path in (tmp_path / "logs").rglob("*.json")]
