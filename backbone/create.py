@@ -3,13 +3,15 @@
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.forward import TimmModel
 from utils.errors import BackboneError
@@ -72,15 +74,22 @@ def resolve_name(given: str) -> str:
     )
 
 
-def create_model(name: str, image_size: int, pretrained: bool = False) -> TimmModel:
+def create_model(name: str, image_size: int, pretrained: bool = False, *, drawn: bool = True) -> TimmModel:
     """Build the timm model ``name`` without its classification head.
+
+    Args:
+        name: of the model, resolved.
+        image_size: side of its images in pixels.
+        pretrained: fetch the weights that timm names.
+        drawn: let weights begin with random numbers; else they are zeros, for others that are loaded over them.
 
     Raises:
         BackboneError: weights that cannot be had, or an image size that does not fit.
     """
     build = BUNDLED[name]["build"] if name in BUNDLED else {"model_name": name}
     # a random ViT (pretrained: false) is the same one in every run
-    with fixed_seed(0), _quiet(), _short_of_the_hub(name, pretrained):
+    beginning = nullcontext() if drawn and not pretrained else _Undrawn()  # type: ignore[no-untyped-call]
+    with fixed_seed(0), beginning, _quiet(), _short_of_the_hub(name, pretrained):
         try:
             model = _build({**build, "pretrained": pretrained, "num_classes": 0}, image_size)
         except Exception as error:
@@ -98,6 +107,19 @@ def create_model(name: str, image_size: int, pretrained: bool = False) -> TimmMo
     if grid is not None and min(grid) < 1:
         raise BackboneError(f"image_size {image_size} is smaller than one patch of {name!r}")
     return model
+
+
+class _Undrawn(TorchDispatchMode):
+    """Zeros in place of random numbers: to draw those of a ViT-B/16 takes a second at each start."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].zero_()
+        if func is torch.ops.aten.erfinv_.default:  # of 0 it is 0; truncated normal numbers come by way of it
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _build(options: dict[str, Any], image_size: int) -> TimmModel:

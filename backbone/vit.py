@@ -97,7 +97,7 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
     if not config.pretrained and not config.backbone_weights:
         model = create_model(name, config.image_size)
     elif config.backbone_weights or name in BUNDLED:
-        model = create_model(name, config.image_size)
+        model = create_model(name, config.image_size, drawn=False)
         load_weights(model, Path(config.backbone_weights or BUNDLED[name]["weights"]))
     else:
         name = with_tag(name)

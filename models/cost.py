@@ -98,7 +98,7 @@ def whole_forward_flops(name: str, image_size: int) -> int:
         with torch.device("meta"):
             model = create_model(name, image_size)
     except BackboneError:  # some versions of timm compute numbers while they build
-        model = create_model(name, image_size).to("meta")
+        model = create_model(name, image_size, drawn=False).to("meta")
     with torch.device("meta"), torch.no_grad():
         return count_flops(lambda: model.eval()(torch.empty(1, 3, image_size, image_size)))
 

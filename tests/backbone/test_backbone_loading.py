@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from backbone.create import POOLINGS, with_tag
+from backbone.create import POOLINGS, create_model, with_tag
 from backbone.vit import load_backbone, resolve_device, resolve_precision
 from tests.conftest import tiny_config
 from utils.errors import BackboneError
@@ -375,12 +375,27 @@ def test_an_image_size_that_no_patch_fits_into_is_an_error():
 
 
 def test_a_random_vit_is_the_same_one_every_time_and_leaves_the_generator_alone():
+    config = tiny_config(backbone_type="deit_tiny_patch16_224")  # tests/conftest.py builds the other one once
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = load().weights_sha256
+    first = load_backbone(config, CPU).weights_sha256
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert load().weights_sha256 == first
+    assert load_backbone(config, CPU).weights_sha256 == first
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"],
+)
+def test_weights_that_are_loaded_over_are_not_drawn_and_all_else_is_as_if_they_were(name):
+    drawn, undrawn = create_model(name, 224), create_model(name, 224, drawn=False)
+    values = dict(drawn.named_parameters())
+    for key, value in undrawn.named_parameters():
+        assert torch.equal(value, values[key]) or not value.any(), key
+    assert not any(value.any() for key, value in undrawn.named_parameters() if key.endswith("fc1.weight"))
+    buffers = dict(drawn.named_buffers())
+    assert all(torch.equal(value, buffers.pop(key)) for key, value in undrawn.named_buffers()) and not buffers
 
 
 def test_the_backbone_is_frozen_and_in_evaluation_mode():
