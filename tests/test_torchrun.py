@@ -128,7 +128,7 @@ class Reference:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory, make_folder: FolderMaker) -> Reference:
     folder = tmp_path_factory.mktemp("one")
-    data = make_folder(folder / "data", train=30, test=3)
+    data = make_folder(folder / "data", train=15, test=3)
     with handlers_restored():
         assert main([f"--config={_config(folder / 'run', data_path=str(data))}"]) == 0
     return Reference(data, folder / "run")
