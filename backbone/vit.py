@@ -13,6 +13,7 @@ from backbone.forward import TimmModel, make_features
 from backbone.weights import load_weights
 from utils.config import Config
 from utils.errors import BackboneError
+from utils.hardware import available_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def resolve_device(config: Config, local_rank: int = 0, ranks: int = 1) -> torch
     name = names[local_rank % len(names)] if len(names) > 1 else names[0]
     if name in ("-1", "cpu"):
         return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = available_accelerator()
     if accelerator is None:
         log.warning("device %s: this machine has no accelerator that PyTorch can use; running on the CPU", name)
         return torch.device("cpu")

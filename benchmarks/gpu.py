@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,13 +32,13 @@ from backbone.create import create_model
 from backbone.forward import PlainFeatures, TimmModel, make_features
 from backbone.vit import load_backbone
 from benchmarks.gpu_learning import Problem, run_seconds, step_times
-from benchmarks.images import forget_peak, machine, make_jpegs, peak_bytes
+from benchmarks.images import machine, make_jpegs
 from benchmarks.loading import jobs_of, loader_rate
 from benchmarks.pipeline import pipeline_seconds
 from utils.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.transforms import Transforms
-from utils.hardware import default_workers, use_full_fp32
+from utils.hardware import available_accelerator, default_workers, forget_peak, peak_bytes, use_full_fp32
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -99,17 +98,6 @@ def seconds(work: Callable[[], object], device: torch.device, rounds: int = 3) -
     return statistics.median(taken[1:])
 
 
-@contextmanager
-def peak_megabytes(device: torch.device) -> Iterator[Callable[[], float]]:
-    """The most memory that was taken within; call what this yields to read it."""
-    if device.type == "cpu":
-        forget_peak()
-        yield lambda: peak_bytes() / 1e6
-    else:
-        torch.accelerator.reset_peak_memory_stats(device)
-        yield lambda: torch.accelerator.max_memory_allocated(device) / 1e6
-
-
 # -- the backbone ------------------------------------------------------------------------------------------------------
 
 
@@ -137,16 +125,16 @@ def measure_forwards(sizes: Sizes, device: torch.device) -> tuple[list[Line], fl
     exact = None
     for name, forward in forwards_of(model, sizes, device):
         started = time.perf_counter()
-        with peak_megabytes(device) as peak:
-            try:
-                rows = forward(images)
-                wait(device)
-            except Exception as error:  # a compiler that is missing or fails, whatever it raises
-                lines.append(Line(name, "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
-                continue
-            first = time.perf_counter() - started
-            rates[name] = sizes.batch / seconds(partial(forward, images), device, sizes.batches)
-            megabytes = peak()
+        forget_peak(device)
+        try:
+            rows = forward(images)
+            wait(device)
+        except Exception as error:  # a compiler that is missing or fails, whatever it raises
+            lines.append(Line(name, "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
+            continue
+        first = time.perf_counter() - started
+        rates[name] = sizes.batch / seconds(partial(forward, images), device, sizes.batches)
+        megabytes = peak_bytes(device) / 1e6
         exact = rows if exact is None else exact
         cosine = F.cosine_similarity(exact, rows).min().item()
         base = rates["timm, bf16 autocast" if "bf16" in name else "timm, fp32"]
@@ -223,9 +211,9 @@ def measure_loading(sizes: Sizes, device: torch.device, forward_rate: float) -> 
         jobs, workers = jobs_of(data, Transforms(sizes.image_size, 0), sizes.views), max(1, default_workers())
         loaded = loader_rate(jobs, workers, True, sizes.loader_seconds)
         forwards = sizes.images * sizes.views
-        with peak_megabytes(device) as peak:
-            filled = forwards / pipeline_seconds(data, backbone, sizes.image_size, forwards)
-            megabytes = peak()
+        forget_peak(device)
+        filled = forwards / pipeline_seconds(data, backbone, sizes.image_size, forwards)
+        megabytes = peak_bytes(device) / 1e6
     waits = "the loaders wait for the forward" if loaded > forward_rate else "the forward waits for the loaders"
     return [
         Line(f"loaders, {workers} processes", f"{loaded:,.0f} views/s", f"{loaded / forward_rate:.2f} x it: {waits}"),
@@ -251,11 +239,9 @@ def measure(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, list[Line
             for name, value in times.items()
         ],
     )
-    with peak_megabytes(device) as peak:
-        phases = run_seconds(sizes.problem, device)
-        megabytes = peak()
-    run = [Line(phase, f"{value:.1f} s") for phase, value in phases.items()]
-    yield f"run of {sizes.problem.tasks} tasks", [*run, Line("peak memory", f"{megabytes:,.0f} MB")]
+    forget_peak(device)
+    run = [Line(phase, f"{value:.1f} s") for phase, value in run_seconds(sizes.problem, device).items()]
+    yield f"run of {sizes.problem.tasks} tasks", [*run, Line("peak memory", f"{peak_bytes(device) / 1e6:,.0f} MB")]
 
 
 def note_of_step(value: float | str, plain: float | str) -> str:
@@ -276,11 +262,11 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, cuda:1, xpu, cpu ...; by default this machine's accelerator")
     parser.add_argument("--small", action="store_true", help="toy sizes, for a look at whether all of it runs")
     args = parser.parse_args()
-    device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(args.device) if args.device else available_accelerator()
     if device is None:
         parser.error("this machine has no accelerator that PyTorch can use; --device cpu --small runs the same lines")
     if device.index is not None:
-        torch.accelerator.set_device_index(device.index)  # streams, clocks and graphs are the current device's
+        torch.get_device_module(device).set_device(device.index)  # streams, clocks and graphs are the current device's
     logging.disable()
     use_full_fp32()
     started = time.monotonic()

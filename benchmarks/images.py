@@ -1,7 +1,6 @@
 """What several benchmarks need: image folders made on the fly, how busy the machine is, whole processes."""
 
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -45,22 +44,6 @@ def timed_process(*arguments: str) -> float:
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return seconds
-
-
-def forget_peak() -> None:
-    """Let ``peak_bytes`` count from now on, where the system can do that."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it started this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_bytes() -> int:

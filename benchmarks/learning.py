@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import make_luca
-from benchmarks.images import machine, peak_bytes, resident_bytes
+from benchmarks.images import machine, resident_bytes
 from models.steps import build_optimizer
 from models.tosca import TOSCA
 from models.training import Epoch, build_schedule, shuffled_epochs, train
 from utils.config import Config, make_config
-from utils.hardware import single_thread
+from utils.hardware import peak_bytes, single_thread
 
 TASKS, CLASSES_EACH, IMAGES, TEST_IMAGES, DIM, BATCH = 20, 5, 2500, 10_000, 768, 48
 CLASSES = TASKS * CLASSES_EACH

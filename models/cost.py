@@ -8,12 +8,10 @@ module at inference.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from utils.config import Config
 from utils.data.tasks import Task, TaskStream
 from utils.errors import BackboneError
 from utils.features.extraction import FeatureExtractor
+from utils.hardware import forget_peak, peak_bytes
 from utils.results.cost import (
     AS_PUBLISHED,
     EVAL_MS,
@@ -220,31 +219,3 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
             torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:]) * 1000
-
-
-def forget_peak(device: torch.device) -> None:
-    """Let ``peak_bytes`` begin anew, where the system can: on a GPU, and for a process under Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(OSError):  # a /proc that is read-only or hidden: the peak is that since the process began
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> float:
-    """Return the most memory since ``forget_peak``: on a GPU what tensors took there, else what the whole process took.
-
-    Where the system cannot begin anew it is the most since the process began.
-    """
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return 0.0  # the system does not say
-    if sys.platform == "linux":
-        with suppress(OSError, StopIteration):  # getrusage keeps peaks of before
-            status = Path("/proc/self/status").read_text().splitlines()
-            return float(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)

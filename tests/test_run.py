@@ -342,7 +342,7 @@ def test_by_default_every_epoch_has_views_of_its_own(digit_folder, run_main, tmp
 def test_a_config_of_the_release_runs_without_an_accelerator_with_one_warning(
     digit_folder, run_main, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     outcome = run_main(tmp_path, data_path=str(digit_folder), device=["0"], prefix="reproduce")
     assert outcome.code == 0
     folder = tmp_path / "logs" / "tosca" / "imagefolder" / "0" / "2"

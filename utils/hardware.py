@@ -1,11 +1,13 @@
-"""What the machine offers: CPUs, loaders, batch sizes, and the other processes of a ``torchrun``."""
+"""What the machine offers: CPUs, accelerators, memory, batch sizes, and the other processes of a ``torchrun``."""
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
@@ -93,6 +95,13 @@ def joined_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def available_accelerator() -> "torch.device | None":
+    """The kind of accelerator that PyTorch can use here; None where there is none."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def available_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -104,6 +113,44 @@ def total_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def forget_peak(device: "torch.device | None" = None) -> None:
+    """Let ``peak_bytes`` begin anew, where the system can: on a GPU, and for a process under Linux."""
+    if memory := _memory_of(device):
+        memory.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):  # a /proc that is read-only or hidden: the peak is that since the process began
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: "torch.device | None" = None) -> int:
+    """The most memory since ``forget_peak``: on a GPU what tensors took there, else what the whole process took.
+
+    Where the system cannot begin anew it is the most since the process began.
+    """
+    if memory := _memory_of(device):
+        return int(memory.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0  # the system does not say
+    if sys.platform == "linux":
+        with suppress(OSError, StopIteration):  # getrusage keeps peaks of before, and what the parent held
+            status = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _memory_of(device: "torch.device | None") -> Any:
+    """PyTorch's module for ``device`` if that keeps count of memory, else None."""
+    if device is None or device.type == "cpu":
+        return None
+    import torch
+
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "reset_peak_memory_stats") else None
 
 
 def default_batch_size(device: "torch.device", image_size: int = 224) -> int:

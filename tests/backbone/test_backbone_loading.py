@@ -420,7 +420,7 @@ def test_pixels_are_between_0_and_1_and_normalised_only_when_asked(normalize, im
 
 @pytest.fixture
 def no_accelerator(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
 
 
 @pytest.mark.parametrize("device", ["-1", "cpu", ["-1"], -1])
@@ -441,7 +441,8 @@ def test_several_devices_are_refused_with_the_way_to_use_them(no_accelerator):
 
 
 def test_the_number_of_an_accelerator_is_checked(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     assert resolve_device(tiny_config(device=["1"])) == torch.device("cuda", 1)
     with pytest.raises(BackboneError, match=r"device 2 does not exist.* has 2 cuda"):

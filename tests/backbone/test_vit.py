@@ -236,7 +236,8 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyP
 
 def test_minus_one_and_cpu_are_the_cpu_and_each_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device(tiny_config(device="-1")) == resolve_device(tiny_config(device="cpu")) == CPU
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     assert resolve_device(tiny_config(device=["3"])) == torch.device("xpu", 3)
     assert resolve_device(tiny_config(device=["3", "1"]), local_rank=1, ranks=2) == torch.device("xpu", 1)

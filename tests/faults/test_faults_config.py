@@ -94,7 +94,8 @@ def test_an_impossible_value_is_one_line_and_exit_code_2_and_nothing_is_written(
 
 
 def test_a_cuda_device_that_is_absent_is_one_line(run, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     error = run(device=["5"]).error
     assert "device 5 does not exist: this machine has 2 cuda device(s), 0 to 1" in error

@@ -16,15 +16,14 @@ from models.cost import (
     CostMeter,
     FlopCounter,
     count_flops,
-    forget_peak,
     luca_flops,
-    peak_bytes,
     step_flops,
     training_flops,
     whole_forward_flops,
 )
 from tests.conftest import tiny_config
 from utils.data.tasks import Task
+from utils.hardware import forget_peak, peak_bytes
 from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PEAK_MB, PUBLISHED_COLUMNS, TRAIN
 
 DIM, ROWS, HIDDEN = 768, 10, 48
@@ -113,11 +112,11 @@ def test_training_counts_every_image_in_every_epoch_and_once_for_the_prototypes(
 def test_the_peak_of_learning_is_not_that_of_what_the_process_did_before():
     device, megabyte = torch.device("cpu"), 1 << 20
     before = torch.ones(96 * megabyte)  # 384 MB
-    whole = peak_bytes(device) / megabyte
+    whole = peak_bytes() / megabyte
     del before
     meter = CostMeter(tiny_config(model_name="simplecil"), SimpleNamespace(device=device), None, {})
-    forget_peak(device)
-    start = peak_bytes(device) / megabyte
+    forget_peak()
+    start = peak_bytes() / megabyte
     with meter.learning():
         learning = torch.ones(16 * megabyte)
     assert whole - start > 300
@@ -128,6 +127,15 @@ def test_the_peak_of_learning_is_not_that_of_what_the_process_did_before():
     with meter.learning():
         pass
     assert meter.counted[PEAK_MB] - start < 90  # what came between two tasks is none of learning
+
+
+def test_the_peak_of_an_accelerator_is_what_its_tensors_took(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2_000_000 + device.index)
+    device = torch.device("cuda", 3)
+    forget_peak(device)
+    assert forgotten == [device] and peak_bytes(device) == 2_000_003
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
