@@ -2,10 +2,11 @@
 
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ class Ranks:
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+    # What was sent last. Gloo's threads hold a tensor for a moment longer than the call; if theirs were the last
+    # reference, they would need the interpreter, which the end of the group keeps while it waits for them (torch 2.6).
+    _sent: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -49,12 +53,18 @@ class Ranks:
         """
         if self.count == 1:
             return value
+        import torch
         import torch.distributed as dist
 
-        box = [value]
+        packed = torch.frombuffer(bytearray(pickle.dumps(value) if self.first else b"?"), dtype=torch.uint8)
+        self._sent[:] = [size := torch.tensor(len(packed))]
         with _ended_rank_named():
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+            dist.broadcast(size, src=0)
+            if not self.first:
+                packed = torch.empty(int(size), dtype=torch.uint8)
+            self._sent.append(packed)
+            dist.broadcast(packed, src=0)
+        return value if self.first else pickle.loads(packed.numpy().data)
 
 
 ONE_RANK = Ranks()
