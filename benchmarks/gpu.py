@@ -265,12 +265,12 @@ def main() -> None:
     device = torch.device(args.device) if args.device else available_accelerator()
     if device is None:
         parser.error("this machine has no accelerator that PyTorch can use; --device cpu --small runs the same lines")
+    module = torch.get_device_module(device)
     if device.index is not None:
-        torch.get_device_module(device).set_device(device.index)  # streams, clocks and graphs are the current device's
+        module.set_device(device.index)  # streams, clocks and graphs are the current device's
     logging.disable()
     use_full_fp32()
     started = time.monotonic()
-    module = torch.get_device_module(device)
     card = module.get_device_name(device) if hasattr(module, "get_device_name") else "no accelerator"
     sizes = SMALL if args.small else FULL
     print(f"{card} ({device}), PyTorch {torch.__version__}, {machine()}")

@@ -84,7 +84,7 @@ def quick_runs() -> Iterator[None]:
     """What every run would do again for no test's sake is done once or not at all.
 
     A random ViT, the same one in every run, is built once and copied; the picture beside a run's JSON is drawn where a
-    test asks for ``pictures``. Together they were half the time of a tiny run.
+    test asks for ``pictures``. Together they were two fifths of the time of a tiny run.
     """
     built = cache(lambda options, image_size: _build(dict(options), image_size))
 

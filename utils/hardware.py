@@ -56,7 +56,7 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        packed = torch.frombuffer(bytearray(pickle.dumps(value) if self.first else b"?"), dtype=torch.uint8)
+        packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         self._sent[:] = [size := torch.tensor(len(packed))]
         with _ended_rank_named():
             dist.broadcast(size, src=0)

@@ -112,6 +112,8 @@ def wandb_records(folder: Path) -> list[Any]:
             position += left
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        if position + 7 + length > len(data):
+            break  # this one is not yet written to its end
         part += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
