@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import Parser, exit_process, run_command
-from utils.config import Config, load_config
-from utils.grid import make_grid
+from utils.config.config import Config, load_config
+from utils.config.grid import make_grid
+from utils.config.reference import methods_help
 from utils.hardware import use_full_fp32
-from utils.reference import methods_help
 
 DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
 

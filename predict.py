@@ -13,7 +13,7 @@ from utils.errors import DataError, UserError
 from utils.hardware import use_full_fp32
 
 if TYPE_CHECKING:
-    from models.predictor import FileAnswers
+    from models.api.predictor import FileAnswers
     from utils.data.folders import Unused
     from utils.results.answers import FeatureFile, Form
 
@@ -43,7 +43,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.paths:
         raise UserError("--export writes the model and answers no image: leave out the paths")
     from models import ContinualClassifier
-    from models.export import export
+    from models.api.export import export
 
     model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
     path = export(model, args.export, args.selection)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     """Load the run, answer image after image, return the exit code."""
     from models import ContinualClassifier
     from utils.data.folders import Unused, find_images
-    from utils.progress import progress
+    from utils.logs import progress
     from utils.results.answers import FORMATS, FeatureFile
 
     unused = Unused()

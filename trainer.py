@@ -16,13 +16,12 @@ from models.evaluation import evaluate
 from models.preparation import prepare, wanted_features
 from models.task_data import BankTask
 from utils.cli import Stopped, fault_of
-from utils.config import Config
+from utils.config.config import Config
+from utils.config.grid import Cell
 from utils.data.tasks import TaskStream
 from utils.errors import ConfigError, NumericError
-from utils.grid import Cell
-from utils.hardware import ONE_RANK, Ranks, joined_ranks
-from utils.logs import logging_to
-from utils.progress import epoch_bar
+from utils.logs import epoch_bar, logging_to
+from utils.ranks import ONE_RANK, Ranks, joined_ranks
 from utils.results import record, run_log
 from utils.results.predictions import write_predictions
 from utils.results.tracker import Tracker, tracking

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backbone.compiling import Forward, compiled
 from backbone.create import BUNDLED, POOLINGS, choose_pooling, create_model, pooling_of, resolve_name, with_tag
 from backbone.forward import TimmModel, make_features
 from backbone.weights import load_weights
-from utils.config import Config
+from utils.config.config import Config
 from utils.errors import BackboneError
 from utils.hardware import available_accelerator
 
@@ -42,7 +41,6 @@ class Backbone:
         normalize: bool,
         pooling: str = "token",
         default_pooling: str | None = None,
-        compile: str | bool = False,
     ) -> None:
         self.name, self.device, self.precision, self.normalize = name, device, precision, normalize
         self.feature_dim: int = model.num_features if not hasattr(model, "head_hidden_size") else model.head_hidden_size
@@ -51,8 +49,6 @@ class Backbone:
         self.weights_sha256 = _sha256(model)
         self.model = model
         self.features = make_features(model, precision=precision, normalize=normalize).to(device)
-        self._compile = compile
-        self._compiled: Forward | None = None
         numerics = self.features.numerics
         self.variant: dict[str, str] = {"numerics": numerics} if numerics else {}
         if default_pooling is not None and pooling != default_pooling:
@@ -73,19 +69,8 @@ class Backbone:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 on any device -> ``(images, feature_dim)`` float32 on the backbone's device."""
-        forward = self._compiled or self.features
-        features: Tensor = forward(images.to(self.device, non_blocking=True))
+        features: Tensor = self.features(images.to(self.device, non_blocking=True))
         return features
-
-    def prepare(self, forwards: int, batch_size: int, image_size: int) -> None:
-        """Get ready for ``forwards`` images that will come in such batches: compile, as the key ``compile`` says."""
-        if self._compile is not False and forwards:
-            drawn = torch.Generator().manual_seed(0)  # the global generator is the run's
-            shape = (batch_size, 3, image_size, image_size)
-            batch = torch.randint(0, 256, shape, dtype=torch.uint8, generator=drawn).to(self.device)
-            self._compiled = compiled(
-                self.features, mode=self._compile, forwards=forwards, batch=batch, precision=self.precision
-            )
 
 
 def load_backbone(config: Config, device: torch.device) -> Backbone:
@@ -117,7 +102,6 @@ def load_backbone(config: Config, device: torch.device) -> Backbone:
         normalize=config.normalize,
         pooling=pooling,
         default_pooling=default_pooling,
-        compile=config.compile,
     )
 
 

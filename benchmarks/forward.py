@@ -27,7 +27,7 @@ from backbone.forward import PlainFeatures, TimmModel, cls_features, make_featur
 from backbone.half import HALF
 from backbone.vit import load_backbone
 from benchmarks.images import machine
-from utils.config import make_config
+from utils.config.config import make_config
 
 IMAGES = 64  # that the cosines are taken over
 

@@ -35,7 +35,7 @@ from benchmarks.gpu_learning import Problem, run_seconds, step_times
 from benchmarks.images import machine, make_jpegs
 from benchmarks.loading import jobs_of, loader_rate
 from benchmarks.pipeline import pipeline_seconds
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.transforms import Transforms
 from utils.hardware import available_accelerator, default_workers, forget_peak, peak_bytes, use_full_fp32

@@ -14,11 +14,11 @@ from torch import Tensor
 import trainer
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, make_luca
-from models.steps import AutogradStep, LucaStep, Step
-from utils.config import make_config
+from models.fast_step import AutogradStep, LucaStep, Step
+from utils.config.config import make_config
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset, ImageArray
-from utils.hardware import ONE_RANK
+from utils.ranks import ONE_RANK
 from utils.runs.setup import Setup
 
 BATCH, ROWS = 48, 50
@@ -147,12 +147,11 @@ class Projection:
     pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
 
-    def prepare(self, forwards: int, batch_size: int, image_size: int) -> None:
-        drawn = torch.Generator().manual_seed(0)
-        self._weight = torch.randn(3 * image_size**2, self.feature_dim, generator=drawn).to(self.device)
-
     def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(self.device).float() / 255 - 0.5).flatten(1) @ self._weight
+        pixels = (images.to(self.device).float() / 255 - 0.5).flatten(1)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(pixels.shape[1], self.feature_dim, generator=generator) / pixels.shape[1] ** 0.5
+        return pixels @ weight.to(self.device)
 
 
 def made_images(problem: Problem) -> Dataset:

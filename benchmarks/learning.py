@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import make_luca
 from benchmarks.images import machine, resident_bytes
-from models.steps import build_optimizer
+from models.fast_step import build_optimizer
 from models.tosca import TOSCA
 from models.training import Epoch, build_schedule, shuffled_epochs, train
-from utils.config import Config, make_config
+from utils.config.config import Config, make_config
 from utils.hardware import peak_bytes, single_thread
 
 TASKS, CLASSES_EACH, IMAGES, TEST_IMAGES, DIM, BATCH = 20, 5, 2500, 10_000, 768, 48

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.images import machine, make_jpegs
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.loader import load_ahead

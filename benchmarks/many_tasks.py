@@ -24,8 +24,9 @@ import trainer
 from benchmarks.images import machine
 from benchmarks.pages import add_write_option, exponent, publish
 from models.preparation import prepare, wanted_features
-from utils.config import make_config
-from utils.hardware import ONE_RANK, single_thread
+from utils.config.config import make_config
+from utils.hardware import single_thread
+from utils.ranks import ONE_RANK
 from utils.results import record
 from utils.runs.manifest import RunManifest
 from utils.runs.paths import RunPaths

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import ROOT, machine, make_jpegs, resident_bytes
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.features.arrays import TEST_VIEW

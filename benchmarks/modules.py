@@ -23,7 +23,7 @@ from backbone.luca import make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import ROOT, machine, resident_bytes
 from models.tosca import TOSCA
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.hardware import forget_peak, peak_bytes
 
 SAMPLES, CLASSES_EACH, DIM = 256, 10, 768

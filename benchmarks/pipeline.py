@@ -26,7 +26,7 @@ from torch import Tensor
 from backbone.forward import PlainFeatures
 from backbone.vit import Backbone, load_backbone, resolve_device, resolve_precision
 from benchmarks.images import machine, make_jpegs
-from utils.config import Config, make_config
+from utils.config.config import Config, make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset

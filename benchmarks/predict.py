@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))  # run as a script: the project is one folder up
 
 from backbone.luca import make_luca  # noqa: E402
 from backbone.vit import load_backbone, resolve_device  # noqa: E402
-from models.continual import ContinualClassifier  # noqa: E402
+from models.api.classifier import ContinualClassifier  # noqa: E402
 from models.tosca import TOSCA  # noqa: E402
-from utils.config import Config, make_config  # noqa: E402
+from utils.config.config import Config, make_config  # noqa: E402
 from utils.hardware import default_batch_size  # noqa: E402
 from utils.runs.manifest import RunManifest, TaskRecord  # noqa: E402
 

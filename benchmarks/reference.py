@@ -31,11 +31,11 @@ from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs, timed_process
-from models.modular import entropy
-from models.steps import build_optimizer, l1_norm
+from models.fast_step import build_optimizer, l1_norm
+from models.selection import entropy
 from models.tosca import class_means
 from models.training import build_schedule
-from utils.config import Config, load_config
+from utils.config.config import Config, load_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import Task, make_stream
 from utils.hardware import default_workers

@@ -27,7 +27,7 @@ from benchmarks.images import machine
 from benchmarks.pages import add_write_option, exponent, publish
 from models.evaluation import evaluate
 from models.tosca import TOSCA
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import make_stream

@@ -15,7 +15,7 @@ from benchmarks.pages import add_write_option, publish
 from models.base import SAMPLES
 from models.streaming.packed import packed
 from models.tosca import ROUTER_WIDTH
-from utils.config import load_config
+from utils.config.config import load_config
 from utils.data.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent

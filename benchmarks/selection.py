@@ -25,10 +25,10 @@ from models.streaming.lda import StreamingLDA
 from models.task_data import BankTask
 from models.tosca import TOSCA
 from utils.cli import run_command
-from utils.config import Config, load_config
+from utils.config.config import Config, load_config
 from utils.data.tasks import Task, make_stream
 from utils.features.arrays import TEST_VIEW
-from utils.hardware import Ranks
+from utils.ranks import Ranks
 from utils.results.metrics import mean_std
 from utils.runs.setup import Setup
 from utils.seeds import derive_seed

@@ -30,10 +30,10 @@ from models.task_data import BankTask
 from models.tosca_white import WhiteTOSCA
 from models.training import Epoch, shuffled_epochs
 from utils.cli import run_command
-from utils.config import Config, load_config
+from utils.config.config import Config, load_config
 from utils.data.tasks import Task
 from utils.features.arrays import TEST_VIEW
-from utils.hardware import Ranks
+from utils.ranks import Ranks
 from utils.results import metrics
 from utils.results.statistics import paired
 from utils.runs.setup import Setup

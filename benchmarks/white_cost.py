@@ -23,7 +23,7 @@ from models.base import Learner
 from models.streaming.ridge import RandomRidge
 from models.tosca import TOSCA
 from models.tosca_white import WhiteTOSCA
-from utils.config import Config, make_config
+from utils.config.config import Config, make_config
 
 DIM, CLASSES = 768, 10
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from models.host_values import host_values
-from models.streaming import state_below
-from utils.config import Config
+from models.streaming.packed import state_below
+from utils.config.config import Config
+from utils.config.methods import SELECTIONS
 from utils.errors import ConfigError
-from utils.methods import SELECTIONS
 from utils.runs.manifest import EpochStats
 
 SAMPLES = 240  # that are answered at a time

@@ -24,7 +24,7 @@ from backbone.create import create_model
 from backbone.luca import LuCA, make_luca
 from models.base import Learner
 from models.training import train
-from utils.config import Config
+from utils.config.config import Config
 from utils.data.tasks import Task, TaskStream
 from utils.errors import BackboneError
 from utils.features.extraction import FeatureExtractor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.base import Learner, Prediction
-from models.modular import ModularLearner
+from models.selection import ModularLearner
 from utils.data.tasks import TaskStream
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank

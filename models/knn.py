@@ -12,9 +12,9 @@ from torch import Tensor
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.lda import finite_float64, float64_device
 from models.streaming.means import appended
-from utils.config import Config
-from utils.keys import Key
-from utils.methods import Method
+from utils.config.config import Config
+from utils.config.keys import Key
+from utils.config.methods import Method
 
 METHOD = Method(
     "knn",

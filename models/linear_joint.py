@@ -12,9 +12,9 @@ from torch import Tensor
 from models.base import Learner, OnEpoch, TaskData
 from models.host_values import all_finite
 from models.streaming.lda import finite_float64, float64_device
-from utils.config import Config
+from utils.config.config import Config
+from utils.config.methods import Method
 from utils.errors import NumericError
-from utils.methods import Method
 
 METHOD = Method(
     "linear_joint", "logistic regression on the images of all tasks at once: an upper bound", continual=False

@@ -11,8 +11,8 @@ from torch import Tensor
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.lda import float64_device
 from models.streaming.means import appended, row_means
-from utils.config import Config
-from utils.methods import Method
+from utils.config.config import Config
+from utils.config.methods import Method
 
 METHOD = Method("ncm_euclidean", "nearest class mean in the Euclidean metric; nothing is trained")
 

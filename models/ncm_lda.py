@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.lda import StreamingLDA
-from utils.config import Config
-from utils.methods import Method
+from utils.config.config import Config
+from utils.config.methods import Method
 
 METHOD = Method("ncm_lda", "streamed class means in the metric of one shared covariance")
 

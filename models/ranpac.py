@@ -15,8 +15,8 @@ from torch import Tensor
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.ridge import RandomRidge
 from models.streaming.ridge_pair import RidgePair
-from utils.config import Config
-from utils.methods import Key, Method
+from utils.config.config import Config
+from utils.config.methods import Key, Method
 from utils.seeds import derive_seed
 
 METHOD = Method(

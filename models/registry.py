@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from models.base import Learner
-from utils.config import Config
+from utils.config.config import Config
+from utils.config.methods import METHODS, read_method
 from utils.errors import DamagedRunError
 from utils.features.arrays import TEST_VIEW, View
 from utils.features.extraction import FeatureExtractor
-from utils.methods import METHODS, read_method
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
 from utils.runs.tensors import first_line

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
 from models.streaming.means import appended, row_means
-from utils.config import Config
-from utils.methods import Method
+from utils.config.config import Config
+from utils.config.methods import Method
 
 METHOD = Method("simplecil", "cosine similarity to the class means; nothing is trained")
 

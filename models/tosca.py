@@ -12,14 +12,14 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, TaskData
-from models.modular import ModularLearner
+from models.selection import ModularLearner
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
 from models.training import check_finite, shuffled_epochs, train
-from utils.config import Config
+from utils.config.config import Config
+from utils.config.methods import Method, Selection
 from utils.errors import NumericError
 from utils.hardware import single_thread
-from utils.methods import Method, Selection
 from utils.seeds import derive_seed
 
 METHOD = Method(

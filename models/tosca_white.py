@@ -20,16 +20,16 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA, luca_stacked
 from models.base import SAMPLES, OnEpoch, Prediction, TaskData, joined
-from models.modular import ModularLearner, entropy
+from models.selection import ModularLearner, entropy
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge_pair import RidgePair
 from models.streaming.whitening import Whitening, make_whitening
 from models.tosca import class_means
 from models.training import Epoch, check_finite, shuffled_epochs, train
-from utils.config import Config
+from utils.config.config import Config
+from utils.config.methods import Key, Method, Selection
 from utils.errors import NumericError
 from utils.hardware import single_thread
-from utils.methods import Key, Method, Selection
 from utils.seeds import derive_seed
 
 METHOD = Method(

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from backbone.classifier import CosineClassifier
 from models.base import OnEpoch, TaskData
+from models.fast_step import make_step
 from models.host_values import all_finite, host_values
-from models.steps import make_step
-from utils.config import Config
+from utils.config.config import Config
 from utils.errors import NumericError
 from utils.runs.manifest import EpochStats
 from utils.seeds import derive_seed

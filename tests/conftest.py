@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 import main
 from backbone import create
 from backbone.forward import TimmModel
-from utils.config import Config, make_config
+from utils.config.config import Config, make_config
 from utils.hardware import available_cpus
 from utils.results import record, run_log
 
@@ -184,9 +184,6 @@ class TinyExtractor:
     pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
     images_seen: int = 0
-
-    def prepare(self, forwards: int, batch_size: int, image_size: int) -> None:
-        """Nothing to get ready."""
 
     def __call__(self, images: Tensor) -> Tensor:
         self.images_seen += len(images)

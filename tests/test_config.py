@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from utils.config import KEYS, known_key, load_config, make_config
+from utils.config.config import KEYS, known_key, load_config, make_config
+from utils.config.foreign import UNUSED_KEYS
+from utils.config.methods import METHODS
 from utils.errors import ConfigError
-from utils.foreign import UNUSED_KEYS
-from utils.methods import METHODS
 
 REQUIRED = {"dataset": "cub", "init_cls": 10, "increment": 10, "backbone_type": "vit_base_patch16_224"}
 EXPERIMENTS = sorted((ROOT / "exps").glob("*.json"))
@@ -306,7 +306,9 @@ def test_every_key_has_a_line_of_documentation():
 
 
 def test_reading_a_config_imports_nothing_heavy():
-    code = "import sys; import utils.config; print(sorted({'torch', 'numpy', 'timm', 'PIL'} & sys.modules.keys()))"
+    code = (
+        "import sys; import utils.config.config; print(sorted({'torch', 'numpy', 'timm', 'PIL'} & sys.modules.keys()))"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -11,10 +11,10 @@ from PIL import Image
 import main
 import predict
 from models import ContinualClassifier
+from models.api.hub import model_card
 from models.evaluation import class_scores, top_classes
-from models.hub import model_card
 from tests.conftest import TINY
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import make_stream
 from utils.errors import ConfigError, DataError

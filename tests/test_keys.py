@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, TINY
-from utils.config import KEYS, Config, make_config
+from utils.config.config import KEYS, Config, make_config
+from utils.config.grid import make_grid
+from utils.config.keys import Key
+from utils.config.methods import METHODS, read_method
 from utils.errors import ConfigError
-from utils.grid import make_grid
-from utils.keys import Key
-from utils.methods import METHODS, read_method
 from utils.results.read import Run
 from utils.runs.identity import fixed_once_saved, run_identity
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.methods import FLOWS, METHODS, SELECTIONS, Key, Method, read_methods, read_names
+from utils.config.methods import FLOWS, METHODS, SELECTIONS, Key, Method, read_methods, read_names
 
 HEAD = "import torch_that_is_not_there\n"
 

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from utils.config import KEYS
-from utils.methods import METHODS
-from utils.reference import affects_table, key_tables, unused_keys_table
+from utils.config.config import KEYS
+from utils.config.methods import METHODS
+from utils.config.reference import affects_table, key_tables, unused_keys_table
 from utils.results.tables import glossary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent

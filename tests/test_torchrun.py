@@ -21,7 +21,7 @@ import torch.distributed.run as torchrun
 
 from main import main
 from tests.conftest import ROOT, TINY, FolderMaker, fork, handlers_restored
-from utils.hardware import Ranks
+from utils.ranks import Ranks
 
 # one image a batch makes the filling last long enough to be hit
 KEYS: dict[str, Any] = {

@@ -1,10 +1,13 @@
-"""Where log lines go: all of them to the run's file, in PILOT's form; those that matter at once to the terminal."""
+"""Where log lines go: all to the run's file, in PILOT's form; those that matter at once to the terminal; and bars."""
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from utils.errors import UserError
 
@@ -49,3 +52,27 @@ class _LogFile(logging.FileHandler):
             raise  # logging calls this while it handles the error
         reason = error.strerror or str(error)
         raise UserError(f"the log cannot be written ({reason}); free space or set log_dir, then start again") from error
+
+
+def progress(iterable: Any = None, **options: Any) -> tqdm:
+    """A tqdm bar; in a file (a cluster's log) it writes a line every ten seconds instead of ten a second."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, mininterval=interval, **options)
+
+
+@contextmanager
+def epoch_bar(title: str, epochs: int, *, shown: bool) -> Iterator[Callable[[float, float], None]]:
+    """A bar over the epochs of a task; what it yields moves it on, called with an epoch's loss and accuracy in percent.
+
+    Args:
+        title: which task.
+        epochs: how many there are.
+        shown: false for a method that does not train in epochs.
+    """
+    with progress(total=epochs, desc=title, unit="epoch", leave=False, disable=not shown) as bar:
+
+        def advance(loss: float, accuracy: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}", refresh=False)
+            bar.update()
+
+        yield advance

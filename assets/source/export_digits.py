@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: the project is one folder up
 
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 
 

@@ -1,5 +1,7 @@
 """Symmetric matrices as they are saved: about half of their numbers."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,9 @@ def unpacked(numbers: Tensor, size: int) -> Tensor:
 def _strips(matrix: Tensor) -> list[Tensor]:
     """The strips as views of the matrix."""
     return [matrix[end - STRIP : end, :end] for end in range(STRIP, len(matrix) + STRIP, STRIP)]
+
+
+def state_below(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with ``name`` and a dot, under their names without it."""
+    start = f"{name}."
+    return {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}

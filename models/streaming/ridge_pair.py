@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.streaming import state_below
 from models.streaming.lda import StreamingLDA
+from models.streaming.packed import state_below
 from models.streaming.ridge import RandomRidge
 from models.streaming.whitening import Whitening, make_whitening
 from utils.seeds import derive_seed

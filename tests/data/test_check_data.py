@@ -8,7 +8,7 @@ from PIL import Image
 
 import main
 from tests.conftest import ROOT, TINY
-from utils.config import make_config
+from utils.config.config import make_config
 from utils.data.check import check_data as check
 from utils.data.check import summary
 

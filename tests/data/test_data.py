@@ -11,7 +11,7 @@ from torchvision import transforms as T
 from torchvision.datasets import CIFAR100
 
 from tests.conftest import tiny_config
-from utils import methods
+from utils.config import methods
 from utils.data.datasets import DATASETS, load_dataset
 from utils.data.transforms import Transforms
 from utils.errors import DataError

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import main
-from utils.config import KEYS, Config, load_config, make_config
+from utils.config.config import KEYS, Config, load_config, make_config
 from utils.errors import ConfigError
 
 VALID = {"dataset": "digits", "init_cls": 2, "increment": 2, "backbone_type": "glyphs_vit"}

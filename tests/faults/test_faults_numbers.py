@@ -9,7 +9,7 @@ from backbone.luca import FLOWS, make_luca
 from backbone.vit import Backbone
 from models import tosca, training
 from models.gradients import CosineHead
-from models.modular import entropy
+from models.selection import entropy
 from utils.results import metrics
 
 

@@ -25,7 +25,8 @@ from utils.errors import BankError, DataError, NumericError
 from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import FeatureBank
 from utils.features.views import LOADED_TOGETHER, MissingViews
-from utils.hardware import Ranks, default_batch_size
+from utils.hardware import default_batch_size
+from utils.ranks import Ranks
 
 SIZE = 4
 ALL: list[View] = [("train", TEST_VIEW), ("test", TEST_VIEW), ("train", 0), ("train", 1)]
@@ -46,9 +47,6 @@ class Pixels:
     variant: dict[str, str] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)
     kill_at: int | None = None  # the process dies in this forward pass
-
-    def prepare(self, forwards: int, batch_size: int, image_size: int) -> None:
-        """Nothing to get ready."""
 
     def __call__(self, images: Tensor) -> Tensor:
         self.batches.append(len(images))

@@ -18,7 +18,7 @@ from models.evaluation import top_classes
 from models.tosca import TOSCA, class_means
 from models.training import train
 from tests.conftest import tiny_config
-from utils.config import Config
+from utils.config.config import Config
 from utils.results.metrics import accuracy_groups, percent
 
 DIM, BATCH, EPOCHS, TASKS = 32, 16, 6, 3

@@ -18,8 +18,8 @@ from models.simplecil import SimpleCIL
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
 from tests.conftest import tiny_config
+from utils.config.methods import METHODS
 from utils.errors import ConfigError, NumericError
-from utils.methods import METHODS
 
 DIM, CPU = 6, torch.device("cpu")
 LEARNERS = [SimpleCIL, NcmEuclidean, NcmLda, FeCAM, RanPAC, KNN, LinearJoint]

@@ -20,10 +20,10 @@ from backbone.forward import make_features
 from backbone.luca import FLOWS
 from models.base import Learner, Prediction
 from models.evaluation import best_classes, class_scores
-from models.modular import SELECTION_BATCH
 from models.registry import make_learner
+from models.selection import SELECTION_BATCH
 from tests.conftest import tiny_config
-from utils.methods import METHODS
+from utils.config.methods import METHODS
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     pytest.skip("torch 2.6 ends the process at a backward pass on a device that is absent", allow_module_level=True)

@@ -15,12 +15,12 @@ from torch import nn
 import predict
 from backbone.vit import load_backbone
 from models import ContinualClassifier
-from models.export import ImageClassifier, as_module, export
-from models.hub import model_card
+from models.api.export import ImageClassifier, as_module, export
+from models.api.hub import model_card
 from models.registry import make_learner
 from tests.conftest import tiny_config
+from utils.config.methods import METHODS, SELECTIONS
 from utils.errors import CheckpointError, ConfigError, UserError
-from utils.methods import METHODS, SELECTIONS
 from utils.runs.checkpoint import MANIFEST
 
 CPU = torch.device("cpu")
@@ -224,7 +224,7 @@ def test_the_suffix_says_the_format(saved, tmp_path):
 
 
 def test_a_missing_package_is_named(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("models.export.find_spec", lambda name: None)
+    monkeypatch.setattr("models.api.export.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs onnx and onnxscript: pip install onnx onnxscript"):
         export(saved, tmp_path / "model.onnx")
 

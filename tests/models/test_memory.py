@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from models.base import SAMPLES, Learner
 from models.evaluation import evaluate
-from models.modular import appended
 from models.registry import make_learner
+from models.selection import appended
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
-from utils.methods import METHODS
+from utils.config.methods import METHODS
 
 DIM, CPU = 16, torch.device("cpu")
 KEYS: dict[str, dict[str, Any]] = {"tosca_white": {"white_features": 64}}
@@ -95,7 +95,7 @@ def peak_of_evaluation(learner: Learner, rows: int, images: int) -> int:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_an_evaluation_holds_for_an_image_does_not_grow_with_the_classes(name, monkeypatch):
-    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1 << 16)  # reached by few images already
+    monkeypatch.setattr("models.selection.EVALUATION_BYTES", 1 << 16)  # reached by few images already
     monkeypatch.setattr("models.ranpac.RANDOM_FEATURES", 64)
     rows = 150
     learner, more = learned(name, 2, rows), 4 * SAMPLES
@@ -107,7 +107,7 @@ def test_what_an_evaluation_holds_for_an_image_does_not_grow_with_the_classes(na
 
 def test_while_the_modules_pass_by_nothing_is_kept_but_what_was_laid_out_before(monkeypatch):
     """Small results kept between large ones that are not made a process grow by all modules: the allocator's room."""
-    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1)  # one module at a time
+    monkeypatch.setattr("models.selection.EVALUATION_BYTES", 1)  # one module at a time
     learner = learned("tosca", 8, 3)
     assert isinstance(learner, TOSCA)
     all_logits, counts, tensors = learner.all_logits, [], Tensors()

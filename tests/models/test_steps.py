@@ -10,8 +10,8 @@ from torch import Tensor
 from backbone import luca as luca_file
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, LuCA, make_luca
+from models.fast_step import AutogradStep, LucaStep, make_step
 from models.gradients import GRADIENTS
-from models.steps import AutogradStep, LucaStep, make_step
 from models.training import train
 from tests.conftest import tiny_config
 

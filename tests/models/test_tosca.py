@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from backbone.luca import FLOWS, LuCA
-from models.modular import choose_by_batch, entropy
-from models.steps import build_optimizer
+from models.fast_step import build_optimizer
+from models.selection import choose_by_batch, entropy
 from models.tosca import TOSCA, class_means
 from models.training import build_schedule, shuffled_epochs, train
 from tests.conftest import tiny_config
@@ -124,8 +124,8 @@ def test_stacked_evaluation_equals_one_module_at_a_time(flow, monkeypatch):
     logits = naive_logits(learner, features)
     expected = entropy(logits).T
     torch.testing.assert_close(learner.answer(features).entropies, expected)
-    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1)  # one module at a time
-    monkeypatch.setattr("models.modular.SAMPLES", 7)
+    monkeypatch.setattr("models.selection.EVALUATION_BYTES", 1)  # one module at a time
+    monkeypatch.setattr("models.selection.SAMPLES", 7)
     torch.testing.assert_close(learner.answer(features).entropies, expected)
     answers = learner.predict(features)
     for name, module in {

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA
-from models.modular import entropy
 from models.ranpac import RanPAC
+from models.selection import entropy
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge import RandomRidge
 from models.streaming.ridge_pair import RidgePair

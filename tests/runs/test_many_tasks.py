@@ -12,7 +12,7 @@ from PIL import Image
 import main
 import predict
 import report
-from models.continual import ContinualClassifier
+from models.api.classifier import ContinualClassifier
 from tests.conftest import TINY, fork, handlers_restored
 from utils.results import record as report_files
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main
-from models.continual import ContinualClassifier
+from models.api.classifier import ContinualClassifier
 from utils.runs.checkpoint import CheckpointFolder
 
 SAVED = Path(__file__).parent / "format1"

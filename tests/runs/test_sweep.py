@@ -13,8 +13,8 @@ import main
 import trainer
 from models import preparation
 from tests.conftest import curves_drawn, fork
+from utils.config.grid import make_grid
 from utils.errors import ConfigError, NumericError
-from utils.grid import make_grid
 from utils.results import record
 from utils.runs.checkpoint import MANIFEST, CheckpointFolder
 from utils.runs.paths import run_paths

@@ -4,7 +4,7 @@ import hashlib
 import multiprocessing
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.data.class_folders import class_folders
 from utils.data.datasets import DATASETS, list_class_folders, load_dataset
 from utils.data.folders import (
@@ -23,13 +23,13 @@ from utils.data.folders import (
     list_images,
     split_folders,
 )
-from utils.data.images import HINT_REPLACE, MAX_PIXELS, decode, kinds_of_file
+from utils.data.images import MAX_PIXELS, decode, kinds_of_file
 from utils.data.modes import UnreadableImage, kind_sentences
 from utils.data.splits import Dataset, ImageFiles
 from utils.errors import DataError
 from utils.files import json_lines
 from utils.hardware import available_cpus
-from utils.progress import progress
+from utils.logs import progress
 from utils.words import counted
 
 POOL_FROM = 1000  # images; below, starting processes takes longer than the scan
@@ -165,31 +165,6 @@ def _compare_sizes(findings: Findings, config: Config) -> None:
     small = sum(n for size, n in findings.sizes.items() if min(size) < config.image_size)
     if small:
         findings.warnings.append(f"smaller than image_size {config.image_size}, so enlarged: {counted(small, 'image')}")
-
-
-def check_images(data: Dataset, *, threads: int) -> None:
-    """Decode every image file once, some at a time (decoders release the interpreter's lock).
-
-    Raises:
-        DataError: some cannot be read; the first ten are named with their class.
-    """
-    items = [
-        Item(name, Path(key).parent.as_posix(), split.path(index), split.max_pixels)
-        for name in ("train", "test")
-        if isinstance(split := data.split(name), ImageFiles)
-        for index, key in enumerate(split.keys)
-    ]
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        bar = progress(scan_all(items, pool), total=len(items), desc="Checking images", unit="img")
-        faults = [
-            f"{image.place} (class {image.label!r}) is not a readable image ({image.error})"
-            for image in bar
-            if image.content is None
-        ]
-    if faults:
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        count = f"{len(faults)} of {len(items)} images cannot be read: " if len(faults) > 1 else ""
-        raise DataError(f"{count}{'; '.join(faults[:10])}{more}; {HINT_REPLACE}")
 
 
 # -- scanning ---------------------------------------------------------------------------------------------------------

@@ -69,17 +69,6 @@ def domain_folder(root: Path, *, continues: bool, max_pixels: int) -> Dataset:
     return Dataset("imagefolder", splits[0], splits[1], classes, tuple(of_test), domains[0], domains[1])
 
 
-def list_test_classes(test_root: Path) -> Listed:
-    """The images of every class directly below a test folder."""
-    return _list_classes(test_root, "", Unused())
-
-
-def list_test_domains(test_root: Path) -> dict[str, Listed]:
-    """The images of every class of every domain below a test folder."""
-    found = by_normal_name(subfolders(test_root), str(test_root))
-    return {domain: _list_classes(test_root, folder, Unused()) for domain, folder in found.items()}
-
-
 def _domains(train_root: Path, test_root: Path, *, continues: bool) -> tuple[dict[str, str], dict[str, str]]:
     """Domain -> its folder, below train and below test; what only test has comes last."""
     train = by_normal_name(subfolders(train_root), str(train_root))

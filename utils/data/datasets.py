@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.data.class_folders import domain_folder, image_folder
 from utils.data.folders import data_folder
 from utils.data.images import MAX_PIXELS
@@ -99,7 +99,7 @@ class Source:
     expected: tuple[int, int, int] | None = None
 
 
-# The names are read without importing this file (utils/methods.py): they are plain texts. The counts are those of the
+# The names are read without importing this file (utils/config/methods.py): plain texts. The counts are those of the
 # splits that LAMDA-PILOT publishes; other splits of the same names circulate.
 DATASETS = {
     "cifar224": Source(_cifar100, (100, 50_000, 10_000)),

@@ -24,7 +24,7 @@ from utils.data.modes import kind_sentences, row_content
 from utils.data.splits import Dataset, ImageFiles, Split
 from utils.errors import DataError, UserError
 from utils.files import atomic_write, open_regular, remove_partials
-from utils.progress import progress
+from utils.logs import progress
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class _HashMemory:
     def _contents_of(self, split: Split) -> np.ndarray:
         if not isinstance(split, ImageFiles):
             return np.array(split.content_hashes(), dtype="S")
-        paths = [os.path.join(split.root_of(index), key) for index, key in enumerate(split.keys)]
+        paths = [os.path.join(split.root, key) for key in split.keys]
         names = np.array([_hash_of_path(path) for path in paths], dtype="S16")
         stats = np.array([_stat(path) for path in paths], dtype=np.int64).reshape(-1, 4)
         contents, known = self._remembered(names, stats)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.data.images import image_suffixes, is_image
 from utils.errors import DataError
 from utils.files import expanded

@@ -1,7 +1,7 @@
 """What a data set is: images by split and class, and their content hashes."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,6 @@ class ImageFiles(Split):
         files: paths relative to ``root``, beginning with the class.
         labels: the class of each file.
         max_pixels: larger images are refused.
-        elsewhere: folders directly below another root than ``root`` (the first part of a path), with that root.
     """
 
     def __init__(
@@ -61,21 +60,16 @@ class ImageFiles(Split):
         files: Sequence[str],
         labels: Sequence[int] | np.ndarray,
         max_pixels: int = MAX_PIXELS,
-        elsewhere: Mapping[str, Path] | None = None,
     ) -> None:
         self.root, self.keys, self.labels = root, tuple(files), np.asarray(labels, dtype=np.int64)
-        self.max_pixels, self.elsewhere = max_pixels, dict(elsewhere or {})
-
-    def root_of(self, index: int) -> Path:
-        """The folder below which an image lies."""
-        return self.elsewhere.get(self.keys[index].split("/", 1)[0], self.root) if self.elsewhere else self.root
+        self.max_pixels = max_pixels
 
     def path(self, index: int) -> Path:
-        return self.root_of(index) / self.keys[index]
+        return self.root / self.keys[index]
 
     def subset(self, rows: np.ndarray) -> "ImageFiles":
         keys = [self.keys[row] for row in rows.tolist()]
-        return ImageFiles(self.root, keys, self.labels[rows], self.max_pixels, self.elsewhere)
+        return ImageFiles(self.root, keys, self.labels[rows], self.max_pixels)
 
     def load(self, index: int) -> Image.Image:
         path = self.path(index)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.data.names import normal_name, same_name, spelled_as
 from utils.data.splits import Dataset
 from utils.errors import ConfigError, DataError

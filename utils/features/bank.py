@@ -28,8 +28,9 @@ from utils.features.extraction import Extraction, FeatureExtractor, Store
 from utils.features.rows import FolderRows, MemoryRows, Rows
 from utils.features.views import MissingViews
 from utils.files import human_size
-from utils.hardware import ONE_RANK, Ranks, default_batch_size, default_workers, total_memory
-from utils.progress import progress
+from utils.hardware import default_batch_size, default_workers, total_memory
+from utils.logs import progress
+from utils.ranks import ONE_RANK, Ranks
 from utils.words import counted
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,6 @@ class FeatureBank:
         views = self._views(missing, self.ranks)
         if not views.count:
             return
-        self.extractor.prepare(views.count, self.batch_size, self.image_size)
         started = time.monotonic()
         bar = progress(
             total=views.count,

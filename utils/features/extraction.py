@@ -39,9 +39,6 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 -> ``(images, feature_dim)`` float32."""
 
-    def prepare(self, forwards: int, batch_size: int, image_size: int) -> None:
-        """Get ready for that many images in such batches."""
-
 
 class Store:
     """Where features go, from any thread. Those without a writer are dropped."""

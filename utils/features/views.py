@@ -11,7 +11,7 @@ from utils.data.transforms import Draws, Transforms, test_pixels, train_pixels
 from utils.errors import DataError
 from utils.features.arrays import TEST_VIEW, View, ViewRow
 from utils.files import sha256_of_file
-from utils.hardware import ONE_RANK, Ranks
+from utils.ranks import ONE_RANK, Ranks
 
 LOADED_TOGETHER = 16  # views in what a loader hands over at a time, if one image has not more
 

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from utils.config.methods import SELECTIONS
 from utils.errors import UserError
 from utils.files import json_text, output_file, partial_path
-from utils.methods import SELECTIONS
 from utils.results.escape import csv_cell, terminal
 from utils.words import fixed, task_place
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.methods import SELECTIONS
+from utils.config.methods import SELECTIONS
 
 GLOSSARY = {
     "Ā": "average accuracy: the mean over tasks of the top-1 accuracy on all test images of the classes seen so far, "

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import KEYS
+from utils.config.config import KEYS
+from utils.config.methods import METHODS
 from utils.errors import ConfigError, UserError
-from utils.json_files import read_json
-from utils.methods import METHODS
+from utils.files import read_json
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
+from utils.config.config import Config
+from utils.config.grid import Cell
+from utils.config.methods import SELECTIONS
 from utils.data.tasks import Task, TaskStream
-from utils.grid import Cell
 from utils.logs import FILE_ONLY
-from utils.methods import SELECTIONS
 from utils.results import metrics
 from utils.results.cost import cost_summary
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from utils.methods import FLOWS, METHODS
+from utils.config.methods import FLOWS, METHODS
 from utils.results.cells import Cell, MeanStd, Row, Selections, Table, interval_text, number_text
 from utils.results.escape import plain_name
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES, mean_std, selection_name

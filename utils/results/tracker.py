@@ -1,12 +1,11 @@
 """A run's config, curves, summary and pictures for a tracker, while the run goes on.
 
-TensorBoard, Weights & Biases and MLflow are optional extras (requirements-extra.txt), each behind the same interface.
+TensorBoard and Weights & Biases are optional extras (requirements-extra.txt), each behind the same interface.
 All of them write to a folder beside the run's JSON; nothing leaves the machine unless the user says so.
 """
 
 import hashlib
 import importlib
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.errors import ConfigError, UserError
 from utils.runs.manifest import TaskRecord
 
@@ -216,52 +215,10 @@ class WeightsAndBiases(Tracker):
             self._run.finish()
 
 
-class MLflow(Tracker):
-    """A run in ``<run>.mlflow``, or on the server that the environment's MLFLOW_TRACKING_URI names."""
-
-    package = install = "mlflow"
-    _client: Any = None
-    _run_id = ""
-
-    def begin(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when the package is imported
-        tracking = importlib.import_module("mlflow.tracking")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
-        if uri is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            place = self.folder.resolve()
-            uri, artifacts = f"sqlite:///{place.as_posix()}/mlflow.db", (place / "artifacts").as_uri()
-        self._client = tracking.MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(PROJECT)
-        number = found.experiment_id if found else self._client.create_experiment(PROJECT, artifact_location=artifacts)
-        for old in self._client.search_runs([number], f"tags.tosca_key = '{self.key}'"):
-            self._client.delete_run(old.info.run_id)
-        self._run_id = self._client.create_run(number, run_name=self.name, tags={"tosca_key": self.key}).info.run_id
-        for name, value in self.config_values().items():
-            self._client.log_param(self._run_id, name, value)
-
-    def add(self, points: Sequence[Point]) -> None:
-        for name, value, step in points:
-            self._client.log_metric(self._run_id, name, value, step=step)
-
-    def end(self, summary: Mapping[str, float], pictures: Sequence[Path]) -> None:
-        for name, value in summary.items():
-            self._client.log_metric(self._run_id, f"summary/{name}", value)
-        for path in pictures:
-            self._client.log_artifact(self._run_id, str(path))
-
-    def close(self) -> None:
-        if self._run_id:
-            self._client.set_terminated(self._run_id)
-
-
 TRACKERS: dict[str, type[Tracker]] = {
     "none": Tracker,
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
 }
 
 
@@ -273,8 +230,6 @@ def check_tracker(config: Config) -> None:
     """
     kind = TRACKERS[config.tracker]
     if kind.package:
-        if kind is MLflow:
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         try:
             importlib.import_module(kind.package)
         except ImportError:

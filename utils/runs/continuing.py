@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
-from utils.data.old_tests import TestFolder
+from utils.config.config import Config
 from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DamagedRunError, DataError
 from utils.files import sha256_of_file
@@ -45,16 +44,6 @@ class SavedRun:
     def learned(self) -> LearnedClasses:
         return self.manifest.learned(self.tasks)
 
-    @property
-    def test_folders(self) -> list[TestFolder]:
-        """The test folders of its data and of the data of all runs before it."""
-        return recorded_test_folders(self.manifest)
-
-
-def recorded_test_folders(manifest: RunManifest) -> list[TestFolder]:
-    """The test folders that a run recorded; a run of an earlier version recorded none."""
-    return [facts for facts in manifest.data.get("test_folders", []) if {"folder", "images", "sha256"} <= set(facts)]
-
 
 def _check_facts(manifest: RunManifest) -> None:
     """Check what is read by name from the manifest's free parts.
@@ -66,9 +55,6 @@ def _check_facts(manifest: RunManifest) -> None:
     for name in ("name", "weights_sha256", "precision"):
         backbone.read(name, str)
     data.read("train_images", int)
-    for facts in data.items("test_folders", dict, []):
-        for name, kind in (("folder", str), ("images", int), ("sha256", str)):
-            JsonValues(facts, "test_folders' ").read(name, kind, kind())
     JsonValues(manifest.identity, "identity's ").items("learned_by_hand", str, [])
 
 

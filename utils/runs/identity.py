@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.config import Config
+from utils.config.config import Config
 
 
 def run_identity(

@@ -4,12 +4,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.errors import UserError
 from utils.files import free_name
 
 WRITTEN_WHOLE = (".json", ".png", ".csv", ".epochs.csv", ".npz")  # by a temporary file, which a kill may leave
-SUFFIXES = (".log", *WRITTEN_WHOLE, ".tensorboard", ".wandb", ".mlflow")
+SUFFIXES = (".log", *WRITTEN_WHOLE, ".tensorboard", ".wandb")
 
 
 @dataclass(frozen=True)

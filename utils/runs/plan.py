@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.files import human_size

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
-from utils.data.old_tests import folders_to_record
+from utils.config.config import Config
 from utils.errors import ConfigError
-from utils.files import FolderLock, remove_partials
-from utils.json_files import read_json
+from utils.files import FolderLock, read_json, remove_partials
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import adopt, holds_copies_alone
 from utils.runs.identity import versions
@@ -123,7 +121,6 @@ def report_belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
 def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder) -> RunManifest:
     """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
     backbone, stream = setup.backbone, setup.stream(seed)
-    earlier = setup.base.test_folders if setup.base else []
     manifest = RunManifest(
         identity=identity,
         config=setup.config.as_dict(),
@@ -141,7 +138,6 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint:
             "train_images": len(setup.data.train),
             "test_images": len(setup.data.test),
             "images_sha256": setup.fingerprints,
-            "test_folders": folders_to_record(setup.data, setup.fingerprints, earlier),
         },
         versions=versions(),
         class_order=tuple(stream.class_names),

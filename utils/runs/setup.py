@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
+from utils.config.config import Config
 from utils.data.splits import Dataset
 from utils.data.tasks import TaskStream, make_stream
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.extraction import FeatureExtractor
-from utils.hardware import Ranks
+from utils.ranks import Ranks
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import SavedRun
 from utils.runs.identity import run_identity

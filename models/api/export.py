@@ -28,7 +28,7 @@ from utils.errors import ConfigError, UserError
 from utils.files import expanded
 
 if TYPE_CHECKING:
-    from models.predictor import Predictor
+    from models.api.predictor import Predictor
 
 CPU = torch.device("cpu")
 SUFFIXES = (".pt2", ".onnx")

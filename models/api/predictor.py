@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from backbone.vit import Backbone
+from models.api.predictions import Predictions
 from models.base import Learner
 from models.evaluation import class_scores
-from models.modular import ModularLearner
-from models.predictions import Predictions
 from models.registry import make_learner
-from utils.config import Config
+from models.selection import ModularLearner
+from utils.config.config import Config
 from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.images import MAX_PIXELS
 from utils.data.transforms import Transforms

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.config.keys import Key
 from utils.errors import ConfigError
-from utils.keys import Key
 
 __all__ = ["DATASETS", "FLOWS", "METHODS", "SELECTIONS", "Key", "Method", "Selection", "read_methods", "read_names"]
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

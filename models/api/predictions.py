@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.pickling import maker
+from models.api.pickling import maker
 from utils.words import counted, task_place
 
 SHOWN_IMAGES = 20  # rows of the table in a notebook

@@ -13,4 +13,4 @@ def maker(by_name: Callable[..., Any], entry: str) -> Callable[..., Any]:
     """What unpickling calls: ``by_name``, or ``entry`` of hubconf.py, which calls it, if pickle cannot import that."""
     if (here := sys.modules.get(__name__)) is not None and vars(here) is globals():
         return by_name
-    return functools.partial(torch.hub.load, str(Path(__file__).resolve().parents[1]), entry, source="local")
+    return functools.partial(torch.hub.load, str(Path(__file__).resolve().parents[2]), entry, source="local")

@@ -17,7 +17,7 @@ from backbone.classifier import cosine_logits
 from backbone.luca import LuCA, make_luca
 from models.base import SAMPLES, Learner, Prediction, TaskData, joined
 from models.host_values import host_values
-from utils.config import Config
+from utils.config.config import Config
 from utils.seeds import derive_seed
 
 SELECTION_BATCH = 48  # consecutive test samples that share a module under ``batch``: the release's test batch

@@ -6,18 +6,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import KEYS
+from utils.config.config import KEYS
+from utils.config.keys import REQUIRED
+from utils.config.methods import Method
 from utils.errors import CheckpointError, UserError
 from utils.files import expanded
-from utils.keys import REQUIRED
-from utils.methods import Method
 from utils.results.metrics import selection_name
 from utils.results.record import run_json
 from utils.runs.checkpoint import MANIFEST
 from utils.words import counted, fixed
 
 if TYPE_CHECKING:
-    from models.continual import ContinualClassifier
+    from models.api.classifier import ContinualClassifier
 
 CARD, WEIGHTS = "README.md", "backbone"
 _CARD = """\

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models import hub
-from models.modular import ModularLearner
-from models.pickling import maker
-from models.predictions import Predictions
-from models.predictor import Predictor
+from models.api import hub
+from models.api.pickling import maker
+from models.api.predictions import Predictions
+from models.api.predictor import Predictor
 from models.registry import load_learner, make_learner, training_features
+from models.selection import ModularLearner
 from models.task_data import BankTask
-from utils.config import Config, make_config
+from utils.config.config import Config, make_config
 from utils.data.given import GivenImages, Images, sources_of
 from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
@@ -36,7 +36,7 @@ from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
 from utils.files import FolderLock, expanded
-from utils.progress import epoch_bar
+from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
@@ -196,7 +196,7 @@ class ContinualClassifier(Predictor):
     def __reduce__(self) -> tuple[Any, ...]:
         return maker(ContinualClassifier.from_state, "from_state"), (self.state(),)
 
-    # -- taking it elsewhere (models/export.py, models/hub.py) -----------------------------------------------------
+    # -- taking it elsewhere (export.py, hub.py) ---------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what the Hugging Face hub stores: the checkpoint, the backbone's file if it is local, a model card."""

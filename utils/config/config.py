@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from utils.consistency import check_together
+from utils.config.consistency import check_together
+from utils.config.foreign import BACKBONE_ALIASES, UNUSED_KEYS
+from utils.config.keys import REQUIRED, Key, shown
+from utils.config.methods import DATASETS, FLOWS, METHODS, SELECTIONS, Method
 from utils.errors import ConfigError
-from utils.foreign import BACKBONE_ALIASES, UNUSED_KEYS
-from utils.json_files import read_json, unique_keys
-from utils.keys import REQUIRED, Key, shown
-from utils.methods import DATASETS, FLOWS, METHODS, SELECTIONS, Method
+from utils.files import read_json, unique_keys
 
 
 def _key(default: Any = REQUIRED, **about: Any) -> Any:
@@ -124,19 +124,12 @@ class Config:
         recorded_as="precision",
         choices=("auto", "fp32", "bf16"),
     )
-    compile: str | bool = _key(
-        "auto",
-        doc="whether torch.compile makes the forward pass: `auto`: where it saves minutes; true: try; false: never",
-        affects="speed",
-        choices=("auto",),
-    )
     feature_batch_size: int | None = _key(
         None, doc="images in one forward pass; by default chosen by the device", low=1, high=100_000, affects="speed"
     )
     num_workers: int | None = _key(
         None, doc="processes that load images; by default from the CPU count", low=0, high=10_000, affects="speed"
     )
-    check_images: bool = _key(False, doc="decode every image once before anything else", affects="speed")
     max_pixels: int | None = _key(
         None,
         doc="larger images are refused; by default 178956970, as Pillow does: they may be decompression bombs",
@@ -174,22 +167,14 @@ class Config:
         affects="stream",
         recorded_as="base",
     )
-    test_old: str = _key(
-        "data",
-        doc="where a continued run has test images of the old classes from: `data`: from this data, if it has them; "
-        "`auto`: else from the test folder that the saved run recorded",
-        affects="data",
-        recorded_as="images_sha256",
-        choices=("data", "auto"),
-    )
     tracker: str = _key(
         "none",
         doc="also write the curves for a tracker",
         affects="words",
-        choices=("none", "tensorboard", "wandb", "mlflow"),
+        choices=("none", "tensorboard", "wandb"),
     )
 
-    # -- what the method declares (utils/methods.py); flat in the JSON --------------------------------------------
+    # -- what the method declares (methods.py); flat in the JSON -----------------------------------------------------
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     unused: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # names in UNUSED_KEYS that were given
 
@@ -234,8 +219,6 @@ class Config:
 
     def shares_backbone_with(self, other: "Config") -> bool:
         """Whether data and backbone that were loaded for ``other`` serve this config."""
-        if self.test_old == "auto" and self.continue_from != other.continue_from:  # the data has the base's test images
-            return False
         return all(getattr(self, n) == getattr(other, n) for n, key in KEYS.items() if not key.shares_the_backbone)
 
     def view_seed(self, seed: int) -> int:

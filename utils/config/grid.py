@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config, known_key, load_config
+from utils.config.config import Config, known_key, load_config
 from utils.errors import ConfigError
 
 

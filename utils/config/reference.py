@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable
 
-from utils.config import KEYS
-from utils.foreign import UNUSED_KEYS
-from utils.keys import AFFECTS, Key
-from utils.methods import METHODS
+from utils.config.config import KEYS
+from utils.config.foreign import UNUSED_KEYS
+from utils.config.keys import AFFECTS, Key
+from utils.config.methods import METHODS
 
 
 def key_tables() -> str:

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.config.keys import shown
 from utils.errors import ConfigError
-from utils.keys import shown
 
 if TYPE_CHECKING:
-    from utils.config import Config
+    from utils.config.config import Config
 
 
 def check_together(config: "Config") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA
 from models.gradients import GRADIENTS, PARTS, CosineHead, FlowGradient
-from utils.config import Config
+from utils.config.config import Config
 
 BLOCK = 40_960  # parameters that are updated at a time: with gradient, sign and momentum they fit into a cache
 

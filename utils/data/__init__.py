@@ -1,1 +1,0 @@
-"""What is learned from: images, splits, folders, task streams."""

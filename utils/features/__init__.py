@@ -1,1 +1,0 @@
-"""The feature bank: rows on disk, the images that are missing, the extraction that fills it."""

@@ -1,1 +1,0 @@
-"""What a run is on disk: identity, manifest, checkpoint, paths."""
