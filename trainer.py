@@ -1,4 +1,4 @@
-"""A run as a story: for each seed and task, learn, evaluate on all classes seen, record, save."""
+"""A run as a story: prepare data and backbone; for each seed and task learn, evaluate, save, report."""
 
 import logging
 import os
@@ -7,33 +7,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from models import load_learner
-from models.base import Learner
+from backbone.vit import Backbone, load_backbone, resolve_device
+from models.api.classifier import ContinualClassifier
+from models.api.predictor import Known
 from models.cost import CostMeter
 from models.evaluation import evaluate
-from models.preparation import prepare, wanted_features
+from models.registry import load_learner, training_features
 from models.task_data import BankTask
+from utils import module
 from utils.cli import Stopped, fault_of
 from utils.config.config import Config
 from utils.config.grid import Cell
-from utils.data.tasks import TaskStream
+from utils.data.datasets import load_dataset
+from utils.data.fingerprints import fingerprint_splits
+from utils.data.tasks import TaskStream, make_stream
 from utils.errors import ConfigError, NumericError
-from utils.logs import epoch_bar, logging_to
+from utils.features.arrays import TEST_VIEW, View
+from utils.features.bank import resolve_cache_dir
+from utils.hardware import available_cpus
+from utils.logs import logging_to
 from utils.ranks import ONE_RANK, Ranks, joined_ranks
 from utils.results import record, run_log
-from utils.results.predictions import write_predictions
-from utils.results.tracker import Tracker, tracking
+from utils.results.tracker import Tracker, check_tracker, tracking
 from utils.runs.checkpoint import CheckpointFolder, module_name
-from utils.runs.manifest import EpochStats, RunManifest
+from utils.runs.manifest import RunManifest
 from utils.runs.paths import RunPaths, run_paths
-from utils.runs.plan import plan
 from utils.runs.resume import changed_versions, find_earlier_start, held_folders, report_belongs_to, start_over
 from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
-
 
 HINT_LEAVE_OUT_FRESH = "leave out --fresh then, which would start over"
 HINT_WITHOUT_FRESH = "start the same command again without --fresh to go on"
@@ -45,9 +49,6 @@ def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
     Args:
         config: what to do.
         fresh: start over; what an earlier start left is moved aside.
-
-    Raises:
-        UserError: bad data, weights, files or numbers, in one line.
     """
     with joined_ranks() as ranks:
         setup = prepare(config, ranks)
@@ -59,13 +60,23 @@ def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
     return runs
 
 
+def dry_run(config: Config) -> dict[str, Any]:
+    """Check config, data and backbone as a run does; log what it would do; write nothing but the images' hashes."""
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        raise ConfigError("--dry-run looks at one process; start it without torchrun")
+    setup = prepare(config, ONE_RANK)
+    planned: dict[str, Any] = module("utils.runs.plan").plan(
+        setup, wanted_features(config), with_modules=config.method.modular
+    )
+    return planned
+
+
 @contextmanager
 def _started_over(configs: Sequence[Config], ranks: Ranks) -> Iterator[None]:
     """Move all that earlier starts of ``configs`` left aside first; whoever stops it then goes on without --fresh."""
-    if ranks.first:
-        for config in configs:
-            for seed in config.seed:
-                start_over(config, seed)
+    for config in configs if ranks.first else ():
+        for seed in config.seed:
+            start_over(config, seed)
     try:
         yield
     except Exception as error:
@@ -78,20 +89,51 @@ def _started_over(configs: Sequence[Config], ranks: Ranks) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if not configs:
             raise
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        raise Stopped(number, HINT_WITHOUT_FRESH) from None
+        raise Stopped(stop.number if isinstance(stop, Stopped) else signal.SIGINT, HINT_WITHOUT_FRESH) from None
 
 
-def dry_run(config: Config) -> dict[str, Any]:
-    """Check config, data and backbone as a run does; log what it would do; write nothing but the images' hashes.
+# -- from a config to a run that can begin --------------------------------------------------------------------------
 
-    Raises:
-        UserError: what a run would stop at before its first forward pass.
+
+def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
+    """Data, backbone and the saved run that is continued, cheap checks first; nothing is written.
+
+    Args:
+        before: another run's, whose data and backbone serve where they are the same.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--dry-run looks at one process; start it without torchrun")
-    setup = prepare(config, ONE_RANK)
-    return plan(setup, wanted_features(config), with_modules=config.method.modular)
+    shared = before if before is not None and config.shares_backbone_with(before.config) else None
+    check_tracker(config)
+    device = shared.backbone.device if shared else resolve_device(config, ranks.local_rank, ranks.count)
+    data = shared.data if shared else load_dataset(config)
+    if config.continue_from is None:
+        make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
+    elif not config.method.continual:
+        raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
+    if config.num_workers is not None and config.num_workers > available_cpus():
+        log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
+    backbone = shared.backbone if shared else load_backbone(config, device)
+    for name in ("mlp_ratio", "se_ratio"):
+        if getattr(config, name) > backbone.feature_dim:
+            width = f"the feature width {backbone.feature_dim} of {backbone.name}"
+            raise ConfigError(f"{name} {getattr(config, name)} is above {width}")
+    if shared:
+        fingerprints = shared.fingerprints
+    else:
+        found = fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None
+        fingerprints = ranks.share(found)
+    setup = Setup(config, data, backbone, fingerprints, ranks)
+    if config.continue_from is None:
+        return setup
+    continuing, seed = module("utils.runs.continuing"), config.seed[0]
+    base = continuing.find_saved_run(config, lambda sha256: setup.identity_on(sha256, seed)) if ranks.first else None
+    setup = replace(setup, base=ranks.share(base))
+    continuing.tests_old(setup.base, setup.stream(seed))
+    return setup
+
+
+def wanted_features(config: Config) -> list[View]:
+    """Every (split, view) that a run reads."""
+    return [("test", TEST_VIEW), *training_features(config)]
 
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
@@ -114,7 +156,7 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
             setup.ranks.share(manifest.finished)
             outputs = Outputs(paths, checkpoint, tracker, check_folders)
             if manifest.finished:
-                return _finished_already(setup, seed, outputs, manifest)
+                return _finished_already(setup.config, outputs, manifest)
             return _run_tasks(setup, seed, outputs, manifest)
 
 
@@ -128,11 +170,11 @@ class Outputs:
     check_folders: Callable[[], None]
 
 
-def _finished_already(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
+def _finished_already(config: Config, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
     """Say how a finished run ended; make again what the start that finished it may have been killed before."""
-    load_learner(setup.config, setup.backbone, seed, outputs.checkpoint, manifest)  # damage shows here
+    outputs.checkpoint.verify(manifest)  # damage shows here
     log.info("This run is finished (%s); --fresh starts it over", outputs.checkpoint.folder)
-    run, selection = record.run_json(manifest), _shown_selection(setup.config, manifest)
+    run, selection = record.run_json(manifest), _shown_selection(config, manifest)
     run_log.log_curves(run["results"], selection)
     outputs.tracker.update(manifest.tasks)
     record.draw_curves(outputs.paths, run)
@@ -143,9 +185,9 @@ def _finished_already(setup: Setup, seed: int, outputs: Outputs, manifest: RunMa
 
 def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
-    config, backbone, checkpoint = setup.config, setup.backbone, outputs.checkpoint
+    config, backbone, checkpoint = setup.config, cast(Backbone, setup.backbone), outputs.checkpoint
     stream = setup.stream(seed)
-    learner = load_learner(config, backbone, seed, checkpoint, manifest)
+    learner = load_learner(config, backbone.feature_dim, backbone.device, checkpoint, manifest)
     _log_start(setup, seed, outputs, stream, manifest)
     seconds = dict(manifest.seconds)
     bank, wanted = setup.bank(seed), wanted_features(config)
@@ -159,54 +201,39 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
     # what earlier, interrupted starts of this run computed counts as well
     manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
-    meter = CostMeter(config, learner, stream, manifest.cost)
-    for task in stream.tasks[len(manifest.tasks) :]:
+    model, meter = ContinualClassifier(config, backbone, Known.after(learner, manifest)), CostMeter(manifest.cost)
+    for task in stream.tasks[model.tasks :]:
         data = BankTask(bank, stream, task, config.views, backbone.device)
-        parameters = {"backbone": backbone.parameters, **learner.parameter_counts(data)}
-        run_log.log_task_start(task, parameters)
-        with _timed(seconds, "train"), meter.learning():
-            epochs = _learn(learner, data, config, run_log.task_title(stream, task.index))
+        run_log.log_task_start(task, {"backbone": backbone.parameters, **model.learner.parameter_counts(data)})
+        with _timed(seconds, "train"), meter.learning(backbone.device):
+            model.learn_task(data, model.manifest, run_log.epoch_logger(task.index, config.epochs))
         with _timed(seconds, "evaluate"):
-            tested = evaluate(learner, bank, stream, task.index, seed)
-        newest = replace(tested.record, parameters=parameters, epochs=epochs)
-        manifest = manifest.with_task(newest, seconds=dict(seconds), cost=meter.counted)
+            tested = evaluate(model.learner, bank, stream, task.index, seed)
+        manifest = replace(model.manifest.tested(tested.record), seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
             answers = tested.predictions(setup.data.test.keys, stream.class_names)
-            write_predictions(outputs.paths.file(".npz"), answers)
-            manifest = manifest.with_last_results(answers.details(), meter.summary(manifest, backbone))
+            module("utils.results.predictions").write_predictions(outputs.paths.file(".npz"), answers)
+            cost = meter.summary(config, model.learner, stream, manifest, backbone)
+            manifest = manifest.with_last_results(answers.details(), cost)
         outputs.check_folders()
-        manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
-        run = _report_task(config, outputs, stream, manifest)
+        state, of_task = model.learner.state_dict(), model.learner.module_state(task.index)
+        model.note(checkpoint.commit(manifest, state, of_task, task.index))
+        run = _report_task(config, outputs, stream, model.manifest)
     outputs.check_folders()
-    checkpoint.verify(manifest)
+    checkpoint.verify(model.manifest)
     record.draw_curves(outputs.paths, run)
     outputs.tracker.finish(run, [outputs.paths.file(".png")])
-    run_log.log_summary(run, _shown_selection(config, manifest))
+    run_log.log_summary(run, _shown_selection(config, model.manifest))
     return run
 
 
-def _learn(learner: Learner, data: BankTask, config: Config, title: str) -> tuple[EpochStats, ...]:
-    """Learn a task beside a progress bar and PILOT's lines; return what each epoch gave."""
-    epochs: list[EpochStats] = []
-    with epoch_bar(title, config.epochs, shown=config.method.augmented) as advance:
-
-        def on_epoch(epoch: int, stats: EpochStats) -> None:
-            epochs.append(stats)
-            run_log.log_epoch(data.index, epoch, config.epochs, stats)
-            advance(stats.loss, stats.accuracy)
-
-        learner.learn(data, on_epoch)
-    return tuple(epochs)
-
-
 def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> dict[str, Any]:
-    """Write what the newest task gave to JSON, CSV, tracker and log; return what the JSON holds."""
+    """Write what the newest task gave to JSON, tracker and log; return what the JSON holds."""
     run = record.write_run_json(outputs.paths, manifest)
     outputs.tracker.update(manifest.tasks)
     task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
-    module = module_name(task)
-    path = outputs.checkpoint.folder / module if module in manifest.files else None
-    run_log.log_saved(config.model_name, path)
+    name = module_name(task)
+    run_log.log_saved(config.model_name, outputs.checkpoint.folder / name if name in manifest.files else None)
     run_log.log_task(newest, selection)
     run_log.log_curves(run["results"], selection)
     run_log.log_task_line(newest, selection, stream, task)
@@ -242,20 +269,15 @@ def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, A
     """Run every cell under every seed; what an earlier start finished is kept. Return what the runs' JSONs hold.
 
     A cell whose training diverges is told at the end; the others go on.
-
-    Raises:
-        UserError: as in ``run``. NumericError: some cells diverged.
     """
-    runs: list[dict[str, Any]] = []
-    failed: list[str] = []
-    done = 0
+    runs, failed, done = list[dict[str, Any]](), list[str](), 0
     with joined_ranks() as ranks:
         if cells[0].config.cache_dir == "none":
             log.warning("cache_dir=none: every run of the sweep computes its features anew")
         setup = prepare(cells[0].config, ranks)
         with _started_over([cell.config for cell in cells] if fresh else [], ranks):
             for number, cell in enumerate(cells, start=1):
-                setup = setup if number == 1 else _prepare_cell(cell.config, ranks, setup)
+                setup = prepare(cell.config, ranks, setup)
                 for seed in cell.config.seed:
                     kept = _finished(setup, seed)
                     done += kept is not None
@@ -282,24 +304,18 @@ def _run_cell(setup: Setup, cell: Cell, seed: int, failed: list[str]) -> dict[st
         return None
 
 
-def _prepare_cell(config: Config, ranks: Ranks, before: Setup) -> Setup:
-    """The setup of a cell, with data and backbone of the cell before it where they are the same."""
-    return prepare(config, ranks, loaded=before if config.shares_backbone_with(before.config) else None)
-
-
 def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
     """What the JSON of a finished run holds, made again where it does not say so; None if something is left to do."""
     manifest: RunManifest | None = None
     if setup.ranks.first:
         paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
         manifest = checkpoint.read_manifest()
-        if manifest and (not manifest.finished or manifest.identity != setup.identity(seed)):
-            manifest = None
-        if manifest and not report_belongs_to(paths, manifest.identity):
-            manifest = None
-        if manifest:
+        same = manifest is not None and manifest.finished and manifest.identity == setup.identity(seed)
+        if manifest is not None and same and report_belongs_to(paths, manifest.identity):
             with held_folders(setup.config, seed):
                 manifest = find_earlier_start(setup, seed, paths, checkpoint)
                 record.draw_curves(paths, record.write_run_json(paths, manifest))
+        else:
+            manifest = None
     manifest = setup.ranks.share(manifest)
     return record.run_json(manifest) if manifest else None

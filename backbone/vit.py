@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.create import BUNDLED, POOLINGS, choose_pooling, create_model, pooling_of, resolve_name, with_tag
+from backbone.flops import count_flops
 from backbone.forward import TimmModel, make_features
 from backbone.weights import load_weights
 from utils.config.config import Config
@@ -65,6 +66,21 @@ class Backbone:
             f"{self.name}, {self.feature_dim} features, {self.parameters / 1e6:.1f} M parameters, {self.precision} on "
             f"{self.device}, weights SHA-256 {self.weights_sha256}; a feature is {feature}"
         )
+
+    @property
+    def flops(self) -> int:
+        side = self.model.patch_embed.img_size[0]
+        return count_flops(lambda: self(torch.zeros(1, 3, side, side, dtype=torch.uint8)))
+
+    @property
+    def whole_flops(self) -> int:
+        return self.flops
+
+    @property
+    def forward_ms(self) -> float:
+        return 1.0
+
+    image_size = 32
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

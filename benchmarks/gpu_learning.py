@@ -14,7 +14,8 @@ from torch import Tensor
 import trainer
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, make_luca
-from models.fast_step import AutogradStep, LucaStep, Step
+from models.fast_step import FastStep
+from models.training import Step, build_optimizer
 from utils.config.config import make_config
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset, ImageArray
@@ -58,7 +59,7 @@ class GraphStep:
         cuda: ``torch.cuda``.
     """
 
-    def __init__(self, step: Step, first: Batch, cuda: Any = torch.cuda) -> None:
+    def __init__(self, step: Step | FastStep, first: Batch, cuda: Any = torch.cuda) -> None:
         self._h, self._rows = (part.clone() for part in first)
         beside = cuda.Stream()
         beside.wait_stream(cuda.current_stream())
@@ -91,20 +92,22 @@ def step_times(dim: int, steps: int, device: torch.device, cuda: Any = torch.cud
     ]
     batches = [(h, rows.to(device)) for h, rows in batches]
     eager = learnable(dim, device)
+    plain, by_hand = Step(*learnable(dim, device), config), FastStep(*eager, config, build_optimizer)
     times: dict[str, float | str] = {
-        "by autograd": best_seconds(warmed(AutogradStep(*learnable(dim, device), config), batches[0]), batches, device),
-        "by hand, as here": best_seconds(warmed(LucaStep(*eager, config), batches[0]), batches, device),
+        "by autograd": best_seconds(warmed(plain, batches[0]), batches, device),
+        "by hand, as here": best_seconds(warmed(by_hand, batches[0]), batches, device),
     }
     if device.type != "cuda" and cuda is torch.cuda:
         return {**times, "as a CUDA graph": f"{device.type} has no CUDA graphs"}
     recorded = learnable(dim, device)
-    times["as a CUDA graph"] = best_seconds(GraphStep(LucaStep(*recorded, config), batches[0], cuda), batches, device)
+    step = FastStep(*recorded, config, build_optimizer)
+    times["as a CUDA graph"] = best_seconds(GraphStep(step, batches[0], cuda), batches, device)
     pairs = zip(parameters(eager), parameters(recorded), strict=True)
     times["largest difference of a parameter"] = f"{max((a - b).abs().max().item() for a, b in pairs):.1e}"
     return times
 
 
-def warmed(step: Step, first: Batch) -> Step:
+def warmed(step: Step | FastStep, first: Batch) -> Step | FastStep:
     """The step after as many steps as a recording takes."""
     for _ in range(WARM_UP):
         step(*first)
@@ -143,6 +146,9 @@ class Projection:
     weights_sha256: str = "0" * 64
     precision: str = "fp32"
     parameters: int = 0
+    flops: int = 0
+    whole_flops: int = 0
+    forward_ms: float = 0.0
     normalize: bool = False
     pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
@@ -151,7 +157,8 @@ class Projection:
         pixels = (images.to(self.device).float() / 255 - 0.5).flatten(1)
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(pixels.shape[1], self.feature_dim, generator=generator) / pixels.shape[1] ** 0.5
-        return pixels @ weight.to(self.device)
+        features: Tensor = pixels @ weight.to(self.device)
+        return features
 
 
 def made_images(problem: Problem) -> Dataset:

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import make_luca
 from benchmarks.images import machine, resident_bytes
-from models.fast_step import build_optimizer
 from models.tosca import TOSCA
-from models.training import Epoch, build_schedule, shuffled_epochs, train
+from models.training import Epoch, build_optimizer, build_schedule, shuffled_epochs, train
 from utils.config.config import Config, make_config
 from utils.hardware import peak_bytes, single_thread
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # run as a script: the project is one folder up
 from backbone.luca import make_luca  # noqa: E402
 from backbone.vit import load_backbone, resolve_device  # noqa: E402
 from models.api.classifier import ContinualClassifier  # noqa: E402
+from models.api.predictor import Known  # noqa: E402
 from models.tosca import TOSCA  # noqa: E402
 from utils.config.config import Config, make_config  # noqa: E402
 from utils.hardware import default_batch_size  # noqa: E402
@@ -63,7 +64,7 @@ def model_with_modules(config: Config, modules: int) -> ContinualClassifier:
         row_class=tuple(range(rows)),
         class_order=tuple(str(number) for number in range(rows)),
     )
-    return ContinualClassifier(config, backbone, learner, manifest)
+    return ContinualClassifier(config, backbone, Known.after(learner, manifest))
 
 
 def alternate(first: Callable[[], object], second: Callable[[], object], seconds: float) -> tuple[float, float]:

@@ -31,10 +31,9 @@ from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, make_luca
 from backbone.vit import load_backbone, resolve_device
 from benchmarks.images import machine, make_jpegs, timed_process
-from models.fast_step import build_optimizer, l1_norm
 from models.selection import entropy
 from models.tosca import class_means
-from models.training import build_schedule
+from models.training import build_optimizer, build_schedule
 from utils.config.config import Config, load_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import Task, make_stream
@@ -112,8 +111,8 @@ class ReferenceLoop:
         schedule = build_schedule(optimizer, config)
         for _ in range(config.epochs):
             for pixels, rows in self._batches("train", task.train, task.train_rows, self.train_transform, True):
-                parameters = torch.cat([p.flatten() for p in luca.parameters()])
-                loss = F.cross_entropy(classifier(luca(self._features(pixels))), rows) + config.l1 * l1_norm(parameters)
+                l1 = torch.cat([p.flatten() for p in luca.parameters()]).abs().sum()
+                loss = F.cross_entropy(classifier(luca(self._features(pixels))), rows) + config.l1 * l1
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

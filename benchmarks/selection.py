@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import make_learner
-from models.preparation import prepare, wanted_features
+from models.registry import make_learner
 from models.streaming.lda import StreamingLDA
 from models.task_data import BankTask
 from models.tosca import TOSCA
+from trainer import prepare, wanted_features
 from utils.cli import run_command
 from utils.config.config import Config, load_config
 from utils.data.tasks import Task, make_stream

@@ -1,5 +1,6 @@
 """What every learner offers to the trainer, and what the trainer offers to a learner."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,21 @@ def _state_of(name: str, value: Any) -> dict[str, Tensor]:
     if isinstance(value, dict):
         return {f"{key}.{k}": tensor for key, part in value.items() for k, tensor in part.state_dict().items()}
     return dict(value.state_dict())
+
+
+def twin(value: Any) -> Any:
+    """A copy that shares all tensors: what a learner replaces in the one is not replaced in the other.
+
+    Learners and the statistics they hold replace their tensors, they never write into them; so a task that is learned
+    on a twin, and fails or is interrupted, leaves the learner as it was.
+    """
+    if isinstance(value, dict):
+        return {name: twin(part) for name, part in value.items()}
+    if isinstance(value, (Tensor, tuple)) or not type(value).__module__.startswith("models."):
+        return value
+    other = copy.copy(value)
+    other.__dict__.update({name: twin(part) for name, part in vars(value).items()})
+    return other
 
 
 def joined(parts: Sequence[Prediction], order: Tensor | None = None) -> Prediction:

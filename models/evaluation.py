@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from models.base import Learner, Prediction
-from models.selection import ModularLearner
 from utils.data.tasks import TaskStream
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
@@ -75,8 +74,7 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
             confusion[name] = metrics.confusion(true_task, kept.module, len(seen))
             if kept.entropy is not None:
                 entropy[name] = metrics.entropy_by_module(kept.entropy, kept.module, true_task, len(seen))
-    sparsity = learner.sparsity(task) if isinstance(learner, ModularLearner) else None
-    return Evaluation(TaskRecord(results, confusion, entropy, sparsity), images, true_class, answers)
+    return Evaluation(TaskRecord(results, confusion, entropy), images, true_class, answers)
 
 
 class _Kept(NamedTuple):
@@ -120,9 +118,9 @@ def _in_order(images: Sequence[Tensor], *columns: Sequence[Any]) -> _Kept:
 def _groups(
     stream: TaskStream, task: int, predicted: np.ndarray, true_class: np.ndarray, true_task: np.ndarray
 ) -> dict[str, float]:
-    """PILOT's groups; in domain runs, where classes recur, a group is a domain."""
+    """PILOT's groups; in domain runs a group is a domain."""
     ranges = [t.rows for t in stream.tasks[: task + 1]]
-    if len(set(stream.row_class.tolist())) == len(stream.row_class):
+    if not stream.domains:
         return metrics.accuracy_groups(predicted, true_class, ranges, ranges[-1].start)
     hits = predicted == true_class
     names = [f"domain {name}" if name else f"task {t + 1}" for t, name in enumerate(stream.domains[: task + 1])]

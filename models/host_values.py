@@ -23,3 +23,8 @@ def all_finite(tensor: Tensor) -> bool:
 def places(mask: Tensor) -> Tensor:
     """Where a mask ``(n,)`` is true, as indices on its device."""
     return torch.from_numpy(np.flatnonzero(host_values(mask))).to(mask.device)
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN equals NaN."""
+    return bool(np.array_equal(host_values(first), host_values(second), equal_nan=True))

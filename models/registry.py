@@ -1,52 +1,43 @@
-"""Name -> learner: the files of this folder that declare a ``METHOD``, each with the one learner it defines."""
+"""Name -> learner: the file of the method that a run uses is imported, no other."""
 
 import inspect
-from importlib import import_module
-from pathlib import Path
 
 import torch
 
 from models.base import Learner
+from utils import module
 from utils.config.config import Config
-from utils.config.methods import METHODS, read_method
+from utils.config.methods import METHODS
 from utils.errors import DamagedRunError
 from utils.features.arrays import TEST_VIEW, View
-from utils.features.extraction import FeatureExtractor
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
 from utils.runs.tensors import first_line
-from utils.words import counted
 
 
-def find_learners(folder: Path) -> dict[str, type[Learner]]:
-    """Import each file of the package ``models`` in ``folder`` that declares a method; return its learner by name.
+def learner_class(name: str) -> type[Learner]:
+    """The one learner that the file of the method ``name`` defines.
 
     Raises:
-        ValueError: such a file defines no learner, or more than one.
+        ValueError: it defines none, or more than one.
     """
-    found = {}
-    for path in sorted(folder.glob("*.py")):
-        if (method := read_method(path)) is not None:
-            found[method.name] = _learner_of(path)
-    return {name: found[name] for name in METHODS}
-
-
-def _learner_of(path: Path) -> type[Learner]:
-    module = import_module(f"models.{path.stem}")
-    learners = [
+    file = module(METHODS[name].module)
+    found = [
         kind
-        for kind in vars(module).values()
-        if isinstance(kind, type)
+        for kind in vars(file).values()
+        if inspect.isclass(kind)
         and issubclass(kind, Learner)
-        and kind.__module__ == module.__name__
+        and kind.__module__ == file.__name__
         and not inspect.isabstract(kind)
     ]
-    if len(learners) != 1:
-        raise ValueError(f"{path} declares a METHOD, so it must define one learner; it defines {len(learners)}")
-    return learners[0]
+    if len(found) != 1:
+        raise ValueError(f"{file.__file__} declares a METHOD, so it must define one learner; it defines {len(found)}")
+    return found[0]
 
 
-LEARNERS = find_learners(Path(__file__).parent)
+def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:
+    """The learner that ``config.model_name`` names, before its first task."""
+    return learner_class(config.model_name)(config, dim, device, seed)
 
 
 def training_features(config: Config) -> list[View]:
@@ -55,37 +46,23 @@ def training_features(config: Config) -> list[View]:
     return [("train", TEST_VIEW), *(("train", view) for view in range(views))]
 
 
-def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:
-    """The learner that ``config.model_name`` names, before its first task."""
-    return LEARNERS[config.model_name](config, dim, device, seed)
-
-
 def load_learner(
-    config: Config, backbone: FeatureExtractor, seed: int, checkpoint: CheckpointFolder, manifest: RunManifest
+    config: Config, dim: int, device: torch.device, checkpoint: CheckpointFolder, manifest: RunManifest
 ) -> Learner:
-    """The learner of a run as its last commit left it; before its first task a new one.
-
-    Raises:
-        CheckpointError: a file is damaged, or holds tensors that do not fit the run's own config.
-    """
-    learner = make_learner(config, backbone.feature_dim, backbone.device, seed)
+    """The learner of a run as its last commit left it; before its first task a new one."""
+    learner = make_learner(config, dim, device, manifest.seed)
     if not manifest.tasks:
         return learner
-    tensors, rows = checkpoint.load(manifest), manifest.learned().rows
-    if len(tensors[1]) != (len(manifest.tasks) if config.method.modular else 0):
-        raise DamagedRunError(
-            f"{checkpoint.manifest_path} names {counted(len(tensors[1]), 'module')}, which do not fit its "
-            f"{counted(len(manifest.tasks), 'task')}"
-        )
+    tensors = checkpoint.load(manifest)
     try:
         learner.load_state_dict(*tensors)
-        feature = torch.zeros(1, backbone.feature_dim, device=backbone.device)
         with torch.no_grad():  # through all that answers: tensors of other shapes show here, not in the first answer
+            feature = torch.zeros(1, dim, device=device)
             widths = {learner.answer(feature, selection).scores.shape[1] for selection in learner.selections}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise DamagedRunError(
             f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)})"
         ) from error
-    if widths != {rows} or learner.tasks != len(manifest.tasks):
+    if widths != {manifest.learned().rows} or learner.tasks != len(manifest.tasks):
         raise DamagedRunError(f"the files in {checkpoint.folder} do not fit the tasks of their run")
     return learner

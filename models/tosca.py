@@ -12,14 +12,15 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, TaskData
-from models.selection import ModularLearner
+from models.host_values import all_finite
+from models.modular import ModularLearner
 from models.streaming.lda import StreamingLDA
+from models.streaming.means import row_means
 from models.streaming.ridge import RandomRidge
-from models.training import check_finite, shuffled_epochs, train
+from models.training import HINT_LOWER_LR, check_finite, shuffled_epochs
 from utils.config.config import Config
 from utils.config.methods import Method, Selection
-from utils.errors import NumericError
-from utils.hardware import single_thread
+from utils.errors import DataError, NumericError
 from utils.seeds import derive_seed
 
 METHOD = Method(
@@ -78,10 +79,9 @@ class TOSCA(ModularLearner):
         frozen_rows = task.first_row if self.config.old_rows == "freeze" else 0
         epochs = shuffled_epochs(task, self.config, self.seed)
         try:
-            with single_thread():
-                train(luca, classifier, epochs, self.config, frozen_rows=frozen_rows, on_epoch=on_epoch)
-            set_rows(classifier, luca, task)
+            self.train_module(luca, classifier, task, epochs, on_epoch, frozen_rows=frozen_rows)
             check_finite({**dict(luca.named_parameters(prefix="LuCA")), **dict(classifier.named_parameters())})
+            set_rows(classifier, luca, task)
         except NumericError as error:
             raise NumericError(f"task {task.index + 1}, {error}") from None
         self.weight, self.sigma = classifier.weight.detach(), classifier.sigma.detach()
@@ -119,6 +119,9 @@ def set_rows(classifier: CosineClassifier, luca: LuCA, task: TaskData) -> None:
 
 def class_means(features: Tensor, labels: Tensor, count: int) -> Tensor:
     """Mean feature of each of ``count`` classes: ``(images, dim), (images,) -> (count, dim)``."""
-    sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels, features)
-    images = labels.new_zeros(count).index_add_(0, labels, torch.ones_like(labels))
-    return sums / images[:, None]
+    if not all_finite(features):
+        raise NumericError(f"after its last step: what LuCA makes of a training image is not finite; {HINT_LOWER_LR}")
+    means, images = row_means(features, labels, count)
+    if not all_finite(1 / images):
+        raise DataError(f"{count} classes are to be learned, but one has no training image: its mean is undefined")
+    return means.to(features)

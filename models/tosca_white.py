@@ -20,16 +20,16 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA, luca_stacked
 from models.base import SAMPLES, OnEpoch, Prediction, TaskData, joined
-from models.selection import ModularLearner, entropy
+from models.modular import ModularLearner
+from models.selection import choose_by_sample, entropy
 from models.streaming.lda import StreamingLDA
 from models.streaming.ridge_pair import RidgePair
 from models.streaming.whitening import Whitening, make_whitening
 from models.tosca import class_means
-from models.training import Epoch, check_finite, shuffled_epochs, train
+from models.training import Epoch, check_finite, shuffled_epochs
 from utils.config.config import Config
 from utils.config.methods import Key, Method, Selection
 from utils.errors import NumericError
-from utils.hardware import single_thread
 from utils.seeds import derive_seed
 
 METHOD = Method(
@@ -90,9 +90,7 @@ class WhiteTOSCA(ModularLearner):
 
     def fit(self, task: TaskData, on_epoch: OnEpoch | None) -> None:
         total_rows = task.first_row + task.new_rows
-        statistics = copy.copy(
-            self.statistics
-        )  # updates replace its tensors: a task that fails leaves the learner as it was
+        statistics = copy.copy(self.statistics)  # updates replace its tensors
         statistics.update(task.test_view(), task.labels, total_rows)
         whitening = self.task_whitening(statistics)
         luca = self.fresh_luca(task)
@@ -100,10 +98,9 @@ class WhiteTOSCA(ModularLearner):
         classifier.sigma.requires_grad_(False)
         try:
             epochs = self.noisy_epochs(task, whitening)
-            with single_thread():
-                train(luca, classifier, epochs, self.config, on_epoch=on_epoch)
+            self.train_module(luca, classifier, task, epochs, on_epoch, input_flops=2 * self.dim**2)
+            check_finite(dict(luca.named_parameters(prefix="LuCA")))
             rows = own_means(luca, whitening, task)
-            check_finite({**dict(luca.named_parameters(prefix="LuCA")), "the classifier's rows": rows})
         except NumericError as error:
             raise NumericError(f"task {task.index + 1}, {error}") from None
         self.statistics, self.weight = statistics, torch.cat([self.weight, rows])
@@ -171,7 +168,7 @@ class WhiteTOSCA(ModularLearner):
                 answers[name] = Prediction(pair + 0.5 * own)
                 continue
             if name == "sample":
-                module = entropies.argmin(dim=1)
+                module = choose_by_sample(entropies)
             elif name == "oracle" and true_task is not None:
                 module = true_task
             else:

@@ -246,7 +246,7 @@ def test_known_classes_go_on_as_a_domain_of_a_class_run(domains_folder, make_fol
     assert found["base"]["evaluation"] == "new classes alone"
     model = ContinualClassifier.load(tmp_path / "grown" / "tosca")
     assert (model.tasks, model.class_names) == (3, ("0", "1", "2", "3"))
-    assert model._learned.row_class.tolist() == [0, 1, 2, 3, 0, 2, 3]
+    assert model.row_class.tolist() == [0, 1, 2, 3, 0, 2, 3]
 
 
 def test_a_class_run_does_not_go_on_from_a_domain_run(finished, make_folder, run_main, tmp_path, capsys):

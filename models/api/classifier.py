@@ -1,18 +1,18 @@
-"""A saved run as a classifier that goes on learning: load, predict, learn, save.
+"""A classifier that learns task after task on a frozen backbone: started from nothing, or a saved run.
 
     from models import ContinualClassifier
 
-    model = ContinualClassifier.load("tosca")
-    model.predict(["a.jpg", "b.jpg"]).classes            # ["owl", "fox"]
-    model.learn(new_paths, ["okapi"] * len(new_paths))   # one call is one task; nothing old is needed
-    model.save("tosca-with-okapi")
+    model = ContinualClassifier.start(backbone_type="vit_base_patch16_224")   # any key of a config
+    model.learn(images, labels)                                               # one call is one task
+    model.evaluate(test_images, test_labels)["sample"]["top1"]
+    model.predict(["a.jpg", "b.jpg"]).classes                                 # ["owl", "fox"]
+    model.save("tosca")
 
-The commands use the same code: ``predict.py`` predicts through it, and its ``learn`` trains as ``main.py`` does.
+``trainer.py`` learns, answers and saves through the same object, and ``predict.py`` predicts through it.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ import numpy as np
 import torch
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models.api import hub
 from models.api.pickling import maker
-from models.api.predictions import Predictions
-from models.api.predictor import Predictor
+from models.api.predictor import Known, Predictor
+from models.base import TaskData, twin
+from models.evaluation import evaluate
+from models.modular import ModularLearner
 from models.registry import load_learner, make_learner, training_features
-from models.selection import ModularLearner
 from models.task_data import BankTask
+from utils import module
 from utils.config.config import Config, make_config
-from utils.data.given import GivenImages, Images, sources_of
+from utils.data.given import GivenImages, Images, checked_labels, sources_of
 from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
-from utils.data.tasks import TaskStream, next_task
+from utils.data.tasks import Task, TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
@@ -39,17 +40,30 @@ from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
-from utils.runs.manifest import RunManifest, TaskRecord
-from utils.words import counted, task_place
-
-__all__ = ["ContinualClassifier", "Predictions"]
+from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
+from utils.words import task_place
 
 
 class ContinualClassifier(Predictor):
-    """A saved run that answers and goes on learning, task after task. Make one with ``load``.
+    """A frozen backbone and what was learned on it, which answers and goes on learning: ``start`` or ``load`` one."""
 
-    Any number of threads may predict with one object at a time; learning needs it alone.
-    """
+    # -- making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, **keys: Any) -> "ContinualClassifier":
+        """Begin with nothing learned.
+
+        Args:
+            keys: of a config (docs/config.md); ``backbone_type`` is the one that is needed, those of data are not.
+        """
+        config = make_config({"dataset": "imagefolder", "init_cls": 1, "increment": 1, **keys}, "start")
+        if len(config.seed) > 1:
+            raise ConfigError(f"start: seed {list(config.seed)}: a model has one seed")
+        device = resolve_device(config)
+        backbone = load_same_backbone(config, device, None)
+        manifest = first_manifest(config, config.seed[0], backbone)
+        learner = make_learner(config, backbone.feature_dim, device, manifest.seed)
+        return cls(config, backbone, Known.after(learner, manifest))
 
     @classmethod
     def load(
@@ -61,190 +75,206 @@ class ContinualClassifier(Predictor):
             folder: a run's ``checkpoint_dir`` (of several seeds, one ``seed<seed>/`` in it).
             backbone_weights: where the backbone's file is now; by default as the run's config says.
             device: ``"cpu"`` or the number of an accelerator; by default as the run's config says.
-
-        Raises:
-            CheckpointError: no run there, a damaged one, or one that has not finished its first task.
-            BackboneError: the weights cannot be had, or are not those of the run.
         """
         checkpoint = CheckpointFolder(expanded(folder))
         manifest = read_run(checkpoint)
         changed: dict[str, Any] = {"precision": manifest.backbone["precision"]}
-        if backbone_weights is not None:
-            changed["backbone_weights"] = str(backbone_weights)
-        if device is not None:
-            changed["device"] = [device]
+        changed |= {} if backbone_weights is None else {"backbone_weights": str(backbone_weights)}
+        changed |= {} if device is None else {"device": [device]}
         config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
-        backbone = _load_same_backbone(config, manifest, resolve_device(config))
-        learner = load_learner(config, backbone, manifest.seed, checkpoint, manifest)
-        return cls(config, backbone, learner, manifest)
+        backbone = load_same_backbone(config, resolve_device(config), manifest.backbone["weights_sha256"])
+        learner = load_learner(config, backbone.feature_dim, backbone.device, checkpoint, manifest)
+        return cls(config, backbone, Known.after(learner, manifest))
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    def learn(self, images: Images, labels: Sequence[str], *, domain: str | None = None) -> None:
-        """Learn the next task from its images alone, by the run's own settings (epochs, views, rate …).
+    def learn(self, images: Images, labels: Iterable[str], *, domain: str | None = None) -> None:
+        """Learn the next task from its images alone, by the model's settings (epochs, views, rate …).
 
-        Earlier modules stay as they are, bit for bit. Features are kept in memory for the length of the call:
-        4 bytes x ``dim`` x (views + 1) for each image; for large data use ``main.py`` with ``continue_from``.
+        Earlier modules stay as they are, bit for bit; whatever stops this call leaves the model as it was. The classes
+        are learned in the order in which their first images come. Features are kept in memory for the length of the
+        call: 4 bytes x ``dim`` x (views + 1) for each image; for large data use ``main.py`` with ``continue_from``.
 
         Args:
             images: as for ``predict``.
             labels: the class name of each image; all of them new.
-            domain: makes the images a new domain of this name (scenario ``domain``): known class names may come again.
-
-        Raises:
-            DataError: no image, numbers that differ, a name that is learned already, an unreadable image.
-            ConfigError: a method that needs the data of earlier tasks.
-            NumericError: training diverged; what was learned before is unchanged.
+            domain: makes the images a new domain of this name: known class names may come again.
         """
         sources = sources_of(images)
-        if len(sources) != len(labels):
-            raise DataError(f"{counted(len(sources), 'image')} but {counted(len(labels), 'label')}")
+        given = checked_labels(labels, len(sources))
         if not sources:
             raise DataError("there is no image to learn from")
-        if bad := [label for label in labels if not isinstance(label, str) or not label]:
-            raise DataError(f"labels are class names, got {bad[0]!r}")
         if not self.config.method.continual:
             raise ConfigError(f"{self.config.model_name} needs the data of all tasks; it cannot learn a task alone")
-        if self._learned.domains and domain is None:
+        if self.domains and domain is None:
             raise DataError("the run is domain-incremental: name the new images' domain, learn(..., domain=<name>)")
-        labels = [normal_name(label) for label in labels]  # one form for names that look the same
+        named = [normal_name(label) for label in given]  # one form for names that look the same
         if domain is not None:
-            known = spelled_as(sorted(set(labels)), self.class_names, "class", "the labels")
-            labels = [known[label] for label in labels]
-        names = sorted(set(labels))
-        learned = self._learned.with_task(names, domain)
-        task = next_task(self._learned, np.asarray([names.index(label) for label in labels]), len(names))
-        split = GivenImages(sources, labels, self.max_pixels)
-        bank = self._bank(split)
+            spelled = spelled_as(dict.fromkeys(named), self.class_names, "class", "the labels")
+            named = [spelled[label] for label in named]
+        names = list(dict.fromkeys(named))
+        before = self._known.learned
+        learned = before.with_task(names, domain)
+        task = next_task(before, np.asarray([names.index(label) for label in named]), len(names))
+        bank = self._bank(GivenImages(sources, named, self.max_pixels))
         bank.fill(training_features(self.config))
         self.backbone_forwards += bank.forwards
-        stream = TaskStream((task,), learned.class_names, learned.row_class)
-        title = f"Task {task_place(task.index, task.index + 1, learned.domains)}"
-        with epoch_bar(title, self.config.epochs, shown=self.config.method.augmented) as advance:
-            self.learner.learn(
-                BankTask(bank, stream, task, self.config.views, self.backbone.device),
-                lambda _, stats: advance(stats.loss, stats.accuracy),
-            )
         content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
-        self._learned = learned
-        self._manifest = _grown_manifest(self, len(split), content)
+        stream = TaskStream((task,), learned.class_names, learned.row_class)
+        manifest = self.manifest.with_images(learned, len(sources), content)
+        self.learn_task(BankTask(bank, stream, task, self.config.views, self.backbone.device), manifest)
+
+    def learn_task(
+        self,
+        task: TaskData,
+        manifest: RunManifest,
+        on_epoch: Callable[[int, EpochStats], None] = lambda epoch, stats: None,
+    ) -> None:
+        """Learn the next of the tasks that ``manifest`` lays out; this is where every task is learned.
+
+        Args:
+            on_epoch: is called after each epoch of training with its number from 0.
+        """
+        learner, epochs = twin(self.learner), list[EpochStats]()
+        title = f"Task {task_place(task.index, len(manifest.task_sizes), manifest.domains)}"
+        with epoch_bar(title, self.config.epochs, shown=self.config.method.augmented) as advance:
+
+            def after_epoch(epoch: int, stats: EpochStats) -> None:
+                epochs.append(stats)
+                on_epoch(epoch, stats)
+                advance(stats.loss, stats.accuracy)
+
+            learner.learn(task, after_epoch)
+        record = TaskRecord(
+            sparsity=learner.sparsity(task.index) if isinstance(learner, ModularLearner) else None,
+            parameters={"backbone": self.backbone.parameters, **learner.parameter_counts()},
+            epochs=tuple(epochs),
+        )
+        self._known = Known.after(learner, manifest.with_task(record))
+
+    def note(self, manifest: RunManifest) -> None:
+        """Take over a manifest that tells more of the same tasks, such as their results."""
+        self._known = self._known._replace(manifest=manifest)
+
+    def evaluate(
+        self, images: Images, labels: Iterable[str], *, domain: str | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Test on images of learned classes, in class order as ``main.py`` does.
+
+        Args:
+            domain: where the images are from, in a domain-incremental run.
+
+        Returns:
+            For every selection ``top1``, ``top5``, ``per_task`` (None for a task without images) and, with modules,
+            ``selection_accuracy``, all in percent. ``batch`` looks at 48 images at a time (docs/selection.md).
+        """
+        self._check_learned()
+        sources, learned = sources_of(images), self._known.learned
+        given = checked_labels(labels, len(sources))
+        if not sources:
+            raise DataError("there is no image to test on")
+        spelled = spelled_as(
+            [normal_name(label) for label in dict.fromkeys(given)], self.class_names, "class", "labels"
+        )
+        if unknown := [name for name in spelled.values() if name not in self.class_names]:
+            raise DataError(f"class {unknown[0]!r} is not learned, so it cannot be tested")
+        if bool(self.domains) != (domain is not None) or (domain is not None and domain not in self.domains):
+            raise DataError(f"domain {domain!r}: give one of {', '.join(self.domains) or 'none: there are no domains'}")
+        classes = np.array([self.class_names.index(spelled[normal_name(label)]) for label in given])
+        nothing, tasks = np.empty(0, dtype=np.int64), []
+        for index, rows in enumerate(learned.task_rows):
+            mine = np.isin(classes, learned.row_class[rows]) & (domain is None or self.domains[index] == domain)
+            found = np.flatnonzero(mine)[np.argsort(classes[mine], kind="stable")]
+            tasks.append(Task(index, rows, nothing, nothing, found, classes[found]))
+        stream = TaskStream(tuple(tasks), learned.class_names, learned.row_class, learned.domains)
+        bank = self._bank(GivenImages(sources, given, self.max_pixels))
+        bank.fill([("test", TEST_VIEW)])
+        self.backbone_forwards += bank.forwards
+        tested = evaluate(self.learner, bank, stream, self.tasks - 1, self.manifest.seed).record.results
+        return {name: {k: v for k, v in of.items() if k != "groups"} for name, of in tested.items()}
 
     def _bank(self, split: Split) -> FeatureBank:
-        return FeatureBank(
+        bank = FeatureBank(
             Dataset("images", split, split, ()),
             self.backbone,
             image_size=self.config.image_size,
-            augment_seed=self.config.view_seed(self._manifest.seed),
+            augment_seed=self.config.view_seed(self.manifest.seed),
             fingerprints={},
             cache_dir=None,
             batch_size=self.batch_size,
             num_workers=0,
         )
+        return bank
 
-    @property
-    def manifest(self) -> RunManifest:
-        """The record of the run: its config, data, results and files."""
-        return self._manifest
+    # -- keeping it, other processes, other places -----------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path | None:
         """Write a checkpoint folder that ``load``, ``predict.py`` and ``continue_from`` read.
 
-        What another run has there is moved aside, never overwritten.
-
-        Returns:
-            where that went, or None.
-
-        Raises:
-            UserError: the folder cannot be written, or a run is at work in it.
+        What another run has there is moved aside, never overwritten; where it went, is returned.
         """
+        self._check_learned()
         checkpoint = CheckpointFolder(expanded(folder))
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
             modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules
-            self._manifest = checkpoint.commit_all(self._manifest, self.learner.state_dict(), modules)
+            self.note(checkpoint.commit_all(self.manifest, self.learner.state_dict(), modules))
         return aside
 
-    # -- other processes -------------------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        """Plain values and tensors from which ``from_state`` makes the same object; the backbone is named, not held."""
-        return {
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Plain values and tensors, of which ``from_state`` makes the same object; the backbone is named, not held."""
+        state = {
             "config": self.config.as_dict(),
-            "manifest": self._manifest.to_json(),
+            "manifest": self.manifest.to_json(),
             "device": str(self.backbone.device),
             "max_pixels": self.max_pixels,
             "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
-            "modules": [{name: t.cpu() for name, t in state.items()} for state in self.module_states()],
+            "modules": [{name: t.cpu() for name, t in of_task.items()} for of_task in self.module_states()],
         }
+        return maker(ContinualClassifier.from_state, "from_state"), (state,)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
-        """The object whose ``state`` this is; the backbone's weights are read again, and must be the same.
-
-        Raises:
-            BackboneError: the weights cannot be had, or are not those of the run.
-        """
+        """The object that was pickled; the backbone's weights are read again, and must be the same."""
         manifest = RunManifest.from_json(state["manifest"])
         config = make_config(state["config"], "the state of a model")
-        backbone = _load_same_backbone(config, manifest, torch.device(state["device"]))
+        backbone = load_same_backbone(config, torch.device(state["device"]), manifest.backbone["weights_sha256"])
         learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
-        learner.load_state_dict(state["learner"], state["modules"])
-        model = cls(config, backbone, learner, manifest)
+        if manifest.tasks:
+            learner.load_state_dict(state["learner"], state["modules"])
+        model = cls(config, backbone, Known.after(learner, manifest))
         model.max_pixels = state["max_pixels"]
         return model
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return maker(ContinualClassifier.from_state, "from_state"), (self.state(),)
-
-    # -- taking it elsewhere (export.py, hub.py) ---------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write what the Hugging Face hub stores: the checkpoint, the backbone's file if it is local, a model card."""
-        return hub.save_pretrained(self, folder)
+        path: Path = module("models.api.hub").save_pretrained(self, folder)
+        return path
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str | None = None) -> "ContinualClassifier":
         """Load a folder of ``save_pretrained``, or ``user/repo`` from the Hugging Face hub."""
+        hub = module("models.api.hub")
         folder = hub.find_pretrained(name)
         return cls.load(folder, backbone_weights=hub.shipped_weights(folder), device=device)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload the model as ``user/repo``; return its address. Log in first (``hf auth login``)."""
-        return hub.push_to_hub(self, repo_id, private=private)
+        return str(module("models.api.hub").push_to_hub(self, repo_id, private=private))
 
 
-# -- reading a run ----------------------------------------------------------------------------------------------------
-
-
-def _load_same_backbone(config: Config, manifest: RunManifest, device: torch.device) -> Backbone:
+def load_same_backbone(config: Config, device: torch.device, sha256: str | None) -> Backbone:
+    """The backbone that ``config`` names; its weights must have that hash, if one is given."""
     try:
         backbone = load_backbone(config, device)
     except BackboneError as error:
-        if config.backbone_weights and not Path(config.backbone_weights).is_file():
+        if sha256 and config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None
         raise
-    expected = manifest.backbone["weights_sha256"]
-    if backbone.weights_sha256 != expected:
+    if sha256 not in (None, backbone.weights_sha256):
         raise BackboneError(
             f"the weights of {backbone.name} are not those of the run: their SHA-256 is "
-            f"{backbone.weights_sha256[:12]}…, the run's {expected[:12]}…; modules fit the weights that they were "
+            f"{backbone.weights_sha256[:12]}…, the run's {str(sha256)[:12]}…; modules fit the weights that they were "
             "trained on alone: give that file with --backbone-weights"
         )
     return backbone
-
-
-def _grown_manifest(model: ContinualClassifier, images: int, content: str) -> RunManifest:
-    """The manifest after ``learn``: of a run of its own, which no config describes, with a task not tested."""
-    old, learned = model._manifest, model._learned
-    record = TaskRecord(
-        sparsity=model.learner.sparsity(model.tasks - 1) if isinstance(model.learner, ModularLearner) else None,
-        parameters={"backbone": model.backbone.parameters, **model.learner.parameter_counts()},
-    )
-    data = {**old.data, "classes": len(learned.class_names), "train_images": old.data["train_images"] + images}
-    return replace(
-        old.with_learned(learned),
-        status="finished",
-        identity={**old.identity, "learned_by_hand": [*old.identity.get("learned_by_hand", []), content]},
-        data=data,
-        tasks=(*old.tasks[: len(learned.task_sizes) - 1], record),
-    )

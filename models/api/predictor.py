@@ -1,10 +1,9 @@
 """Answers to images: a frozen backbone and what was learned on it, in any number of threads."""
 
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +13,15 @@ from backbone.vit import Backbone
 from models.api.predictions import Predictions
 from models.base import Learner
 from models.evaluation import class_scores
+from models.modular import ModularLearner
 from models.registry import make_learner
-from models.selection import ModularLearner
 from utils.config.config import Config
 from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.images import MAX_PIXELS
+from utils.data.loader import load_ahead
+from utils.data.tasks import LearnedClasses
 from utils.data.transforms import Transforms
-from utils.errors import BackboneError, DataError
+from utils.errors import BackboneError, CheckpointError, DataError
 from utils.hardware import default_batch_size, forward_threads
 from utils.runs.manifest import RunManifest
 from utils.words import counted
@@ -28,38 +29,58 @@ from utils.words import counted
 FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
 
 
+class Known(NamedTuple):
+    """What has been learned so far. It is replaced as a whole: whatever stops a task leaves it as it was."""
+
+    learner: Learner
+    manifest: RunManifest
+    learned: LearnedClasses
+
+    @classmethod
+    def after(cls, learner: Learner, manifest: RunManifest) -> "Known":
+        return cls(learner, manifest, manifest.learned())
+
+
 class Predictor:
-    """A frozen backbone and what was learned on it, as it answers.
+    """A frozen backbone and what was learned on it, which answers and goes on learning.
+
+    Any number of threads may predict with one object at a time; learning and moving need it alone.
 
     Attributes:
-        config: the run's settings.
+        config: the settings.
         backbone: the frozen ViT.
-        learner: what training changes.
         backbone_forwards: images that this object passed through the backbone.
         max_pixels: larger images are refused.
-
-    Any number of threads may predict with one object at a time; moving it needs it alone.
     """
 
-    def __init__(self, config: Config, backbone: Backbone, learner: Learner, manifest: RunManifest) -> None:
-        self.config, self.backbone, self.learner = config, backbone, learner
+    def __init__(self, config: Config, backbone: Backbone, known: Known) -> None:
+        self.config, self.backbone, self._known = config, backbone, known
         self.backbone_forwards = 0
-        self.max_pixels = config.max_pixels or MAX_PIXELS  # larger images are refused
-        self._counting = threading.Lock()
-        self._manifest = manifest
-        self._learned = manifest.learned()
-        self._transforms = Transforms(config.image_size, 0)
+        self.max_pixels = config.max_pixels or MAX_PIXELS
         self.batch_size = config.feature_batch_size or default_batch_size(backbone.device, config.image_size)
+        self._counting, self._transforms = threading.Lock(), Transforms(config.image_size, 0)
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def learner(self) -> Learner:
+        """What training changes."""
+        return self._known.learner
+
+    @property
+    def manifest(self) -> RunManifest:
+        """The record of the run: its config, data, results and files."""
+        return self._known.manifest
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """All classes that it knows, in the order in which it learned them."""
-        return self._learned.class_names
+        return self._known.learned.class_names
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The domain of each task, of a domain-incremental run; else empty."""
-        return self._learned.domains
+        return self._known.learned.domains
 
     @property
     def tasks(self) -> int:
@@ -69,7 +90,7 @@ class Predictor:
     @property
     def row_class(self) -> np.ndarray:
         """``(rows,)`` the class of each of the classifier's rows; in domain runs a class has several."""
-        return self._learned.row_class
+        return self._known.learned.row_class
 
     @property
     def has_modules(self) -> bool:
@@ -83,26 +104,19 @@ class Predictor:
 
     @property
     def selection(self) -> str:
-        """How ``predict`` chooses the module by default: as the run's config says, if that answers single images."""
+        """How ``predict`` chooses the module by default: as the config says, if that answers single images."""
         names = (self.config.selection, "sample", *self.selections)
         return next(name for name in names if name in self.selections)
 
     def __repr__(self) -> str:
-        tasks, classes = (
-            counted(self.tasks, "domain" if self.domains else "task"),
-            counted(len(self.class_names), "class"),
-        )
+        tasks = counted(self.tasks, "domain" if self.domains else "task")
         return (
-            f"{type(self).__name__}({self.config.model_name}, {tasks}, {classes}, {self.backbone.name}, selection "
-            f"{self.selection}, {self.backbone.device})"
+            f"{type(self).__name__}({self.config.model_name}, {tasks}, {counted(len(self.class_names), 'class')}, "
+            f"{self.backbone.name}, selection {self.selection}, {self.backbone.device})"
         )
 
     def to(self, device: str | int | torch.device) -> "Predictor":
-        """Move backbone and learner to ``device``; return this object.
-
-        Raises:
-            BackboneError: no such device; the model stays where it is.
-        """
+        """Move backbone and learner to ``device``; return this object. Where there is none, the model stays."""
         try:
             moved = torch.device(device)
             torch.empty(1, device=moved)
@@ -111,10 +125,10 @@ class Predictor:
             raise BackboneError(
                 f"device {str(device)!r} cannot be used here ({reason}); the model stays on {self.backbone.device}"
             ) from error
-        self.backbone.to(moved)
-        learner = make_learner(self.config, self.backbone.feature_dim, moved, self._manifest.seed)
+        learner = make_learner(self.config, self.backbone.feature_dim, moved, self.manifest.seed)
         learner.load_state_dict(self.learner.state_dict(), self.module_states())
-        self.learner = learner
+        self.backbone.to(moved)
+        self._known = self._known._replace(learner=learner)
         self.batch_size = self.config.feature_batch_size or default_batch_size(moved, self.config.image_size)
         return self
 
@@ -134,12 +148,8 @@ class Predictor:
                 floating point in [0, 1], in RGB. All sizes pass the test transform.
             top_k: how many classes to name for each; at most as many as there are.
             selection: how the module that answers is chosen, one of ``selections``; by default ``self.selection``.
-
-        Raises:
-            DataError: an image that cannot be read, or a tensor or array of another form.
-            ConfigError: a selection that the method lacks, or one such as ``batch`` that looks at several images.
         """
-        selection = self._checked(selection)
+        selection = self._checked(selection, top_k)
         sources = sources_of(images)
         starts = range(0, len(sources), self.batch_size)
         batches = ([self._pixels(source) for source in sources[start : start + self.batch_size]] for start in starts)
@@ -155,25 +165,21 @@ class Predictor:
         Yields one batch after another: the files that could be read, their answers (None if there are none), and
         the files that could not be read, each with its error.
         """
-        selection = self._checked(selection)
+        selection = self._checked(selection, top_k)
         threads = forward_threads(self.backbone.device)
-        running: deque[tuple[list[Path], Future[Predictions] | None, list[tuple[Path, DataError]]]] = deque()
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for good, pixels, errors in self._batches(paths):
-                future = pool.submit(self._answer, pixels, top_k, selection) if good else None
-                running.append((good, future, errors))
-                if len(running) > threads:
-                    yield _result(*running.popleft())
-            while running:
-                yield _result(*running.popleft())
+
+        def answer(batch: tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]) -> Predictions | None:
+            torch.set_num_threads(1)  # of this thread: as many passes as threads are at work, each on one
+            return self._answer(batch[1], top_k, selection) if batch[1] else None
+
+        for (good, _, errors), found in load_ahead(answer, self._batches(paths), workers=threads, ahead=threads + 1):
+            yield good, found, errors
 
     def _batches(
         self, paths: Iterable[Path]
     ) -> Iterator[tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]]:
         """The files of one batch that could be read, their pixels, and the errors of the others."""
-        good: list[Path] = []
-        pixels: list[Tensor] = []
-        errors: list[tuple[Path, DataError]] = []
+        good, pixels, errors = list[Path](), list[Tensor](), list[tuple[Path, DataError]]()
         for path, loaded in loaded_ahead(paths, self._pixels, ahead=2 * self.batch_size):
             if isinstance(loaded, DataError):
                 errors.append((path, loaded))
@@ -193,25 +199,37 @@ class Predictor:
     @torch.no_grad()
     def classify_features(self, features: Tensor, top_k: int = 5, selection: str | None = None) -> Predictions:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
-        selection = self._checked(selection)
-        answer = self.learner.answer(features, selection)
-        probabilities = class_scores(answer.scores, self._learned.row_class).softmax(dim=1)
+        selection, known = self._checked(selection, top_k), self._known
+        answer = known.learner.answer(features, selection)
+        probabilities = class_scores(answer.scores, known.learned.row_class).softmax(dim=1)
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
         about_modules = {
             name: None if value is None else value.cpu()
             for name in ("module", "entropy", "entropies", "task_scores")
             for value in [getattr(answer, name)]
         }
-        classes, shares, domains = best.indices.cpu(), best.values.cpu(), self._learned.domains
         return Predictions(
-            self.class_names, classes, shares, features.cpu(), selection, self.tasks, **about_modules, domains=domains
+            known.learned.class_names,
+            best.indices.cpu(),
+            best.values.cpu(),
+            features.cpu(),
+            selection,
+            known.learner.tasks,
+            **about_modules,
+            domains=known.learned.domains,
         )
 
-    def _checked(self, selection: str | None) -> str:
-        if selection is None:
-            return self.selection
-        self.learner.check_selection(selection)
-        return selection
+    def _check_learned(self) -> None:
+        if not self.tasks:
+            raise CheckpointError("nothing is learned yet: call learn(images, labels) first")
+
+    def _checked(self, selection: str | None, top_k: int) -> str:
+        self._check_learned()
+        if top_k < 1:
+            raise DataError(f"top_k must be at least 1, got {top_k}")
+        if selection is not None:
+            self.learner.check_selection(selection)
+        return selection or self.selection
 
     def _answer(self, pixels: list[Tensor], top_k: int, selection: str) -> Predictions:
         with self._counting:
@@ -221,7 +239,3 @@ class Predictor:
     def _pixels(self, source: ImageSource) -> Tensor:
         pixels: Tensor = self._transforms.test(as_image(source, self.max_pixels))
         return pixels
-
-
-def _result(good: list[Path], answer: Future[Predictions] | None, errors: list[tuple[Path, DataError]]) -> FileAnswers:
-    return good, answer.result() if answer is not None else None, errors

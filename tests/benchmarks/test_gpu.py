@@ -1,6 +1,7 @@
 """``benchmarks.gpu`` is written where there is no accelerator: every line of it has run, on a CPU and on a stand-in."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from inspect import CO_OPTIMIZED
@@ -47,7 +48,7 @@ class StandInForCuda:
     capturing: Any = None
 
 
-class RecordingStep(gpu_learning.LucaStep):
+class RecordingStep(gpu_learning.FastStep):
     """Is recorded while a graph is captured, as the device's operations would be: nothing is computed then."""
 
     def __call__(self, h: torch.Tensor, rows: torch.Tensor) -> Any:
@@ -71,10 +72,12 @@ def lines_run() -> Iterator[set[tuple[str, int]]]:
 
     before = sys.gettrace()
     sys.settrace(trace)
+    threading.settrace(trace)
     try:
         yield found
     finally:
         sys.settrace(before)
+        threading.settrace(None)
 
 
 def lines_of(code: CodeType) -> set[int]:
@@ -93,7 +96,7 @@ def not_compiled(_: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_line_runs_on_a_cpu(capsys, monkeypatch):
-    monkeypatch.setattr(gpu_learning, "LucaStep", RecordingStep)
+    monkeypatch.setattr(gpu_learning, "FastStep", RecordingStep)
     monkeypatch.setattr(gpu.logging, "disable", lambda: None)  # it would last
     monkeypatch.setattr(gpu.torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(gpu.torch, "compile", lambda forward, **_: forward)  # dynamo is not at home under a trace

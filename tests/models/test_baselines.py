@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import knn, registry
+from models import knn
 from models.base import Learner
 from models.fecam import FeCAM
 from models.knn import KNN
@@ -149,7 +149,7 @@ def test_only_the_joint_classifier_is_not_continual():
 
 def test_every_method_without_modules_is_held_here():
     assert {kind.__module__ for kind in LEARNERS} == {
-        found.__module__ for name, found in registry.LEARNERS.items() if not METHODS[name].modular
+        method.module for method in METHODS.values() if not method.modular
     }
 
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from models.base import SAMPLES, Learner
 from models.evaluation import evaluate
+from models.modular import with_one_more
 from models.registry import make_learner
-from models.selection import appended
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
 from utils.config.methods import METHODS
@@ -95,7 +95,7 @@ def peak_of_evaluation(learner: Learner, rows: int, images: int) -> int:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_an_evaluation_holds_for_an_image_does_not_grow_with_the_classes(name, monkeypatch):
-    monkeypatch.setattr("models.selection.EVALUATION_BYTES", 1 << 16)  # reached by few images already
+    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1 << 16)  # reached by few images already
     monkeypatch.setattr("models.ranpac.RANDOM_FEATURES", 64)
     rows = 150
     learner, more = learned(name, 2, rows), 4 * SAMPLES
@@ -107,7 +107,7 @@ def test_what_an_evaluation_holds_for_an_image_does_not_grow_with_the_classes(na
 
 def test_while_the_modules_pass_by_nothing_is_kept_but_what_was_laid_out_before(monkeypatch):
     """Small results kept between large ones that are not made a process grow by all modules: the allocator's room."""
-    monkeypatch.setattr("models.selection.EVALUATION_BYTES", 1)  # one module at a time
+    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1)  # one module at a time
     learner = learned("tosca", 8, 3)
     assert isinstance(learner, TOSCA)
     all_logits, counts, tensors = learner.all_logits, [], Tensors()
@@ -129,7 +129,7 @@ def test_adding_modules_copies_each_a_few_times_however_many_there_are():
     with Tensors() as tensors:
         stack = new[None].clone()
         for task in range(1, tasks):
-            stack = appended(stack, new + task)
+            stack = with_one_more(stack, new + task)
     assert torch.equal(stack, torch.arange(tasks)[:, None] + torch.arange(float(size)))
     room = tensors.made - tasks * new.nbytes  # without the new modules themselves
     assert room <= 3 * tasks * new.nbytes
@@ -137,8 +137,8 @@ def test_adding_modules_copies_each_a_few_times_however_many_there_are():
 
 def test_a_stack_that_grew_is_left_as_it_was():
     first = torch.ones(2, 3)
-    second = appended(first, torch.zeros(3))
-    third = appended(second, torch.full((3,), 7.0))
+    second = with_one_more(first, torch.zeros(3))
+    third = with_one_more(second, torch.full((3,), 7.0))
     assert (len(first), len(second), len(third)) == (2, 3, 4)
     assert (
         torch.equal(first, torch.ones(2, 3))
@@ -150,5 +150,5 @@ def test_a_stack_that_grew_is_left_as_it_was():
 
 def test_a_stack_that_ends_its_storage_moves_wherever_it_begins():
     stack = torch.arange(12.0).view(4, 3)[2:]
-    longer = appended(stack, torch.zeros(3))
+    longer = with_one_more(stack, torch.zeros(3))
     assert torch.equal(longer, torch.tensor([[6.0, 7.0, 8.0], [9.0, 10.0, 11.0], [0.0, 0.0, 0.0]]))

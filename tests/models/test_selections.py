@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import tosca
 from models.base import Learner, OnEpoch, Prediction, TaskData
 from models.evaluation import best_classes, evaluate
 from models.ranpac import RanPAC
@@ -86,7 +85,7 @@ def test_a_classifier_that_is_not_finite_is_not_saved(monkeypatch, name):
         value.view(-1)[0] = float("nan")
 
     learner = learned()
-    monkeypatch.setattr(tosca, "train", train)
+    monkeypatch.setattr("models.modular.train", train)
     with pytest.raises(NumericError, match=rf"task 4, after its last step: {name} is not finite"):
         learner.learn(Task(3))
     assert learner.tasks == 3 and len(learner.modules["norm.weight"]) == 3

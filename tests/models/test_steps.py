@@ -10,10 +10,10 @@ from torch import Tensor
 from backbone import luca as luca_file
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, LuCA, make_luca
-from models.fast_step import AutogradStep, LucaStep, make_step
-from models.gradients import GRADIENTS
-from models.training import train
+from models.fast_step import GRADIENTS, FastStep
+from models.training import Step, build_optimizer, make_step, train
 from tests.conftest import tiny_config
+from utils.config.config import Config
 
 DIM, ROWS = 48, 7
 
@@ -26,6 +26,10 @@ def both(flow: str = "tosca", sigma: bool = True, dim: int = DIM) -> tuple[LuCA,
     classifier = CosineClassifier(rows, torch.tensor(1.5))
     classifier.sigma.requires_grad_(sigma)
     return luca, classifier
+
+
+def fast_step(luca: LuCA, classifier: CosineClassifier, config: Config) -> FastStep:
+    return FastStep(luca, classifier, config, build_optimizer)
 
 
 def batches(sizes: tuple[int, ...] = (16, 16, 5), dim: int = DIM) -> list[tuple[Tensor, Tensor]]:
@@ -53,7 +57,7 @@ def assert_same(found: torch.nn.Module, wanted: torch.nn.Module) -> None:
 @pytest.mark.parametrize("sigma", [True, False])
 def test_both_steps_agree_to_the_bit(flow, keys, sigma):
     config, results = tiny_config(**keys), []
-    for kind in (AutogradStep, LucaStep):
+    for kind in (Step, fast_step):
         luca, classifier = both(flow, sigma)
         step = kind(luca, classifier, config)
         found = [step(h, rows) for _ in range(4) for h, rows in batches()]
@@ -63,7 +67,7 @@ def test_both_steps_agree_to_the_bit(flow, keys, sigma):
     assert_same(fast_luca, luca)
     assert_same(fast_classifier, classifier)
     for (loss, hits), (fast_loss, fast_hits) in zip(wanted, found, strict=True):
-        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)  # Σ|θ| is added up in another order
+        assert torch.equal(fast_loss, loss)
         assert torch.equal(fast_hits, hits)
     start = both(flow, sigma)
     assert torch.equal(start[1].sigma, fast_classifier.sigma) is not sigma
@@ -71,7 +75,7 @@ def test_both_steps_agree_to_the_bit(flow, keys, sigma):
 
 def test_features_and_rows_of_length_zero_have_the_gradient_of_autograd():
     config, results = tiny_config(l1=0.0), []
-    for kind in (AutogradStep, LucaStep):
+    for kind in (Step, fast_step):
         luca, classifier = both("calibrator")
         step = kind(luca, classifier, config)
         step(torch.zeros(4, DIM), torch.arange(4))  # the calibrator leaves zero at zero
@@ -83,7 +87,7 @@ def test_features_and_rows_of_length_zero_have_the_gradient_of_autograd():
 
 def test_training_goes_by_hand_where_it_can_and_frozen_rows_stay():
     luca, classifier = both()
-    assert isinstance(make_step(luca, classifier, tiny_config()), LucaStep)
+    assert isinstance(make_step(luca, classifier, tiny_config(), *batches()[0]), FastStep)
     luca, classifier = both()
     before = classifier.weight.detach().clone()
     train(luca, classifier, [batches()] * 2, tiny_config(weight_decay=0.1), frozen_rows=3)
@@ -103,7 +107,7 @@ def test_a_flow_without_gradients_of_its_own_is_trained_by_autograd(monkeypatch)
     monkeypatch.setitem(luca_file.FLOWS, "double", lambda luca, h: 2 * h + luca.mlp(h))
     assert "double" not in GRADIENTS
     luca, classifier = both("double")
-    assert isinstance(make_step(luca, classifier, tiny_config()), AutogradStep)
+    assert isinstance(make_step(luca, classifier, tiny_config(), *batches()[0]), Step)
     before = copy.deepcopy(luca)
     train(luca, classifier, [batches()], tiny_config())
     assert not torch.equal(luca.mlp[0].weight, before.mlp[0].weight)
@@ -111,7 +115,7 @@ def test_a_flow_without_gradients_of_its_own_is_trained_by_autograd(monkeypatch)
 
 def test_nothing_large_is_allocated_after_the_first_step():
     luca, classifier = both(dim=256)
-    step = LucaStep(luca, classifier, tiny_config())
+    step = fast_step(luca, classifier, tiny_config())
     (h, rows), parameters = batches((16,), 256)[0], sum(p.numel() for p in luca.parameters())
     step(h, rows)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import LEARNERS
 from models.base import Learner, Prediction
+from models.registry import make_learner
 from tests.conftest import tiny_config
+from utils.config.methods import METHODS
 
 DIM, TASKS, THREADS, CALLS = 64, 4, 8, 40
 
@@ -37,10 +38,10 @@ class Task:
 
 
 def learner_of(name: str) -> Learner:
-    return LEARNERS[name](tiny_config(model_name=name, epochs=2), DIM, torch.device("cpu"), seed=0)
+    return make_learner(tiny_config(model_name=name, epochs=2), DIM, torch.device("cpu"), seed=0)
 
 
-@pytest.fixture(scope="module", params=LEARNERS)
+@pytest.fixture(scope="module", params=METHODS)
 def learned(request: pytest.FixtureRequest) -> Learner:
     learner = learner_of(request.param)
     for index in range(TASKS):

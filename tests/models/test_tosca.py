@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from backbone.luca import FLOWS, LuCA
-from models.fast_step import build_optimizer
 from models.selection import choose_by_batch, entropy
 from models.tosca import TOSCA, class_means
-from models.training import build_schedule, shuffled_epochs, train
+from models.training import build_optimizer, build_schedule, shuffled_epochs, train
 from tests.conftest import tiny_config
 from utils.errors import NumericError
 
@@ -124,8 +123,8 @@ def test_stacked_evaluation_equals_one_module_at_a_time(flow, monkeypatch):
     logits = naive_logits(learner, features)
     expected = entropy(logits).T
     torch.testing.assert_close(learner.answer(features).entropies, expected)
-    monkeypatch.setattr("models.selection.EVALUATION_BYTES", 1)  # one module at a time
-    monkeypatch.setattr("models.selection.SAMPLES", 7)
+    monkeypatch.setattr("models.modular.EVALUATION_BYTES", 1)  # one module at a time
+    monkeypatch.setattr("models.modular.SAMPLES", 7)
     torch.testing.assert_close(learner.answer(features).entropies, expected)
     answers = learner.predict(features)
     for name, module in {
@@ -245,7 +244,9 @@ def test_sigma_is_carried_to_the_next_task():
 
 def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
     seen = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone()))
+    monkeypatch.setattr(
+        "models.modular.train", lambda luca, classifier, *_, **__: seen.append(classifier.weight.clone())
+    )
     learner = make_tosca()
     learner.learn(fake_task(0))
     prototypes = learner.weight.clone()
@@ -257,7 +258,7 @@ def test_new_rows_start_at_zero_and_the_first_ones_at_random(monkeypatch):
 def test_new_rows_can_start_at_class_means_of_the_untrained_module(monkeypatch):
     seen, modules = [], []
     monkeypatch.setattr(
-        "models.tosca.train",
+        "models.modular.train",
         lambda luca, classifier, *_, **__: (
             seen.append(classifier.weight.clone()),
             modules.append(copy.deepcopy(luca)),
@@ -310,7 +311,7 @@ def test_learning_the_next_task_leaves_earlier_modules_bit_identical(flow):
 
 def test_the_first_module_starts_from_the_default_and_later_ones_from_xavier(monkeypatch):
     biases = []
-    monkeypatch.setattr("models.tosca.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone()))
+    monkeypatch.setattr("models.modular.train", lambda luca, *_, **__: biases.append(luca.mlp[0].bias.detach().clone()))
     learner = make_tosca()
     for index in range(3):
         learner.learn(fake_task(index))

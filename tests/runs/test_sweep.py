@@ -11,7 +11,6 @@ import pytest
 
 import main
 import trainer
-from models import preparation
 from tests.conftest import curves_drawn, fork
 from utils.config.grid import make_grid
 from utils.errors import ConfigError, NumericError
@@ -106,7 +105,7 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
     keys = {"data_path": str(digit_folder), "cache_dir": str(tmp_path / "bank"), "epochs": 1, "seed": [1, 2]}
     keys |= {"augment_seed": 0}
     loads, learned = [], []
-    load, run_seed = preparation.load_backbone, trainer.run_seed
+    load, run_seed = trainer.load_backbone, trainer.run_seed
 
     def stop_at_the_fourth(setup, seed):
         if len(learned) == 3:
@@ -114,7 +113,7 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
         learned.append(setup.config.flow)
         return run_seed(setup, seed)
 
-    monkeypatch.setattr(preparation, "load_backbone", lambda *args: loads.append(1) or load(*args))
+    monkeypatch.setattr(trainer, "load_backbone", lambda *args: loads.append(1) or load(*args))
     monkeypatch.setattr(trainer, "run_seed", stop_at_the_fourth)
     assert run_main(tmp_path, *GRID, **keys).code == 130
     assert len(loads) == 1  # all cells share one backbone

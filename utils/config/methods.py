@@ -5,6 +5,7 @@ text, so that a mistake in a config is answered, and ``--help`` printed, before 
 """
 
 import ast
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class Method:
         views: ``test``: it trains on the test transform; ``augmented``: on the augmented views.
         modular: whether it saves a module for each task.
         reads: which of the shared keys it reads, by what they touch: ``training``, ``module``.
+        module: how its file is imported, such as ``models.tosca``.
         fixed: shared keys that it does not leave open, with their value; a config gives this value or none.
     """
 
@@ -62,6 +64,7 @@ class Method:
     modular: bool = False
     reads: tuple[str, ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
+    module: str = ""
 
     def __post_init__(self) -> None:
         if self.views not in ("test", "augmented"):
@@ -133,7 +136,7 @@ def read_method(path: Path) -> Method | None:
         ) from None
     if not isinstance(method, Method):
         raise ValueError(f"{path}: METHOD must be a Method, got {method!r}")
-    return method
+    return dataclasses.replace(method, module=f"models.{path.stem}")
 
 
 def read_names(path: Path, variable: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from utils.data.loader import load_ahead
 from utils.data.splits import Split
 from utils.errors import DataError
 from utils.hardware import available_cpus
+from utils.words import counted
 
 Array = npt.NDArray[Any]
 # a tensor is one image, (3, H, W), an array (H, W, 3) or (H, W), as each library has them: uint8, or float in [0, 1]
@@ -130,3 +131,19 @@ def loaded_ahead(
             return error
 
     return load_ahead(attempt, paths, workers=available_cpus(), ahead=ahead)
+
+
+def checked_labels(labels: Iterable[str], count: int) -> list[str]:
+    """The class name of each of ``count`` images.
+
+    Raises:
+        DataError: no sequence of names, or not one for each image.
+    """
+    if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+        raise DataError(f"labels are a list with the class name of each image, got {labels!r}")
+    names = list(labels)
+    if len(names) != count:
+        raise DataError(f"{counted(count, 'image')} but {counted(len(names), 'label')}")
+    if bad := [label for label in names if not isinstance(label, str) or not label]:
+        raise DataError(f"labels are class names, got {bad[0]!r}")
+    return names

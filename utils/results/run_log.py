@@ -4,7 +4,7 @@ PILOT counts tasks and classes from 0, and its lines keep that; words count task
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ def log_epoch(task: int, epoch: int, epochs: int, stats: EpochStats) -> None:
     """PILOT's line of an epoch; ``task`` and ``epoch`` count from 0."""
     shown = task, epoch + 1, epochs, stats.loss, stats.accuracy
     log.info("Task %d, Epoch %d/%d => Loss %.3f, Train_accy %.2f", *shown, extra=FILE_ONLY)
+
+
+def epoch_logger(task: int, epochs: int) -> Callable[[int, EpochStats], None]:
+    """What writes PILOT's line of each epoch of a task; all count from 0."""
+    return lambda epoch, stats: log_epoch(task, epoch, epochs, stats)
 
 
 def log_saved(method: str, path: object | None) -> None:

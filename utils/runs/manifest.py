@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from utils.config.config import Config
 from utils.data.tasks import LearnedClasses
 from utils.errors import CheckpointError
+from utils.runs.identity import run_identity, versions
 from utils.runs.json_values import JsonValues
 from utils.words import counted
 
@@ -205,6 +207,12 @@ class RunManifest:
         status = "finished" if done else "running"
         return replace(self, tasks=(*self.tasks[:-1], *tasks), status=status, **changes)
 
+    def tested(self, record: TaskRecord) -> "RunManifest":
+        """Return the manifest with what a test after the newest task gave."""
+        confusion = record.confusion if self.shows_all else {}
+        newest = replace(self.tasks[-1], results=record.results, confusion=confusion, entropy=record.entropy)
+        return replace(self, tasks=(*self.tasks[:-1], newest))
+
     def with_last_results(self, details: dict[str, dict[str, Any]], cost: dict[str, float]) -> "RunManifest":
         """Return the manifest with what only the end of a run can tell: details of its last task, and its cost."""
         return replace(self, tasks=(*self.tasks[:-1], replace(self.tasks[-1], details=details)), cost=cost)
@@ -224,6 +232,23 @@ class RunManifest:
             row_class=tuple(learned.row_class.tolist()),
             task_sizes=learned.task_sizes,
             domains=learned.domains,
+        )
+
+    def with_images(self, learned: LearnedClasses, images: int, content: str) -> "RunManifest":
+        """Return the manifest of a run of its own, which no config describes, that is to learn one more task.
+
+        Args:
+            learned: the classes after that task.
+            images: how many it has.
+            content: a hash of them.
+        """
+        by_hand = [*self.identity.get("learned_by_hand", []), content]
+        counts = {"classes": len(learned.class_names), "train_images": self.data["train_images"] + images}
+        return replace(
+            self.with_learned(learned),
+            status="running",
+            identity={**self.identity, "learned_by_hand": by_hand},
+            data={**self.data, **counts},
         )
 
     def to_json(self, *, whole: bool = True) -> dict[str, Any]:
@@ -305,6 +330,32 @@ class RunManifest:
         )
         _check_counts(manifest)
         return manifest
+
+
+def first_manifest(config: Config, seed: int, backbone: Any) -> RunManifest:
+    """The manifest of a run that has learned nothing, with no task laid out yet."""
+    identity = run_identity(
+        config, seed, weights_sha256=backbone.weights_sha256, precision=backbone.precision, images_sha256={}
+    )
+    return RunManifest(
+        status="finished",
+        identity={**identity, **backbone.variant},
+        config=config.as_dict(),
+        seed=seed,
+        backbone=backbone_facts(backbone),
+        data={"classes": 0, "train_images": 0, "test_images": 0, "images_sha256": {}},
+        versions=versions(),
+        class_order=(),
+        task_sizes=(),
+        row_class=(),
+        continual=config.method.continual,
+    )
+
+
+def backbone_facts(backbone: Any) -> dict[str, Any]:
+    """What a run records of its backbone."""
+    names = ("name", "weights_sha256", "feature_dim", "precision", "parameters", "pooling")
+    return {name: getattr(backbone, name) for name in names}
 
 
 def _base_from_json(values: Mapping[str, Any] | None) -> BaseFacts | None:
