@@ -204,7 +204,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
     model, meter = ContinualClassifier(config, backbone, Known.after(learner, manifest)), CostMeter(manifest.cost)
     for task in stream.tasks[model.tasks :]:
         data = BankTask(bank, stream, task, config.views, backbone.device)
-        run_log.log_task_start(task, {"backbone": backbone.parameters, **model.learner.parameter_counts(data)})
+        run_log.log_task_start(task, {"backbone": backbone.parameters, **model.learner.parameter_counts()})
         with _timed(seconds, "train"), meter.learning(backbone.device):
             model.learn_task(data, model.manifest, run_log.epoch_logger(task.index, config.epochs))
         with _timed(seconds, "evaluate"):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.answers import all_answers
 from models.registry import make_learner
 from models.streaming.lda import StreamingLDA
 from models.task_data import BankTask
@@ -76,7 +77,7 @@ def answers(
     """(name, row scores, chosen task or None) of every answer under study."""
     generator = torch.Generator().manual_seed(derive_seed("shuffled test set", seed, learner.tasks - 1))
     shuffled = torch.randperm(len(features), generator=generator)
-    for name, prediction in learner.predict(features, true_task, shuffled).items():
+    for name, prediction in all_answers(learner, features, true_task, shuffled).items():
         yield name, prediction.scores, prediction.module
     lda, ridge = (learner.routers[name].scores(features) for name in ("lda", "ridge"))
     routed = learner.row_task[lda.argmax(dim=1)]

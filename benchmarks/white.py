@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from backbone.luca import LuCA, make_luca
+from benchmarks.answers import all_answers
 from models.base import Learner, TaskData
 from models.ncm_lda import NcmLda
 from models.ranpac import RanPAC
@@ -165,11 +166,11 @@ def study(setup: Setup, seed: int) -> tuple[Curves, Curves]:
         for name, learner in learners.items():
             answers.setdefault(name, Curve()).add(learner.scores(features), true)
         answers.setdefault("two ridges, no modules", Curve()).add(white.routers["ridges"].scores(features), true)
-        for name, prediction in white.predict(features, white.row_task[true]).items():
+        for name, prediction in all_answers(white, features, white.row_task[true]).items():
             answers.setdefault(f"`{name}`", Curve()).add(prediction.scores, true)
         for name, variant in variants.items():
             for selection in ("oracle", "blend"):
-                found = variant.predict(features, white.row_task[true])[selection]
+                found = all_answers(variant, features, white.row_task[true])[selection]
                 parts.setdefault(f"{name}/{selection}", Curve()).add(found.scores, true)
     return answers, parts
 

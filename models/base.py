@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -143,19 +143,6 @@ class Learner(ABC):
         for samples in torch.arange(len(features), device=features.device).split(SAMPLES):
             yield samples, {"sample": Prediction(self.scores(features[samples]))}
 
-    def predict(
-        self, features: Tensor, true_task: Tensor | None = None, shuffled: Tensor | None = None
-    ) -> dict[str, Prediction]:
-        """Answer as ``predict_pieces`` does, all at once: samples × rows × selections must fit into memory."""
-        pieces: dict[str, list[tuple[Tensor, Prediction]]] = {}
-        for samples, answers in self.predict_pieces(features, true_task, shuffled):
-            for name, prediction in answers.items():
-                pieces.setdefault(name, []).append((samples, prediction))
-        return {
-            name: joined([answers for _, answers in parts], torch.cat([samples for samples, _ in parts]).argsort())
-            for name, parts in pieces.items()
-        }
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that prediction and further learning need, but for the modules."""
         state = {"row_task": self.row_task}
@@ -181,17 +168,9 @@ class Learner(ABC):
             else:
                 value.load_state_dict(state)
 
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """Return ``luca_per_task``, ``classifier`` and ``trainable`` (what the last task trained).
-
-        Args:
-            coming: count as it will be once this task is learned.
-        """
-        return {"luca_per_task": 0, "classifier": self.row_count(coming) * self.dim, "trainable": 0}
-
-    def row_count(self, coming: TaskData | None = None) -> int:
-        """Return how many rows the classifier has, or will have once ``coming`` is learned."""
-        return len(self.row_task) + (0 if coming is None else coming.new_rows)
+    def parameter_counts(self) -> dict[str, int]:
+        """Return ``luca_per_task``, ``classifier`` and ``trainable`` (what the last task trained by gradient)."""
+        return {"luca_per_task": 0, "classifier": kept_numbers(self), "trainable": 0}
 
 
 def _state_of(name: str, value: Any) -> dict[str, Tensor]:
@@ -217,15 +196,23 @@ def twin(value: Any) -> Any:
     return other
 
 
-def joined(parts: Sequence[Prediction], order: Tensor | None = None) -> Prediction:
-    """Several predictions as one, the samples one after the other or in another ``order`` ``(samples,)``."""
+def kept_numbers(value: Any, seen: set[int] | None = None) -> int:
+    """How many floating-point numbers a learner holds: classifier, modules, statistics, projections, solutions."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        known = id(value) in seen
+        seen.add(id(value))
+        return 0 if known or not value.is_floating_point() else value.numel()
+    if isinstance(value, dict):
+        parts: Iterable[Any] = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    else:
+        parts = vars(value).values() if type(value).__module__.startswith("models.") else ()
+    return sum(kept_numbers(part, seen) for part in parts)
 
-    def column(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            return None
-        return torch.cat(values) if order is None else torch.cat(values)[order]
 
-    scores = torch.cat([part.scores for part in parts])
-    names = ("module", "entropy", "entropies", "task_scores")
-    return Prediction(scores if order is None else scores[order], **{name: column(name) for name in names})
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """Several predictions as one, the samples one after the other."""
+    columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    return Prediction(**{name: None if of[0] is None else torch.cat(of) for name, of in columns.items()})

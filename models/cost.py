@@ -6,17 +6,15 @@ for each training image in each epoch and once more for the prototypes, and for 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from backbone.flops import FlopCounter, count_flops
 from backbone.vit import Backbone
-from models.base import Learner
+from models.base import Learner, kept_numbers
 from utils.config.config import Config
 from utils.data.tasks import TaskStream
 from utils.hardware import forget_peak, peak_bytes
@@ -83,22 +81,6 @@ class CostMeter:
             **{f"{INFERENCE}, {name}": forward + answering[name] for name in learner.selections[1:]},
             **{f"{EVAL_MS}, {name}": backbone.forward_ms + answer_ms[name] for name in learner.selections[1:]},
         }
-
-
-def kept_numbers(value: Any, seen: set[int] | None = None) -> int:
-    """How many floating-point numbers a learner holds: classifier, modules, statistics, projections, solutions."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        known = id(value) in seen
-        seen.add(id(value))
-        return 0 if known or not value.is_floating_point() else value.numel()
-    if isinstance(value, dict):
-        parts: Iterable[Any] = value.values()
-    elif isinstance(value, (tuple, list)):
-        parts = value
-    else:
-        parts = vars(value).values() if type(value).__module__.startswith("models.") else ()
-    return sum(kept_numbers(part, seen) for part in parts)
 
 
 def milliseconds(work: Callable[[], object], device: torch.device) -> float:

@@ -129,11 +129,6 @@ def _groups(
     return {name: round(v or 0.0, 2) for name, v in {"total": metrics.percent(hits), **per_task, **old_new}.items()}
 
 
-def top_classes(scores: Tensor, row_class: np.ndarray, k: int = 5) -> Tensor:
-    """The best classes, best first: ``(samples, rows), (rows,) -> (samples, min(k, classes))``."""
-    return best_classes(class_scores(scores, row_class), k)
-
-
 def best_classes(of_class: Tensor, k: int = 5) -> Tensor:
     """The best classes, best first: ``(samples, classes) -> (samples, min(k, classes))``."""
     return of_class.topk(min(k, of_class.shape[1]), dim=1).indices

@@ -68,11 +68,6 @@ class FeCAM(Learner):
             found.append(-((directions - centres[row]) @ factor.T).square().sum(dim=1))
         return torch.stack(found, dim=1).masked_fill(self.images == 0, -torch.inf)
 
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """``classifier``: a mean and a symmetric matrix for each row. Nothing is trained by gradient."""
-        of_row = self.dim + self.factors.shape[1]
-        return {"luca_per_task": 0, "classifier": self.row_count(coming) * of_row, "trainable": 0}
-
 
 def whitening(centred: Tensor, shrinkage: float) -> Tensor:
     """Return the lower-triangular W with WᵀW = R⁻¹, where R is the correlation matrix of covariance + shrinkage · I.

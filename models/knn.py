@@ -64,8 +64,3 @@ class KNN(Learner):
         weights = torch.exp((nearest - 1) / self.config.own["temperature"])  # of the nearest of all: 1 at most
         votes = torch.zeros_like(best).scatter_add_(1, self.rows[index], weights)
         return torch.where(votes > 0, votes, best - 2)
-
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """``classifier``: the features of all training images. Nothing is trained by gradient."""
-        images = len(self.features) + (0 if coming is None else len(coming.labels))
-        return {"luca_per_task": 0, "classifier": images * self.dim, "trainable": 0}

@@ -50,10 +50,10 @@ class LinearJoint(Learner):
         """Logits."""
         return features.float() @ self.weight + self.bias
 
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """``classifier``: weights and bias, all of them trained at every task."""
-        numbers = self.row_count(coming) * (self.dim + 1)
-        return {"luca_per_task": 0, "classifier": numbers, "trainable": numbers}
+    def parameter_counts(self) -> dict[str, int]:
+        """Weights and bias are trained anew at every task."""
+        counts = super().parameter_counts()
+        return {**counts, "trainable": counts["classifier"]}
 
 
 def fit_softmax(features: Tensor, rows: Tensor, total_rows: int) -> tuple[Tensor, Tensor]:

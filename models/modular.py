@@ -239,11 +239,13 @@ class ModularLearner(Learner):
         c = self.config
         return make_luca(self.dim, mlp_ratio=c.mlp_ratio, se_ratio=c.se_ratio, flow=c.flow, first=first, seed=seed)
 
-    def newest_rows(self, coming: TaskData | None = None) -> int:
-        """Return how many rows the last task brought, or those that ``coming`` brings."""
-        if coming is not None:
-            return coming.new_rows
-        return int(host_values((self.row_task == self.tasks - 1).sum()))
+    def parameter_counts(self) -> dict[str, int]:
+        luca, set_by_method = self.luca_parameters(), dict(self.config.method.fixed)
+        settings = {name: set_by_method.get(name, getattr(self.config, name)) for name in ("old_rows", "sigma")}
+        newest = int(host_values((self.row_task == self.tasks - 1).sum()))
+        trained_rows = newest if settings["old_rows"] == "freeze" else len(self.row_task)
+        trained = luca + trained_rows * self.dim + (settings["sigma"] == "learned")
+        return {"luca_per_task": luca, "classifier": self.weight.numel() + 1, "trainable": trained}
 
     def luca_state(self, task: int) -> dict[str, Tensor]:
         """The parameters of a task's LuCA: all of the module, unless a method keeps more with it."""

@@ -31,7 +31,3 @@ class NcmLda(Learner):
     def scores(self, features: Tensor) -> Tensor:
         """Linear discriminants."""
         return self.lda.scores(features)
-
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """``classifier``: a weight vector and a bias for each row. Nothing is trained by gradient."""
-        return {"luca_per_task": 0, "classifier": self.row_count(coming) * (self.dim + 1), "trainable": 0}

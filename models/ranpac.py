@@ -54,7 +54,3 @@ class RanPAC(Learner):
     def scores(self, features: Tensor) -> Tensor:
         """Regressed one-hot targets; of two regressions the mean of their log-probabilities."""
         return self.ridge.scores(features)
-
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """``classifier``: a weight for each random feature and row. Nothing is trained by gradient."""
-        return {"luca_per_task": 0, "classifier": self.row_count(coming) * self.ridge.width, "trainable": 0}

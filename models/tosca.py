@@ -103,12 +103,6 @@ class TOSCA(ModularLearner):
         classifier.sigma.requires_grad_(learned)
         return classifier
 
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        luca, rows = self.luca_parameters(), self.row_count(coming)
-        trained_rows = rows if self.config.old_rows == "train" else self.newest_rows(coming)
-        trained = luca + trained_rows * self.dim + (self.config.sigma == "learned")
-        return {"luca_per_task": luca, "classifier": rows * self.dim + 1, "trainable": trained}
-
 
 @torch.no_grad()
 def set_rows(classifier: CosineClassifier, luca: LuCA, task: TaskData) -> None:

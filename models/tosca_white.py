@@ -208,12 +208,6 @@ class WhiteTOSCA(ModularLearner):
         """The parameters of a task's LuCA, without its whitening."""
         return {name: p[task] for name, p in self.modules.items() if not name.startswith(WHITENING)}
 
-    def parameter_counts(self, coming: TaskData | None = None) -> dict[str, int]:
-        """Of the modules and their rows; a whitening (``dim² + 2·dim`` numbers) and the regressions are not trained."""
-        luca, classifier = self.luca_parameters(), self.row_count(coming) * self.dim
-        trained = luca + self.newest_rows(coming) * self.dim
-        return {"luca_per_task": luca, "classifier": classifier, "trainable": trained}
-
 
 @torch.no_grad()
 def own_means(luca: LuCA, whitening: Whitening, task: TaskData) -> Tensor:

@@ -10,9 +10,10 @@ from PIL import Image
 
 import main
 import predict
+from benchmarks.answers import top_classes
 from models import ContinualClassifier
 from models.api.hub import model_card
-from models.evaluation import class_scores, top_classes
+from models.evaluation import class_scores
 from tests.conftest import TINY
 from utils.config.config import make_config
 from utils.data.datasets import load_dataset

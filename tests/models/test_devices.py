@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbone.forward import make_features
 from backbone.luca import FLOWS
+from benchmarks.answers import all_answers
 from models.base import Learner, Prediction
 from models.evaluation import best_classes, class_scores
 from models.registry import make_learner
@@ -145,7 +146,10 @@ def test_learning_and_answering_stay_on_the_device(variant, fake, looks):
     for selection in learner.selections:
         check(learner.answer(features(), selection))
     true_task, order = torch.zeros(SAMPLES, dtype=torch.long, device=CUDA), torch.randperm(SAMPLES).to(CUDA)
-    for prediction in (*learner.predict(features()).values(), *learner.predict(features(), true_task, order).values()):
+    for prediction in (
+        *all_answers(learner, features()).values(),
+        *all_answers(learner, features(), true_task, order).values(),
+    ):
         check(prediction)
     assert counts["classifier"] > 0
 
