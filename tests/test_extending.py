@@ -13,6 +13,7 @@ from tests.conftest import ROOT, TINY
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 # commands run one after the other in one process, so that PyTorch loads once
+LOSS = "In place of `loss_of`"
 DRIVER = """
 import json, sys
 import main, predict, report
@@ -34,7 +35,8 @@ def tree(tmp_path_factory) -> Path:
     skipped = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "logs", "tosca", "data", ".venv", "tests")
     shutil.copytree(ROOT, copy, ignore=lambda folder, names: skipped(folder, names) if Path(folder) == ROOT else [])
     code = blocks()
-    assert set(code) == {"`models/pnorm.py`", "Above `DATASETS`", "In `DATASETS`", "Above `FLOWS`", "In `FLOWS`"}
+    named = {"`models/pnorm.py`", "Above `DATASETS`", "In `DATASETS`", "Above `FLOWS`", "In `FLOWS`", LOSS}
+    assert set(code) == named
     (copy / "models" / "pnorm.py").write_text(code["`models/pnorm.py`"], encoding="utf-8")
     for variable, path in (("DATASETS", "utils/data/datasets.py"), ("FLOWS", "backbone/luca.py")):
         text = (copy / path).read_text(encoding="utf-8")
@@ -97,3 +99,27 @@ def test_help_and_mistakes_know_the_method_of_the_page(tree, tmp_path):
     assert "power must be above 0, got 0" in said("model_name=pnorm", "power=0")
     assert "key 'power' belongs to pnorm, but model_name is 'tosca'" in said("power=2")
     assert "the nearest known key is 'power'" in said("model_name=pnorm", "powre=2")
+
+
+def test_a_loss_of_the_page_is_the_one_that_trains(tree, listed, tmp_path):
+    training = tree / "models" / "training.py"
+    plain = training.read_text(encoding="utf-8")
+    edited, count = re.subn(r"def loss_of\(.*?(?=\n\n\nclass )", lambda _: blocks()[LOSS].strip(), plain, flags=re.S)
+    assert count == 1
+    curves, logs = [], []
+    try:
+        for name, text in (("plain", plain), ("edited", edited)):
+            training.write_text(text, encoding="utf-8")
+            places = {"checkpoint_dir": str(tmp_path / name), "log_dir": str(tmp_path / f"logs_{name}")}
+            path = tmp_path / f"{name}.json"
+            path.write_text(json.dumps({**TINY, **places, "dataset": "listed", "data_path": str(listed)}))
+            command = [sys.executable, "main.py", f"--config={path}"]
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            logs.append(done.stdout)
+            (run,) = (tmp_path / f"logs_{name}").rglob("*.json")
+            curves.append([epoch["loss"] for task in json.loads(run.read_text())["epochs"] for epoch in task])
+    finally:
+        training.write_text(plain, encoding="utf-8")
+    assert curves[0] != curves[1]
+    assert ["fast training step differs" in log for log in logs] == [False, True]

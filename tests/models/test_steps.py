@@ -10,8 +10,9 @@ from torch import Tensor
 from backbone import luca as luca_file
 from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, LuCA, make_luca
+from models import training
 from models.fast_step import GRADIENTS, FastStep
-from models.training import Step, build_optimizer, make_step, train
+from models.training import Step, make_step, train
 from tests.conftest import tiny_config
 from utils.config.config import Config
 
@@ -29,7 +30,7 @@ def both(flow: str = "tosca", sigma: bool = True, dim: int = DIM) -> tuple[LuCA,
 
 
 def fast_step(luca: LuCA, classifier: CosineClassifier, config: Config) -> FastStep:
-    return FastStep(luca, classifier, config, build_optimizer)
+    return FastStep(luca, classifier, config, training.build_optimizer)
 
 
 def batches(sizes: tuple[int, ...] = (16, 16, 5), dim: int = DIM) -> list[tuple[Tensor, Tensor]]:
@@ -123,3 +124,37 @@ def test_nothing_large_is_allocated_after_the_first_step():
     largest = max(event.cpu_memory_usage for event in profile.events())
     activation = 4 * 16 * 256  # bytes
     assert 0 < largest < 2 * activation < 4 * parameters
+
+
+def smoothed(module: torch.nn.Module, logits: Tensor, rows: Tensor, config: Config) -> Tensor:
+    penalty = sum(p.abs().sum() for p in module.parameters())
+    return F.cross_entropy(logits, rows, label_smoothing=0.1) + config.l1 * penalty
+
+
+def test_an_edited_loss_is_the_one_that_trains(monkeypatch, caplog):
+    """The step that is read is the definition: the fast one gives way where it computes something else."""
+    trained = {}
+    for name in ("as it stands", "edited"):
+        luca, classifier = both()
+        with monkeypatch.context() as patch, caplog.at_level("INFO"):
+            if name == "edited":
+                patch.setattr(training, "loss_of", smoothed)
+            kind = Step if name == "edited" else FastStep
+            assert type(make_step(luca, classifier, tiny_config(), *batches()[0])) is kind
+            train(luca, classifier, [batches()], tiny_config())
+        trained[name] = luca
+    assert ["fast training step differs" in r.message for r in caplog.records] == [True, True]
+    assert not torch.equal(trained["edited"].mlp[0].weight, trained["as it stands"].mlp[0].weight)
+
+
+def test_an_edited_optimizer_is_the_one_that_trains(monkeypatch):
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    monkeypatch.setattr(training, "build_optimizer", lambda parameters, _: torch.optim.SGD(parameters, **options))
+    results = []
+    for kind in (Step, fast_step):
+        luca, classifier = both()
+        step = kind(luca, classifier, tiny_config())
+        for h, rows in batches() * 2:
+            step(h, rows)
+        results.append(luca)
+    assert_same(results[1], results[0])
