@@ -184,7 +184,7 @@ def test_a_learn_interrupted_at_any_line_leaves_the_model_as_it_was():
     total = 10**9 - interrupted_after(10**9)
     model = kept
     assert total > 300
-    for lines in sorted(random_numbers.sample(range(1, total - 1), 60)) + [total - 2, total - 1]:
+    for lines in [*sorted(random_numbers.sample(range(1, total - 1), 60)), total - 2, total - 1]:
         assert interrupted_after(lines) == 0
         assert (model.tasks, model.class_names) == (1, ("owl", "fox")), lines
         assert_same(everything(model), before)
