@@ -1,5 +1,7 @@
 """All answers of a learner at once, for studies and tests of few samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ def all_answers(
     found = {}
     for name, parts in pieces.items():
         back, whole = torch.cat([samples for samples, _ in parts]).argsort(), joined([answer for _, answer in parts])
-        found[name] = Prediction(**{key: None if v is None else v[back] for key, v in vars(whole).items()})
+        found[name] = replace(whole, **{key: v[back] for key, v in vars(whole).items() if v is not None})
     return found
 
 

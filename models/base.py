@@ -214,5 +214,5 @@ def kept_numbers(value: Any, seen: set[int] | None = None) -> int:
 
 def joined(parts: Sequence[Prediction]) -> Prediction:
     """Several predictions as one, the samples one after the other."""
-    columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
     return Prediction(**{name: None if of[0] is None else torch.cat(of) for name, of in columns.items()})

@@ -86,9 +86,15 @@ class ModularLearner(Learner):
     def answer(self, features: Tensor, selection: str = "sample") -> Prediction:
         self.check_selection(selection)
         parts = [features] if torch.compiler.is_compiling() else features.split(SAMPLES)
+        return joined([self._answer_part(part, selection) for part in parts])
+
+    def _answer_part(self, features: Tensor, selection: str) -> Prediction:
         if selection == "sample":
-            return joined([self._least_uncertain(part, {})["sample"] for part in parts])
-        return joined([self._routed(part, selection) for part in parts])
+            return self._least_uncertain(features, {})["sample"]
+        by_task = self._task_scores(features, selection)
+        found = self._least_uncertain(features, {selection: by_task.argmax(dim=1)})[selection]
+        module = cast(Tensor, found.module)
+        return Prediction(self.own_rows(found.scores, module), module, found.entropy, task_scores=by_task)
 
     def _least_uncertain(self, features: Tensor, chosen: Mapping[str, Tensor]) -> dict[str, Prediction]:
         """Answer under ``sample`` and with modules that are ``chosen`` already, ``(samples,)`` for each name."""
@@ -115,12 +121,6 @@ class ModularLearner(Learner):
             name: Prediction(scores[name], module, entropies.gather(1, module[:, None])[:, 0], entropies)
             for name, module in chosen.items()
         }
-
-    def _routed(self, features: Tensor, router: str) -> Prediction:
-        by_task = self._task_scores(features, router)
-        module = by_task.argmax(dim=1)
-        logits = self._logits_by_group(features, module, 1)
-        return Prediction(self.own_rows(logits, module), module, entropy(logits), task_scores=by_task)
 
     def _task_scores(self, features: Tensor, router: str) -> Tensor:
         """Each task's best score under a router: ``(samples, dim) -> (samples, tasks)``."""
@@ -157,13 +157,17 @@ class ModularLearner(Learner):
         self, name: str, features: Tensor, entropies: Tensor, order: Tensor
     ) -> Iterator[tuple[Tensor, dict[str, Prediction]]]:
         """Answer with one module for every 48 samples that are consecutive in ``order``."""
-        step = self._groups_at_a_time(SELECTION_BATCH)
+        step = self._at_a_time(SELECTION_BATCH, sum(p[0].numel() for p in self.modules.values()))
+        directions = F.normalize(self.weight, dim=1)
         for samples in order.split(step * SELECTION_BATCH):
-            of_all = entropies[samples]
-            groups = choose_by_batch(of_all)
-            scores = self._logits_by_group(features[samples], groups, SELECTION_BATCH)
-            module = groups.repeat_interleave(SELECTION_BATCH)[: len(samples)]
-            yield samples, {name: Prediction(scores, module, of_all.gather(1, module[:, None])[:, 0], of_all)}
+            batches = choose_by_batch(entropies[samples])
+            padded = F.pad(features[samples], (0, 0, 0, len(batches) * SELECTION_BATCH - len(samples)))
+            own = {key: p[batches] for key, p in self.modules.items()}
+            z = self.forward_modules(own, padded.unflatten(0, (len(batches), SELECTION_BATCH)))
+            scores = cosine_logits(z, directions, self.sigma).flatten(0, 1)[: len(samples)]
+            module = batches.repeat_interleave(SELECTION_BATCH)[: len(samples)]
+            chosen = entropies[samples].gather(1, module[:, None])[:, 0]
+            yield samples, {name: Prediction(scores, module, chosen, entropies[samples])}
 
     # -- logits, in bounded memory -----------------------------------------------------------------------------------
 
@@ -174,28 +178,6 @@ class ModularLearner(Learner):
         for first in range(0, self.module_count, step):
             part = {name: p[first : first + step] for name, p in self.modules.items()}
             yield first, cosine_logits(self.forward_modules(part, features), directions, self.sigma)
-
-    def _logits_by_group(self, features: Tensor, module: Tensor, size: int) -> Tensor:
-        """Logits by the module of each group of ``size`` consecutive samples, the last group perhaps smaller.
-
-        Shape: ``(samples, dim), (groups,) -> (samples, rows)``.
-        """
-        directions = F.normalize(self.weight, dim=1)
-        padded = F.pad(features, (0, 0, 0, module.shape[0] * size - features.shape[0]))
-        grouped = padded.unflatten(0, (module.shape[0], size))
-        split = [(grouped, module)]  # in one piece where the number of samples is a symbol
-        if not torch.compiler.is_compiling():
-            step = self._groups_at_a_time(size)
-            split = list(zip(grouped.split(step), module.split(step), strict=True))
-        parts = []
-        for h, part in split:
-            own = {name: p[part] for name, p in self.modules.items()}
-            parts.append(cosine_logits(self.forward_modules(own, h), directions, self.sigma).flatten(0, 1))
-        return torch.cat(parts)[: features.shape[0]]
-
-    def _groups_at_a_time(self, size: int) -> int:
-        """Groups of ``size`` samples, with the parameters of a module for each, that fit into ``EVALUATION_BYTES``."""
-        return self._at_a_time(size, sum(p[0].numel() for p in self.modules.values()))
 
     def _at_a_time(self, samples: int, copied: int) -> int:
         """Modules that fit into ``EVALUATION_BYTES`` with ``samples`` each and ``copied`` numbers of parameters."""
