@@ -12,10 +12,9 @@ from typing import Any, cast
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models.api.classifier import ContinualClassifier
 from models.api.predictor import Known
+from models.base import training_features
 from models.cost import CostMeter
-from models.evaluation import evaluate
-from models.registry import load_learner, training_features
-from models.task_data import BankTask
+from models.evaluation import BankTask, evaluate
 from utils import module
 from utils.cli import Stopped, fault_of
 from utils.config.config import Config
@@ -187,7 +186,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
     config, backbone, checkpoint = setup.config, cast(Backbone, setup.backbone), outputs.checkpoint
     stream = setup.stream(seed)
-    learner = load_learner(config, backbone.feature_dim, backbone.device, checkpoint, manifest)
+    known = Known.read(config, backbone.feature_dim, backbone.device, checkpoint, manifest)
     _log_start(setup, seed, outputs, stream, manifest)
     seconds = dict(manifest.seconds)
     bank, wanted = setup.bank(seed), wanted_features(config)
@@ -201,7 +200,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
     # what earlier, interrupted starts of this run computed counts as well
     manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
-    model, meter = ContinualClassifier(config, backbone, Known.after(learner, manifest)), CostMeter(manifest.cost)
+    model, meter = ContinualClassifier(config, backbone, known._replace(manifest=manifest)), CostMeter(manifest.cost)
     for task in stream.tasks[model.tasks :]:
         data = BankTask(bank, stream, task, config.views, backbone.device)
         run_log.log_task_start(task, {"backbone": backbone.parameters, **model.learner.parameter_counts()})

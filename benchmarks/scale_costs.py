@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.pages import add_write_option, publish
 from models.base import SAMPLES
-from models.streaming.packed import packed
+from models.tensors import packed
 from models.tosca import ROUTER_WIDTH
 from utils.config.config import load_config
 from utils.data.datasets import DATASETS

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.answers import all_answers
-from models.registry import make_learner
+from models.base import make_learner
+from models.evaluation import BankTask
 from models.streaming.lda import StreamingLDA
-from models.task_data import BankTask
 from models.tosca import TOSCA
 from trainer import prepare, wanted_features
 from utils.cli import run_command

@@ -22,11 +22,11 @@ from torch import Tensor
 from backbone.luca import LuCA, make_luca
 from benchmarks.answers import all_answers
 from models.base import Learner, TaskData
+from models.evaluation import BankTask
 from models.ncm_lda import NcmLda
 from models.ranpac import RanPAC
 from models.streaming.lda import StreamingLDA
 from models.streaming.whitening import Whitening
-from models.task_data import BankTask
 from models.tosca_white import WhiteTOSCA
 from models.training import Epoch, shuffled_epochs
 from trainer import prepare, wanted_features

@@ -1,6 +1,7 @@
 """What every learner offers to the trainer, and what the trainer offers to a learner."""
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from models.host_values import host_values
-from models.streaming.packed import state_below
+from models.tensors import host_values, state_below
+from utils import module
 from utils.config.config import Config
-from utils.config.methods import SELECTIONS
+from utils.config.methods import METHODS, SELECTIONS
 from utils.errors import ConfigError
+from utils.features.arrays import TEST_VIEW, View
 from utils.runs.manifest import EpochStats
 
 SAMPLES = 240  # that are answered at a time
@@ -215,4 +217,39 @@ def kept_numbers(value: Any, seen: set[int] | None = None) -> int:
 def joined(parts: Sequence[Prediction]) -> Prediction:
     """Several predictions as one, the samples one after the other."""
     columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-    return Prediction(**{name: None if of[0] is None else torch.cat(of) for name, of in columns.items()})
+    whole: dict[str, Any] = {name: None if of[0] is None else torch.cat(of) for name, of in columns.items()}
+    return Prediction(**whole)
+
+
+# -- by name ---------------------------------------------------------------------------------------------------------
+
+
+def learner_class(name: str) -> type[Learner]:
+    """The one learner that the file of the method ``name`` defines.
+
+    Raises:
+        ValueError: it defines none, or more than one.
+    """
+    file = module(METHODS[name].module)
+    found = [
+        kind
+        for kind in vars(file).values()
+        if inspect.isclass(kind)
+        and issubclass(kind, Learner)
+        and kind.__module__ == file.__name__
+        and not inspect.isabstract(kind)
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{file.__file__} declares a METHOD, so it must define one learner; it defines {len(found)}")
+    return found[0]
+
+
+def make_learner(config: Config, dim: int, device: torch.device, seed: int) -> Learner:
+    """The learner that ``config.model_name`` names, before its first task."""
+    return learner_class(config.model_name)(config, dim, device, seed)
+
+
+def training_features(config: Config) -> list[View]:
+    """The (split, view) that training reads: only a learner that trains on augmented views pays for them."""
+    views = config.views if config.method.augmented else 0
+    return [("train", TEST_VIEW), *(("train", view) for view in range(views))]

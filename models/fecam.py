@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
-from models.host_values import places
-from models.streaming.lda import finite_float64, float64_device
-from models.streaming.means import appended, row_means
+from models.streaming.lda import appended, finite_float64, float64_device, row_means
+from models.tensors import places
 from utils.config.config import Config
 from utils.config.keys import Key
 from utils.config.methods import Method

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
-from models.streaming.lda import finite_float64, float64_device
-from models.streaming.means import appended
+from models.streaming.lda import appended, finite_float64, float64_device
 from utils.config.config import Config
 from utils.config.keys import Key
 from utils.config.methods import Method

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
-from models.host_values import all_finite
 from models.streaming.lda import finite_float64, float64_device
+from models.tensors import all_finite
 from utils.config.config import Config
 from utils.config.methods import Method
 from utils.errors import NumericError

@@ -18,8 +18,8 @@ from backbone.classifier import CosineClassifier, cosine_logits
 from backbone.flops import count_flops, counted_otherwise
 from backbone.luca import LuCA, make_luca
 from models.base import SAMPLES, Learner, OnEpoch, Prediction, TaskData, joined
-from models.host_values import host_values
 from models.selection import SELECTION_BATCH, choose_by_batch, choose_by_sample, entropy
+from models.tensors import host_values
 from models.training import Epoch, Step, train
 from utils.config.config import Config
 from utils.hardware import single_thread

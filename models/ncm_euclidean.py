@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
-from models.streaming.lda import float64_device
-from models.streaming.means import appended, row_means
+from models.streaming.lda import appended, float64_device, row_means
 from utils.config.config import Config
 from utils.config.methods import Method
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Learner, OnEpoch, TaskData
-from models.streaming.means import appended, row_means
+from models.streaming.lda import appended, row_means
 from utils.config.config import Config
 from utils.config.methods import Method
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.luca import LuCA, luca_stacked
 from models.base import OnEpoch, TaskData
-from models.host_values import all_finite
 from models.modular import ModularLearner
-from models.streaming.lda import StreamingLDA
-from models.streaming.means import row_means
+from models.streaming.lda import StreamingLDA, row_means
 from models.streaming.ridge import RandomRidge
+from models.tensors import all_finite
 from models.training import HINT_LOWER_LR, check_finite, shuffled_epochs
 from utils.config.config import Config
 from utils.config.methods import Method, Selection

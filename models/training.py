@@ -16,7 +16,7 @@ from backbone.classifier import CosineClassifier
 from backbone.luca import LuCA
 from models.base import OnEpoch, TaskData
 from models.fast_step import FastStep
-from models.host_values import all_finite, host_values, same_bits
+from models.tensors import all_finite, host_values, same_bits
 from utils.config.config import Config
 from utils.errors import NumericError
 from utils.runs.manifest import EpochStats

@@ -14,7 +14,7 @@ from torchvision import transforms as T
 import main
 from backbone.luca import LuCA
 from backbone.vit import load_backbone
-from models.task_data import BankTask
+from models.evaluation import BankTask
 from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import class_order, make_stream

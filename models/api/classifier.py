@@ -22,11 +22,9 @@ import torch
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models.api.pickling import maker
 from models.api.predictor import Known, Predictor
-from models.base import TaskData, twin
-from models.evaluation import evaluate
+from models.base import TaskData, make_learner, training_features, twin
+from models.evaluation import BankTask, evaluate
 from models.modular import ModularLearner
-from models.registry import load_learner, make_learner, training_features
-from models.task_data import BankTask
 from utils import module
 from utils.config.config import Config, make_config
 from utils.data.given import GivenImages, Images, checked_labels, sources_of
@@ -83,8 +81,7 @@ class ContinualClassifier(Predictor):
         changed |= {} if device is None else {"device": [device]}
         config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
         backbone = load_same_backbone(config, resolve_device(config), manifest.backbone["weights_sha256"])
-        learner = load_learner(config, backbone.feature_dim, backbone.device, checkpoint, manifest)
-        return cls(config, backbone, Known.after(learner, manifest))
+        return cls(config, backbone, Known.read(config, backbone.feature_dim, backbone.device, checkpoint, manifest))
 
     # -- learning --------------------------------------------------------------------------------------------------
 

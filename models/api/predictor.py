@@ -11,19 +11,20 @@ from torch import Tensor
 
 from backbone.vit import Backbone
 from models.api.predictions import Predictions
-from models.base import Learner
+from models.base import Learner, make_learner
 from models.evaluation import class_scores
 from models.modular import ModularLearner
-from models.registry import make_learner
 from utils.config.config import Config
 from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
 from utils.data.images import MAX_PIXELS
 from utils.data.loader import load_ahead
 from utils.data.tasks import LearnedClasses
 from utils.data.transforms import Transforms
-from utils.errors import BackboneError, CheckpointError, DataError
+from utils.errors import BackboneError, CheckpointError, DamagedRunError, DataError
 from utils.hardware import default_batch_size, forward_threads
+from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
+from utils.runs.tensors import first_line
 from utils.words import counted
 
 FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
@@ -35,6 +36,28 @@ class Known(NamedTuple):
     learner: Learner
     manifest: RunManifest
     learned: LearnedClasses
+
+    @classmethod
+    def read(
+        cls, config: Config, dim: int, device: torch.device, checkpoint: CheckpointFolder, manifest: RunManifest
+    ) -> "Known":
+        """What a run has learned as its last commit left it; before its first task nothing."""
+        learner = make_learner(config, dim, device, manifest.seed)
+        if not manifest.tasks:
+            return cls.after(learner, manifest)
+        tensors = checkpoint.load(manifest)
+        try:
+            learner.load_state_dict(*tensors)
+            with torch.no_grad():  # through all that answers: wrong shapes show here, not later
+                feature = torch.zeros(1, dim, device=device)
+                widths = {learner.answer(feature, selection).scores.shape[1] for selection in learner.selections}
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise DamagedRunError(
+                f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)})"
+            ) from error
+        if widths != {manifest.learned().rows} or learner.tasks != len(manifest.tasks):
+            raise DamagedRunError(f"the files in {checkpoint.folder} do not fit the tasks of their run")
+        return cls.after(learner, manifest)
 
     @classmethod
     def after(cls, learner: Learner, manifest: RunManifest) -> "Known":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.host_values import host_values
+from models.tensors import host_values
 from utils.errors import NumericError
 
 NO_SPREAD = 1e-12  # variance over mean square; float32 features that differ by rounding alone stay below
@@ -63,6 +63,25 @@ def oas_covariance(scatter: Tensor, freedom: int | Tensor) -> Tensor:
     covariance = (1 - shrinkage) * covariance
     covariance.diagonal().add_(shrinkage * trace / dim)
     return covariance
+
+
+def row_means(features: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the mean feature of each of ``count`` rows, zero for a row without images, and how many it has.
+
+    Shape: ``(images, dim), (images,) -> (count, dim), (count,)``, the means in float64.
+
+    Raises:
+        NumericError: a feature is NaN or infinite.
+    """
+    values = finite_float64(features, float64_device(features.device))
+    member = F.one_hot(rows.to(values.device), count)  # (images, count); its products add in a fixed order
+    images = member.sum(dim=0)
+    return member.double().T @ values / images.clamp(min=1)[:, None], images
+
+
+def appended(old: Tensor, new: Tensor) -> Tensor:
+    """Return ``old`` with the rows of ``new`` behind it, in the type and on the device of ``old``."""
+    return torch.cat([old, new.to(old)])
 
 
 class StreamingLDA:

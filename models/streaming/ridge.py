@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.host_values import host_values, places
 from models.streaming.lda import finite_float64, float64_device, grown
-from models.streaming.packed import packed, unpacked
+from models.tensors import host_values, packed, places, unpacked
 
 RIDGES = tuple(10.0**power for power in range(-8, 10))
 FIT_SHARE = 0.8  # of a task's images; the others judge the candidates for λ

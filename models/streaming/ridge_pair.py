@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.streaming.lda import StreamingLDA
-from models.streaming.packed import state_below
 from models.streaming.ridge import RandomRidge
 from models.streaming.whitening import Whitening, make_whitening
+from models.tensors import state_below
 from utils.seeds import derive_seed
 
 NAMES = ("plain", "whitened")  # what the two regressions read: h, and normalize(A₀ᵀ(h − μ₀))

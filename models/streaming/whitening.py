@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.host_values import places
 from models.streaming.lda import StreamingLDA
+from models.tensors import places
 
 
 class Whitening(NamedTuple):

@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbone.flops import FlopCounter, count_flops, counted_otherwise
 from backbone.forward import plain_features
 from backbone.luca import make_luca
-from models.base import Learner
+from models.base import Learner, make_learner
 from models.cost import CostMeter, kept_numbers, milliseconds
-from models.registry import make_learner
 from tests.conftest import tiny_config
 from utils.hardware import forget_peak, peak_bytes
 from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PEAK_MB, PUBLISHED_COLUMNS, TRAIN

@@ -2,7 +2,7 @@
 
 Under ``FakeTensorMode`` tensors have shapes and devices but no values: an operation on tensors of two devices fails as
 it would on a GPU, and so does every look at a value. Answering looks at none. Learning does in one file,
-``models.host_values``, and the tests stand in for it.
+``models.tensors``, and the tests stand in for it.
 """
 
 import sys
@@ -19,9 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from backbone.forward import make_features
 from backbone.luca import FLOWS
 from benchmarks.answers import all_answers
-from models.base import Learner, Prediction
+from models.base import Learner, Prediction, make_learner
 from models.evaluation import best_classes, class_scores
-from models.registry import make_learner
 from models.selection import SELECTION_BATCH
 from tests.conftest import tiny_config
 from utils.config.methods import METHODS
@@ -90,9 +89,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Tensor], np.nd
 
     def replace(look: Callable[[Tensor], np.ndarray]) -> None:
         for name, module in list(sys.modules.items()):
-            if name.startswith("models.") and hasattr(module, "host_values") and name != "models.host_values":
+            if name.startswith("models.") and hasattr(module, "host_values") and name != "models.tensors":
                 monkeypatch.setattr(module, "host_values", look)
-        monkeypatch.setattr("models.host_values.host_values", look)
+        monkeypatch.setattr("models.tensors.host_values", look)
 
     monkeypatch.setattr(torch.optim, "LBFGS", OneStep)
     return replace

@@ -17,7 +17,7 @@ from backbone.vit import load_backbone
 from models import ContinualClassifier
 from models.api.export import ImageClassifier, as_module, export
 from models.api.hub import model_card
-from models.registry import make_learner
+from models.base import make_learner
 from tests.conftest import tiny_config
 from utils.config.methods import METHODS, SELECTIONS
 from utils.errors import CheckpointError, ConfigError, UserError

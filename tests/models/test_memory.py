@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.base import SAMPLES, Learner
+from models.base import SAMPLES, Learner, make_learner
 from models.evaluation import evaluate
 from models.modular import with_one_more
-from models.registry import make_learner
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
 from utils.config.methods import METHODS

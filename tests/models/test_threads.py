@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.answers import all_answers
-from models.base import Learner, Prediction
-from models.registry import make_learner
+from models.base import Learner, Prediction, make_learner
 from tests.conftest import tiny_config
 from utils.config.methods import METHODS
 

@@ -129,7 +129,7 @@ def read_method(path: Path) -> Method | None:
     # The names that a declaration may use. Evaluating it runs no more than importing the file would.
     names = {kind.__name__: kind for kind in (Method, Key, Selection, bool, int, float, str, tuple)}
     try:
-        method = eval(compile(ast.Expression(node), str(path), "eval"), {"__builtins__": {}, **names})
+        method = eval(compile(ast.Expression(node), f"<METHOD of {path.name}>", "eval"), {"__builtins__": {}, **names})
     except NameError as error:
         raise ValueError(
             f"{path}: METHOD is read without importing the file, so it is made of literals: {error}"
