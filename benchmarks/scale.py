@@ -31,7 +31,7 @@ from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import make_stream
-from utils.features.arrays import TEST_VIEW
+from utils.features.rows import TEST_VIEW
 from utils.features.extraction import Store
 from utils.features.rows import FolderRows
 from utils.hardware import single_thread

@@ -32,7 +32,7 @@ from models.training import Epoch, shuffled_epochs
 from utils.cli import run_command
 from utils.config.config import Config, load_config
 from utils.data.tasks import Task
-from utils.features.arrays import TEST_VIEW
+from utils.features.rows import TEST_VIEW
 from utils.ranks import Ranks
 from utils.results import metrics
 from utils.results.statistics import paired

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from utils.data.tasks import Task, TaskStream
-from utils.features.arrays import TEST_VIEW
+from utils.features.rows import TEST_VIEW
 from utils.features.bank import FeatureBank
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.data.loader_work import die, fail, never, pixels, square, unpicklable
 from utils.data import loader
-from utils.data.loader import LoaderError, load_ahead
+from utils.data.loader import load_ahead
 from utils.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def test_an_error_comes_in_its_turn_and_as_it_is(processes: bool) -> None:
 
 
 def test_a_result_that_cannot_be_sent_is_no_silence() -> None:
-    with pytest.raises((LoaderError, RuntimeError)):
+    with pytest.raises((DataError, RuntimeError)):
         list(load_ahead(unpicklable, [1], workers=1, ahead=1, processes=True))
 
 
@@ -70,14 +70,14 @@ def test_what_makes_no_progress_ends_in_one_line(processes: bool, monkeypatch: p
     before = set(psutil.Process().children())
     found = load_ahead(never, range(9), workers=2, ahead=4, processes=processes, name=lambda job: f"image {job}")
     assert next(found) == (0, 0)
-    with pytest.raises(LoaderError, match=r"nothing was loaded for 5 s; the next in turn is image 1: see"):
+    with pytest.raises(DataError, match=r"nothing was loaded for 5 s; the next in turn is image 1: see"):
         next(found)
     assert set(psutil.Process().children()) <= before
 
 
 def test_a_killed_process_is_one_line_and_the_others_end() -> None:
     before = set(psutil.Process().children())
-    with pytest.raises(LoaderError, match=r"a process that loads images was killed \(process \d+, signal 9\)"):
+    with pytest.raises(DataError, match=r"a process that loads images was killed \(process \d+, signal 9\)"):
         list(load_ahead(die, range(9), workers=2, ahead=4, processes=True))
     assert set(psutil.Process().children()) <= before
 
@@ -87,7 +87,7 @@ def test_an_idle_process_that_is_killed_is_noticed_too() -> None:
     next(found)
     (child,) = (p for p in psutil.Process().children() if "utils.data.loader" in " ".join(p.cmdline()))
     child.kill()
-    with pytest.raises(LoaderError, match="was killed"):
+    with pytest.raises(DataError, match="was killed"):
         list(found)
 
 
@@ -101,7 +101,7 @@ def test_workers_that_cannot_be_started_are_one_line(processes: bool, monkeypatc
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr("threading.Thread.start", refuse_thread)
-    with pytest.raises(LoaderError, match=r"2 (processes|threads) that load images cannot be started .* num_workers"):
+    with pytest.raises(DataError, match=r"2 (processes|threads) that load images cannot be started .* num_workers"):
         list(load_ahead(square, range(3), workers=2, ahead=2, processes=processes))
 
 

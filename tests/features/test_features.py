@@ -22,7 +22,7 @@ from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset
 from utils.data.transforms import Transforms
 from utils.errors import BankError, DataError, NumericError
-from utils.features.arrays import TEST_VIEW, View
+from utils.features.rows import TEST_VIEW, View
 from utils.features.bank import FeatureBank
 from utils.features.views import LOADED_TOGETHER, MissingViews
 from utils.hardware import default_batch_size

@@ -12,7 +12,7 @@ import pytest
 
 from utils.errors import BankError, UserError
 from utils.features import arrays, extraction
-from utils.features.arrays import TEST_VIEW, ArrayReader, RowChecksums, checksums_path, incomplete_path, read_checksums
+from utils.features.rows import TEST_VIEW, ArrayReader, RowChecksums, checksums_path, incomplete_path, read_checksums
 from utils.features.bank import resolve_cache_dir
 from utils.features.extraction import Store
 from utils.features.rows import LOCK, FolderRows, MemoryRows

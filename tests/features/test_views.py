@@ -17,7 +17,7 @@ from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import ImageFiles
 from utils.data.transforms import ATTEMPTS, WORDS, Draws, Transforms, crop_and_flip
 from utils.errors import DataError
-from utils.features.arrays import TEST_VIEW
+from utils.features.rows import TEST_VIEW
 from utils.features.bank import FeatureBank
 from utils.features.views import MissingViews, load_views
 from utils.seeds import derive_seed
