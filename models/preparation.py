@@ -11,8 +11,8 @@ from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import make_stream
 from utils.errors import ConfigError
-from utils.features.rows import TEST_VIEW, View
 from utils.features.bank import resolve_cache_dir
+from utils.features.rows import TEST_VIEW, View
 from utils.hardware import available_cpus
 from utils.ranks import Ranks
 from utils.results.tracker import check_tracker

@@ -10,8 +10,8 @@ from models.base import Learner
 from utils.config.config import Config
 from utils.config.methods import METHODS, read_method
 from utils.errors import DamagedRunError
-from utils.features.rows import TEST_VIEW, View
 from utils.features.extraction import FeatureExtractor
+from utils.features.rows import TEST_VIEW, View
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
 from utils.runs.tensors import first_line

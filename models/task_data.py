@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from utils.data.tasks import Task, TaskStream
-from utils.features.rows import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 
 
 class BankTask:

@@ -33,8 +33,8 @@ from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
 from utils.data.tasks import TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
-from utils.features.rows import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder

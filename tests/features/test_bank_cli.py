@@ -11,8 +11,8 @@ from tests.conftest import ROOT, FolderMaker, TinyExtractor, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.features import __main__ as bank
-from utils.features.rows import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """Work done ahead of whoever consumes it, in order: by threads here, or by processes that share nothing with this one.
 
 A loader process is started from nothing (no fork, so threads here cannot hang it), imports only what its work needs,
-and has a socket of its own to us: neither a small ``/dev/shm`` nor what it prints can leave the consumer waiting.
-It ends by itself when its socket ends, that is, with us.
+and has a socket of its own to us: neither a small ``/dev/shm`` nor what it prints can leave the consumer waiting. It
+ends by itself when its socket ends, that is, with us.
 """
 
 import os
 import pickle
 import queue
-import selectors
 import signal
 import socket
 import subprocess
@@ -17,10 +16,10 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from utils.errors import DataError
 
@@ -29,6 +28,7 @@ _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from utils.data.loader import s
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Answer = tuple[Any, BaseException | None]  # the result, or the error
 
 
 def load_ahead(
@@ -42,206 +42,133 @@ def load_ahead(
 ) -> Generator[tuple[Job, Result], None, None]:
     """Yield ``(job, work(job))`` in the order of ``jobs``; close the generator to stop all work at once.
 
-    An error of ``work`` is raised when its job's turn comes, the end of a process as soon as it is seen.
+    When a job's turn comes, so does the error that ``work`` raised, or the end of the process that had it.
 
     Args:
         work: what to do; with ``processes``, it, its jobs and its results can be pickled.
         jobs: taken one by one, never more than ``ahead`` before their results are consumed.
-        workers: how many threads or processes.
+        workers: how many threads or processes; each gets every so manieth job.
         ahead: how many jobs are at work or wait to be consumed.
         processes: work in processes of their own; under Windows, which hands no socket down, in threads as well.
         name: of a job, for messages.
     """
-    crew: _Processes[Job, Result] | _Threads[Job, Result]
-    crew = _Processes(work, workers, name) if processes and sys.platform != "win32" else _Threads(work, workers)
-    waiting: deque[tuple[Job, Future[Result]]] = deque()
+    crew: list[_Thread | _Process] = []
+    waiting: deque[tuple[Job, _Thread | _Process]] = deque()
 
-    def next_in_turn() -> tuple[Job, Result]:
-        job, future = waiting.popleft()
-        return job, crew.result(future)
+    def in_turn() -> tuple[Job, Result]:
+        job, worker = waiting.popleft()
+        result, error = worker.receive(lambda: name(job))
+        if error is not None:
+            raise error
+        return job, result
 
     try:
-        for job in jobs:
-            waiting.append((job, crew.submit(job)))
-            if len(waiting) >= ahead:
-                yield next_in_turn()
-        while waiting:
-            yield next_in_turn()
-    finally:
-        crew.stop()
-
-
-class _Threads(Generic[Job, Result]):
-    """Threads that take jobs in turn. They are daemons: one that waits for a dead disk must not hold the exit."""
-
-    def __init__(self, work: Callable[[Job], Result], workers: int) -> None:
-        self._work, self._workers = work, workers
-        self._todo: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
         for _ in range(workers):
-            threading.Thread(target=self._run, daemon=True).start()
+            crew.append(_Process(work) if processes and sys.platform != "win32" else _Thread(work))
+        for job, worker in zip(jobs, cycle(crew)):
+            worker.send(job)
+            waiting.append((job, worker))
+            if len(waiting) >= ahead:
+                yield in_turn()
+        while waiting:
+            yield in_turn()
+    finally:
+        for worker in crew:
+            worker.stop()
 
-    def submit(self, job: Job) -> "Future[Result]":
-        future: Future[Result] = Future()
-        self._todo.put((job, future))
-        return future
 
-    def result(self, future: "Future[Result]") -> Result:
-        return future.result()
+class _Thread:
+    """A thread that does one job after another. It is a daemon: if it waits for a dead disk, that holds no exit."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self._work, self._stopped = work, False
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def send(self, job: object) -> None:
+        self._jobs.put(job)
+
+    def receive(self, _: object = None) -> Answer:
+        return self._answers.get()
 
     def stop(self) -> None:
-        with suppress(queue.Empty):
-            while True:
-                self._todo.get_nowait()
-        for _ in range(self._workers):
-            self._todo.put(None)
+        self._stopped = True
+        self._jobs.put(None)
 
     def _run(self) -> None:
-        while (item := self._todo.get()) is not None:
-            job, future = item
+        while True:
+            job = self._jobs.get()
+            if self._stopped:
+                return
             try:
-                future.set_result(self._work(job))
+                self._answers.put((self._work(job), None))
             except BaseException as error:
-                future.set_exception(error)
+                self._answers.put((None, error))
 
 
-class _Process(Generic[Job, Result]):
-    """A loader process: the socket to it, and the jobs that it has not answered yet."""
+class _Process:
+    """A loader process, as seen from here. Pillow and NumPy need no threads of their own there."""
 
-    def __init__(self) -> None:
-        self.pending: deque[tuple[Job, Future[Result]]] = deque()
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(theirs.fileno()), str(_ROOT), *map(str, sys.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a library prints must not get into the output of a command
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C is for us to answer
-            )
-
-    def end(self) -> str:
-        """Kill the process, if it is there; return how it ended."""
-        self._process.kill()  # it holds nothing that could be lost
-        self.socket.close()
-        with suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot be killed
-            self._process.wait(timeout=1)
-        code = self._process.returncode or 0
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-class _Processes(Generic[Job, Result]):
-    """Loader processes. All is sent and received by the consumer's own thread, whenever it needs a result."""
-
-    def __init__(self, work: Callable[[Job], Result], workers: int, name: Callable[[Job], str]) -> None:
-        self._name, self._crew, self._selector = name, list[_Process[Job, Result]](), selectors.DefaultSelector()
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         try:
-            for _ in range(workers):
-                self._crew.append(process := _Process[Job, Result]())
-                self._selector.register(process.socket, selectors.EVENT_READ, process)
-                _send(process.socket, _packed(work))
-        except BaseException as error:
-            self.stop()
-            if not isinstance(error, OSError):
-                raise
+            self._socket, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _MAIN, str(theirs.fileno()), str(_ROOT), *map(str, sys.path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # what a library prints must not get into the output of a command
+                    env=environment,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # a terminal's Ctrl-C is for us to answer
+                )
+        except OSError as error:
             raise DataError(
-                f"{workers} processes that load images cannot be started ({error.strerror}); lower num_workers, or "
-                "raise the limits of processes and open files (ulimit -u, ulimit -n)"
+                f"a process that loads images cannot be started ({error.strerror}); lower num_workers, or raise the "
+                "limits of processes and open files (ulimit -u, ulimit -n)"
             ) from None
+        self._answers = self._socket.makefile("rb")
+        self.send(work)
 
-    def submit(self, job: Job) -> "Future[Result]":
-        process, future = min(self._crew, key=lambda process: len(process.pending)), Future[Result]()
-        process.pending.append((job, future))
+    def send(self, job: object) -> None:
+        content = pickle.dumps(job, protocol=5)
+        with suppress(OSError):  # it has ended: ``receive`` says so
+            self._socket.sendall(content)
+
+    def receive(self, name: Callable[[], str]) -> Answer:
         try:
-            _send(process.socket, _packed(job))
-        except OSError:
-            raise self._ended(process) from None
-        return future
-
-    def result(self, future: "Future[Result]") -> Result:
-        while not future.done():
-            for ready, _ in self._selector.select():
-                self._receive(ready.data)
-        return future.result()
+            result, error, text = pickle.load(self._answers)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self.stop()
+            code = self._process.returncode or 0
+            raise DataError(
+                f"a process that loads images ended ({f'signal {-code}' if code < 0 else f'exit code {code}'}) before "
+                f"it had handed over {name()}; often memory is short: lower num_workers, 0 needs none; start again "
+                "afterwards: what is done stays"
+            ) from None
+        if error is not None:
+            error.__cause__ = RuntimeError(f"in a loader process:\n{text}")
+        return result, error
 
     def stop(self) -> None:
-        for process in self._crew:
-            process.end()
-        self._selector.close()
-
-    def _receive(self, process: _Process[Job, Result]) -> None:
-        try:
-            result, error, text = _receive(process.socket)
-        except (EOFError, OSError):
-            raise self._ended(process) from None
-        _, future = process.pending.popleft()
-        if error is None:
-            future.set_result(result)
-        else:
-            error.__cause__ = RuntimeError(f"in a loader process:\n{text}")
-            future.set_exception(error)
-
-    def _ended(self, process: _Process[Job, Result]) -> DataError:
-        at_work = f" while it was at {self._name(process.pending[0][0])}" if process.pending else ""
-        return DataError(
-            f"a process that loads images ended ({process.end()}){at_work}; often memory is short: lower num_workers, "
-            "0 needs none; start again afterwards: what is done stays"
-        )
-
-
-# -- what both sides say -----------------------------------------------------------------------------------------------
-
-
-def _packed(value: object) -> list[Any]:
-    """What goes through a socket: the number of parts and the size of each, then these; arrays are not copied."""
-    arrays: list[Any] = []
-    head = pickle.dumps(value, protocol=5, buffer_callback=lambda buffer: arrays.append(buffer.raw()))
-    sizes = [1 + len(arrays), len(head), *map(len, arrays)]
-    return [b"".join(size.to_bytes(8, "big") for size in sizes) + head, *arrays]
-
-
-def _send(to: socket.socket, parts: list[Any]) -> None:
-    for part in parts:
-        to.sendall(part)
-
-
-def _receive(source: socket.socket) -> Any:
-    sizes = [int.from_bytes(_exactly(source, 8), "big") for _ in range(int.from_bytes(_exactly(source, 8), "big"))]
-    head, *arrays = [_exactly(source, size) for size in sizes]
-    return pickle.loads(head, buffers=arrays)
-
-
-def _exactly(source: socket.socket, size: int) -> bytearray:
-    content = bytearray(size)
-    rest = memoryview(content)
-    while rest:
-        count = source.recv_into(rest, 0, socket.MSG_WAITALL)
-        if not count:
-            raise EOFError
-        rest = rest[count:]
-    return content
-
-
-# -- in a loader process -----------------------------------------------------------------------------------------------
+        self._process.kill()  # it holds nothing that could be lost
+        self._answers.close()
+        self._socket.close()
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot be killed
+            self._process.wait(timeout=1)
 
 
 def serve(descriptor: int) -> None:
-    """Do what comes through a socket: first the work, then its jobs. The process ends when the socket does."""
+    """In a loader process: do what comes through a socket until it ends; first the work, then its jobs."""
     for number in (signal.SIGINT, signal.SIGTERM):  # for whoever started this process to answer
         signal.signal(number, signal.SIG_IGN)
-    ours, sender = socket.socket(fileno=descriptor), ThreadPoolExecutor(1)
-    received: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(ours, received), daemon=True).start()
-    work = received.get()
-    while True:
-        sender.submit(_send, ours, _answer(work, received.get()))
-
-
-def _listen(ours: socket.socket, received: "queue.SimpleQueue[Any]") -> None:
-    """Take what comes at once, so that whoever sends it never waits, and its end is never missed."""
     try:
-        while True:
-            received.put(_receive(ours))
+        with socket.socket(fileno=descriptor).makefile("rwb") as us:
+            worker = _Thread(pickle.load(us))
+            threading.Thread(target=_answer, args=(worker, us), daemon=True).start()
+            while True:  # take what comes at once, so that whoever sends it never waits, and its end is never missed
+                worker.send(pickle.load(us))
     except (EOFError, ConnectionError):
         os._exit(0)
     except BaseException:
@@ -249,14 +176,15 @@ def _listen(ours: socket.socket, received: "queue.SimpleQueue[Any]") -> None:
         os._exit(1)
 
 
-def _answer(work: Callable[[Any], Any], job: Any) -> list[Any]:
-    """The result, or the error and its traceback, packed."""
-    try:
-        return _packed((work(job), None, ""))
-    except BaseException as error:
-        text = traceback.format_exc()
+def _answer(worker: _Thread, us: BinaryIO) -> None:
+    """Send results and errors as they come."""
+    while True:
+        result, error = worker.receive()
+        text = "".join(traceback.format_exception(error)) if error else ""
         try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            error = RuntimeError("an error that cannot be sent")
-        return _packed((None, error, text))
+            pickle.dump((result, error, text), us, protocol=5)
+            us.flush()
+        except BaseException as other:
+            if not isinstance(other, ConnectionError):  # whoever waited for it is gone
+                traceback.print_exc()
+            os._exit(1)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.errors import BankError, UserError
+from utils.errors import BankError, NumericError, UserError
 from utils.features.rows import FolderRows, MemoryRows, View, ViewRow
 from utils.files import expanded, human_size
-from utils.hardware import default_batch_size, default_workers, forward_threads
+from utils.hardware import default_batch_size, default_workers
 from utils.logs import progress
 from utils.ranks import ONE_RANK, Ranks
 from utils.words import counted
@@ -32,7 +32,6 @@ from utils.words import counted
 if TYPE_CHECKING:
     from utils.data.splits import Dataset
     from utils.features.extraction import FeatureExtractor, Keep
-    from utils.features.views import MissingViews
 
 log = logging.getLogger(__name__)
 
@@ -134,28 +133,26 @@ class FeatureBank:
 
     def fill(self, wanted: Sequence[View]) -> None:
         """Compute every row of ``wanted`` that is not there yet. All ranks call it; each computes its share."""
-        first, splits = self.ranks.first, sorted({split for split, _ in wanted})
-        views = [(self._rows[split], [view for s, view in wanted if s == split]) for split in splits]
+        first = self.ranks.first
         # nothing is written, or locked, for a complete bank: it may lie on a disk that cannot be written
-        if self.ranks.share(first and all(rows.complete(view) for rows, of_split in views for view in of_split)):
+        if self.ranks.share(first and all(self._rows[split].complete(view) for split, view in wanted)):
             return
         with ExitStack() as locks:
             if first:
-                for rows, _ in views:  # the same order everywhere: no deadlock
-                    locks.enter_context(rows.lock())
-                self._check_space(wanted)
-                for rows, of_split in views:
-                    rows.prepare(of_split)
+                for split in sorted({split for split, _ in wanted}):  # the same order everywhere: no deadlock
+                    locks.enter_context(self._rows[split].lock())
+                self._check_space(self.bytes_needed(wanted))
+                for split, view in wanted:
+                    self._rows[split].prepare(view)
                 self.forwards += self.missing(wanted)
             self.ranks.barrier()
-            self._compute(self._missing_views(wanted))
+            self._compute(wanted)
             self.ranks.barrier()
             if first:
-                for rows, of_split in views:
-                    rows.finish(of_split)
+                for split, view in wanted:
+                    self._rows[split].finish(view)
 
-    def _check_space(self, wanted: Sequence[View]) -> None:
-        need = self.bytes_needed(wanted)
+    def _check_space(self, need: int) -> None:
         if self.cache_dir is None or not need:
             return
         free = shutil.disk_usage(self.cache_dir).free
@@ -169,52 +166,57 @@ class FeatureBank:
                 "python -m utils.features list"
             )
 
-    def _compute(self, views: "MissingViews") -> None:
+    def _compute(self, wanted: Sequence[View]) -> None:
         """Compute this rank's share of the rows that are missing."""
-        if not views.count:
+        count, batches = self._extract(wanted, self._keep)
+        if not count:
             return
         started = time.monotonic()
         title = "Features" if self.ranks.count == 1 else f"Features (1 of {self.ranks.count} ranks)"
-        bar = progress(total=views.count, unit="img", desc=title, disable=not self.ranks.first)
-        with bar, closing(self._extract(views, self._keep)) as batches:
-            for count in batches:
-                bar.update(count)
+        with progress(total=count, unit="img", desc=title, disable=not self.ranks.first) as bar, closing(batches):
+            for done in batches:
+                bar.update(done)
         seconds = time.monotonic() - started
-        passes = counted(views.count, "forward pass")
-        log.info("Features: %s in %.1f s, %.1f a second", passes, seconds, views.count / seconds)
+        log.info("Features: %s in %.1f s, %.1f a second", counted(count, "forward pass"), seconds, count / seconds)
 
     def _keep(self, places: list[ViewRow], features: np.ndarray) -> None:
-        for want in {place[:2] for place in places}:
-            chosen = [index for index, place in enumerate(places) if place[:2] == want]
-            self._rows[want[0]].write(want[1], [places[index][2] for index in chosen], features[chosen])
+        """Write rows, those of a view together."""
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(bad):
+            split, view, row = places[bad[0]]
+            raise NumericError(
+                f"the backbone's feature of {split} image {self.data.split(split).keys[row]!r} (view {view}) is not "
+                "finite; try precision=fp32, or check the weights"
+            )
+        for split, view in {place[:2] for place in places}:
+            chosen = [index for index, place in enumerate(places) if place[:2] == (split, view)]
+            self._rows[split].write(view, [places[index][2] for index in chosen], features[chosen])
 
     def probe(self, wanted: Sequence[View], seconds: float = 3.0) -> float:
-        """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept.
-
-        All of them count where there are too few to see the loaders' start apart from the rest.
-        """
-        views, warm_up = self._missing_views(wanted), 2 * forward_threads(self.extractor.device)
-        started, done = time.monotonic(), 0
-        with closing(self._extract(views, lambda *_: None)) as batches:
-            for number, count in enumerate(batches, start=1):
-                done += count
-                if number == warm_up and views.count > 4 * warm_up * self.batch_size:
-                    started, done = time.monotonic(), 0
-                if number > 3 * warm_up and time.monotonic() - started > seconds:
+        """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept."""
+        times, passed = [time.monotonic()], [0]
+        with closing(self._extract(wanted, lambda *_: None)[1]) as batches:
+            for done in batches:
+                times.append(time.monotonic())
+                passed.append(passed[-1] + done)
+                if times[-1] - times[0] > seconds:
                     break
-            return done / (time.monotonic() - started)
+        begin = (len(times) - 1) // 3  # the first third shows how the loaders start, if there are several batches
+        return (passed[-1] - passed[begin]) / (times[-1] - times[begin])
 
-    def _missing_views(self, wanted: Sequence[View]) -> "MissingViews":
+    def _extract(self, wanted: Sequence[View], keep: "Keep") -> tuple[int, Generator[int, None, None]]:
+        """How many views this rank has to compute, and what computes them (``extract``)."""
         from utils.data.transforms import Transforms
-        from utils.features.views import MissingViews
-
-        transforms, stats = Transforms(self.image_size, self.augment_seed), getattr(self.fingerprints, "stats", None)
-        return MissingViews(self.data, transforms, self._missing_rows(wanted), stats, self.ranks)
-
-    def _extract(self, views: "MissingViews", keep: "Keep") -> Generator[int, None, None]:
         from utils.features.extraction import extract
+        from utils.features.views import view_jobs
 
-        return extract(views, self.extractor, self.batch_size, self.num_workers, keep)
+        ranks, missing = self.ranks, self._missing_rows(wanted)
+        for rows in missing.values():  # a share by row, not by place: other ranks may have begun to write
+            rows &= np.arange(len(rows)) % ranks.count == ranks.rank
+        stats = getattr(self.fingerprints, "stats", {})
+        jobs = view_jobs(self.data, Transforms(self.image_size, self.augment_seed), missing, stats)
+        count = sum(int(rows.sum()) for rows in missing.values())
+        return count, extract(jobs, self.extractor, self.batch_size, min(self.num_workers, count), keep)
 
 
 def resolve_cache_dir(value: str | None) -> Path | None:

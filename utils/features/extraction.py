@@ -1,7 +1,7 @@
 """From images to features: loaders ahead of the backbone, one forward pass for each CPU thread."""
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from utils.data.loader import load_ahead
-from utils.errors import NumericError
 from utils.features.rows import ViewRow
-from utils.features.views import LOADED_TOGETHER, MissingViews, ViewsJob, load_views
+from utils.features.views import LOADED_TOGETHER, ViewsJob, load_views
 from utils.hardware import forward_threads
 
 Keep = Callable[[list[ViewRow], np.ndarray], object]
@@ -37,12 +36,12 @@ class FeatureExtractor(Protocol):
 
 
 def extract(
-    views: MissingViews, extractor: FeatureExtractor, batch_size: int, num_workers: int, keep: Keep
+    jobs: Iterable[ViewsJob], extractor: FeatureExtractor, batch_size: int, num_workers: int, keep: Keep
 ) -> Generator[int, None, None]:
     """Pass views through a backbone; yield how many they were whenever a batch is done. Close it to stop.
 
     Args:
-        views: what to load.
+        jobs: what to load.
         extractor: the backbone.
         batch_size: images in one forward pass.
         num_workers: processes that load images; 0 loads in a thread of this one.
@@ -56,22 +55,15 @@ def extract(
         depend on how an interrupted extraction was cut.
         """
         padding = pixels[-1:].expand(batch_size - len(pixels), -1, -1, -1)
-        features = extractor(torch.cat([pixels, padding]) if len(padding) else pixels)[: len(places)].cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        if len(bad):
-            split, view, row = places[bad[0]]
-            raise NumericError(
-                f"the backbone's feature of {split} image {views.data.split(split).keys[row]!r} (view {view}) is not "
-                "finite; try precision=fp32, or check the weights"
-            )
-        keep(places, features)
+        features = extractor(torch.cat([pixels, padding]) if len(padding) else pixels)[: len(places)]
+        keep(places, features.cpu().numpy())
         return len(places)
 
     running: deque[Future[int]] = deque()
     pin = extractor.device.type not in ("cpu", "mps")  # where the copy can run beside the backbone
     threads = forward_threads(extractor.device)
     with (
-        closing(_batches(views, batch_size, num_workers)) as batches,
+        closing(_batches(jobs, batch_size, num_workers)) as batches,
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         for places, pixels in batches:
@@ -83,18 +75,15 @@ def extract(
 
 
 def _batches(
-    views: MissingViews, batch_size: int, num_workers: int
+    jobs: Iterable[ViewsJob], batch_size: int, num_workers: int
 ) -> Generator[tuple[list[ViewRow], Tensor], None, None]:
     """Exactly ``batch_size`` views at a time, but for the last: what they are, and ``(views, 3, S, S)`` uint8."""
-    workers = max(1, min(num_workers, views.images))
+    workers = max(1, num_workers)
     # what waits for the backbone: two batches, and something from each loader
     ahead = -(-2 * batch_size // LOADED_TOGETHER) + 2 * workers
-    loaded = load_ahead(
-        load_views, views.jobs(), workers=workers, ahead=ahead, processes=num_workers > 0, name=ViewsJob.__str__
-    )
     places: list[ViewRow] = []
-    pixels = torch.empty(0)
-    with closing(loaded):
+    pixels = torch.empty(0, dtype=torch.uint8)
+    with closing(load_ahead(load_views, jobs, workers=workers, ahead=ahead, processes=num_workers > 0)) as loaded:
         for job, part in loaded:
             places += job.places
             pixels = torch.cat([pixels, torch.from_numpy(part)]) if len(pixels) else torch.from_numpy(part)

@@ -7,8 +7,9 @@ maps serves as well, and what is read is never resident beyond its use. An array
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST, LOCK = "manifest.json", "lock"  # the files of a bank beside its arrays
 _HEADER = 128  # bytes before the first row
+_HINT = "see to its space and state, or set cache_dir to another disk, which all machines of a torchrun share"
 _BLOCK = 4096  # rows handled at a time where all are
 
 View = tuple[str, int]  # (split, view)
@@ -45,46 +47,43 @@ class MemoryRows:
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self._shape = shape
         self._arrays: dict[int, np.ndarray] = {}
+        self._nothing = np.broadcast_to(np.float32(np.nan), shape)
 
     def exists(self, view: int) -> bool:
         """Whether there is room laid out for the view, filled or not."""
         return view in self._arrays
 
+    def missing(self, view: int) -> np.ndarray:
+        """``(images,)`` bool: the rows that are not computed."""
+        missing: np.ndarray = np.isnan(self._arrays.get(view, self._nothing)).any(axis=1)
+        return missing
+
     def complete(self, view: int) -> bool:
         return not self.missing(view).any()
 
-    def missing(self, view: int) -> np.ndarray:
-        """``(images,)`` bool: the rows that are not computed."""
-        if not self.exists(view):
-            return np.ones(self._shape[0], dtype=bool)
-        missing: np.ndarray = np.isnan(self._arrays[view]).any(axis=1)
-        return missing
-
     def read(self, view: int, rows: np.ndarray) -> np.ndarray:
         """``(rows,)`` -> ``(rows, dim)`` float32, all of them computed."""
-        found = np.full((1, 1), np.nan) if not self.exists(view) else self._arrays[view][rows]
+        found: np.ndarray = self._arrays.get(view, self._nothing)[rows]
         if np.isnan(found).any():
             raise BankError(f"the features of view {view} are not filled yet")
         return found
-
-    def write(self, view: int, rows: list[int], features: np.ndarray) -> None:
-        """Threads and processes may write different rows at a time."""
-        self._arrays[view][rows] = features
 
     def lock(self) -> AbstractContextManager[object]:
         """Held by whoever adds rows."""
         return nullcontext()
 
-    def prepare(self, views: Sequence[int]) -> None:
-        """Lay out room for the views; all rows of a new one are missing."""
-        for view in views:
-            if not self.exists(view):
-                self._arrays[view] = np.full(self._shape, np.nan, dtype=np.float32)
+    def prepare(self, view: int) -> None:
+        """Lay out room for the view, if there is none; all its rows are missing."""
+        if view not in self._arrays:
+            self._arrays[view] = self._nothing.copy()
 
-    def finish(self, views: Sequence[int]) -> None:
-        """Declare the views complete."""
+    def write(self, view: int, rows: list[int], features: np.ndarray) -> None:
+        """Threads and processes may write different rows at a time."""
+        self._arrays[view][rows] = features
+
+    def finish(self, view: int) -> None:
+        """Declare the view complete."""
 
 
 class FolderRows:
@@ -98,7 +97,8 @@ class FolderRows:
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int], manifest: dict[str, Any], augment_seed: int) -> None:
-        self.folder, self._shape, self._manifest, self._augment_seed = folder, shape, manifest, augment_seed
+        self.folder, self._manifest, self._augment_seed = folder, manifest, augment_seed
+        self._images, self._dim = shape
         header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(_HEADER - 11) + "\n"
         self._header = b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little") + header.encode()
 
@@ -107,28 +107,33 @@ class FolderRows:
         name = "test.npy" if view == TEST_VIEW else f"augmented-{self._augment_seed}-{view:04d}.npy"
         return self.folder / name
 
-    def complete(self, view: int) -> bool:
-        return self.path(view).exists()
+    def _filling(self, view: int) -> Path:
+        return self.path(view).with_suffix(".filling.npy")
 
     def exists(self, view: int) -> bool:
         return self.complete(view) or self._filling(view).exists()
 
+    def complete(self, view: int) -> bool:
+        return self.path(view).exists()
+
     def missing(self, view: int) -> np.ndarray:
-        missing = np.zeros(self._shape[0], dtype=bool)
-        if self.complete(view):
-            return missing
-        try:
-            for start in range(0, len(missing), _BLOCK):
-                block = np.arange(start, min(start + _BLOCK, len(missing)))
-                missing[block] = np.isnan(self._rows_of(self._filling(view), block)).any(axis=1)
-        except FileNotFoundError:  # there is none, or another process completed it in this moment
-            return np.full(self._shape[0], not self.complete(view))
+        missing = np.full(self._images, not self.complete(view))
+        if missing.any():
+            # the file may not be there, or another process may complete it in this moment
+            with suppress(FileNotFoundError), self._opened(self._filling(view)) as file:
+                for start in range(0, self._images, _BLOCK):
+                    block = np.frombuffer(file.read(_BLOCK * self._dim * 4), dtype="<f4").reshape(-1, self._dim)
+                    missing[start : start + _BLOCK] = np.isnan(block).any(axis=1)
         return missing
 
     def read(self, view: int, rows: np.ndarray) -> np.ndarray:
-        path = self.path(view)
+        path, found = self.path(view), np.full((len(rows), self._dim), np.nan, dtype="<f4")
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows that follow each other are read together
         try:
-            found = self._rows_of(path, rows)
+            with self._opened(path) as file:
+                for run, start in zip(np.split(found, starts[1:]), rows[starts].tolist(), strict=len(rows) > 0):
+                    file.seek(self._place(start))
+                    file.readinto(run.data.cast("B"))
         except FileNotFoundError:
             raise BankError(f"the features in {path} are not filled yet") from None
         wrong = ~np.isfinite(found).all(axis=1)
@@ -139,64 +144,55 @@ class FolderRows:
             )
         return found
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        what = f"feature bank {self.folder.name} (key cache_dir)"
+
+        def say_waiting(holder: str) -> None:
+            log.info("Waiting for %s to fill the same feature bank", holder)
+
+        with FolderLock(self.folder / LOCK, what, wait=True, on_wait=say_waiting):
+            write_json(self.folder / MANIFEST, self._manifest)
+            remove_partials(self.folder, ".*")  # of a process that was killed: the lock is ours
+            yield
+
+    def prepare(self, view: int) -> None:
+        path, row = self._filling(view), np.full(self._dim, np.nan, dtype="<f4").tobytes()
+        if not self.exists(view):
+            with _refusals(path, "written"), replacing(path, partial_path(path)) as file:
+                file.write(self._header)
+                for _ in range(self._images):
+                    file.write(row)
+
     def write(self, view: int, rows: list[int], features: np.ndarray) -> None:
         path = self._filling(view)
         with _refusals(path, "written"), open(path, "r+b") as file:
             for row, feature in zip(rows, features, strict=True):
                 file.seek(self._place(row))
-                file.write(np.ascontiguousarray(feature, dtype="<f4").data)
+                file.write(feature.astype("<f4").tobytes())
 
-    def lock(self) -> AbstractContextManager[object]:
-        what = f"feature bank {self.folder.name} (key cache_dir)"
-        return FolderLock(self.folder / LOCK, what, wait=True, on_wait=_say_waiting)
-
-    def prepare(self, views: Sequence[int]) -> None:
-        write_json(self.folder / MANIFEST, self._manifest)
-        remove_partials(self.folder, ".*")  # of a process that was killed: the lock is ours
-        block = np.full((min(self._shape[0], _BLOCK), self._shape[1]), np.nan, dtype="<f4")
-        for view in views:
-            if self.exists(view):
-                continue
-            path = self._filling(view)
-            with _refusals(path, "written"), replacing(path, partial_path(path)) as file:
-                file.write(self._header)
-                for start in range(0, self._shape[0], _BLOCK):
-                    file.write(block[: self._shape[0] - start].data)
-
-    def finish(self, views: Sequence[int]) -> None:
-        for view in views:
-            if not self.complete(view):
-                path = self._filling(view)
-                with _refusals(path, "written"):
-                    with open(path, "r+b") as file:
-                        os.fsync(file.fileno())
-                    os.replace(path, self.path(view))
-                    sync_folder(self.folder)
-
-    def _filling(self, view: int) -> Path:
-        return self.path(view).with_suffix(".filling.npy")
+    def finish(self, view: int) -> None:
+        path = self._filling(view)
+        if not self.complete(view):
+            with _refusals(path, "written"):
+                with open(path, "r+b") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, self.path(view))
+                sync_folder(self.folder)
 
     def _place(self, row: int) -> int:
-        return _HEADER + row * self._shape[1] * 4
+        return _HEADER + row * self._dim * 4
 
-    def _rows_of(self, path: Path, rows: np.ndarray) -> np.ndarray:
-        """``(rows,)`` -> ``(rows, dim)`` float32. Rows that follow each other are read together."""
-        found = np.full((len(rows), self._shape[1]), np.nan, dtype="<f4")
-        ends = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BufferedReader]:
         with _refusals(path, "read"), open_regular(path) as file:
-            header, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
-            if header != self._header or size != self._place(self._shape[0]):
+            size = os.fstat(file.fileno()).st_size
+            if file.read(_HEADER) != self._header or size != self._place(self._images):
                 raise BankError(
-                    f"{path} is damaged (it is no array of {self._shape} float32, {size} bytes); remove it, its "
-                    "features are computed again"
+                    f"{path} is damaged ({size} bytes, not those of {self._images} rows of {self._dim} float32); "
+                    "remove it, its features are computed again"
                 )
-            for start, end in zip([0, *ends], [*ends, len(rows)], strict=True) if len(rows) else ():
-                file.seek(self._place(int(rows[start])))
-                file.readinto(found[start:end].data.cast("B"))
-        return found
-
-
-Rows = MemoryRows | FolderRows
+            yield file
 
 
 @contextmanager
@@ -204,20 +200,10 @@ def _refusals(path: Path, verb: str) -> Iterator[None]:
     """What the disk refuses, in one line."""
     try:
         yield
-    except FileNotFoundError as error:
-        if verb == "read":
+    except OSError as error:
+        if verb == "read" and isinstance(error, FileNotFoundError):
             raise
         raise BankError(
-            f"{path} cannot be {verb} ({error.strerror}); under torchrun on several machines cache_dir must be on a "
-            "disk that all of them share"
+            f"{path} cannot be {verb} ({error.strerror}); {hint_of_limits(error) or _HINT}; start again afterwards: "
+            "the features that are done stay"
         ) from error
-    except OSError as error:
-        hint = hint_of_limits(error) or "see to its space and state, or set cache_dir to another disk"
-        raise BankError(
-            f"{path} cannot be {verb} ({error.strerror}); {hint}; start again afterwards: the features that are done "
-            "stay"
-        ) from error
-
-
-def _say_waiting(holder: str) -> None:
-    log.info("Waiting for %s to fill the same feature bank", holder)

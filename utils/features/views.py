@@ -10,7 +10,6 @@ from utils.data.splits import Dataset, ImageFiles, Split
 from utils.data.transforms import Draws, Transforms, test_pixels, train_pixels
 from utils.errors import DataError
 from utils.features.rows import TEST_VIEW, View, ViewRow
-from utils.ranks import ONE_RANK, Ranks
 
 LOADED_TOGETHER = 16  # views in what a loader hands over at a time, if one image has not more
 
@@ -72,52 +71,31 @@ def _check_unchanged(images: ImageFiles, index: int, stats: np.ndarray) -> None:
         )
 
 
-class MissingViews:
-    """The images of which some view is missing, and jobs for all of them. Each rank has images of its own.
+def view_jobs(
+    data: Dataset, transforms: Transforms, missing: Mapping[View, np.ndarray], stats: Mapping[str, np.ndarray]
+) -> Iterator[ViewsJob]:
+    """Jobs for every missing view, once.
 
     Args:
         data: the images.
         transforms: what the views are.
         missing: ``(images,)`` bool for each view.
         stats: for each split of files, ``(images, 2)`` size and time of change when the run began.
-        ranks: the processes that share the work.
-
-    Attributes:
-        images: how many lack a view.
-        count: how many views they lack.
     """
-
-    def __init__(
-        self,
-        data: Dataset,
-        transforms: Transforms,
-        missing: Mapping[View, np.ndarray],
-        stats: Mapping[str, np.ndarray] | None = None,
-        ranks: Ranks = ONE_RANK,
-    ) -> None:
-        self.data, self._transforms, self._missing, self._stats = data, transforms, missing, stats or {}
-        self._rows: dict[str, np.ndarray] = {}
-        self.images = self.count = 0
-        for split in sorted({split for split, _ in missing}):
-            lacking = np.sum([rows for (s, _), rows in missing.items() if s == split], axis=0)  # views of each image
-            rows = np.flatnonzero(lacking)
-            rows = rows[rows % ranks.count == ranks.rank]  # not by place: other ranks may have begun to write
-            self._rows[split] = rows
-            self.images += len(rows)
-            self.count += int(lacking[rows].sum())
-
-    def jobs(self) -> Iterator[ViewsJob]:
-        """Every missing view, once."""
-        together = max(1, LOADED_TOGETHER * self.images // max(1, self.count))
-        for split, rows in self._rows.items():
-            for start in range(0, len(rows), together):
-                yield self._job(split, rows[start : start + together])
-
-    def _job(self, name: str, rows: np.ndarray) -> ViewsJob:
-        split, stats, views = self.data.split(name), self._stats.get(name), []
-        for row in rows.tolist():
-            lacking = [view for (s, view), missing in self._missing.items() if s == name and missing[row]]
-            key = split.keys[row]
-            views.append([(v, None if v == TEST_VIEW else self._transforms.draws(key, v)) for v in lacking])
-        known = None if stats is None else stats[rows]
-        return ViewsJob(name, split.subset(rows), rows.tolist(), views, known, self._transforms.size)
+    for name in sorted({split for split, _ in missing}):
+        split, of_split = data.split(name), {view: rows for (s, view), rows in missing.items() if s == name}
+        count = np.sum(list(of_split.values()), axis=0)  # views that each image lacks
+        lacking = np.flatnonzero(count)
+        together = max(1, LOADED_TOGETHER * len(lacking) // max(1, int(count.sum())))
+        for start in range(0, len(lacking), together):
+            rows = lacking[start : start + together]
+            views = [
+                [
+                    (view, None if view == TEST_VIEW else transforms.draws(split.keys[row], view))
+                    for view, of_view in of_split.items()
+                    if of_view[row]
+                ]
+                for row in rows.tolist()
+            ]
+            known = stats[name][rows] if name in stats else None
+            yield ViewsJob(name, split.subset(rows), rows.tolist(), views, known, transforms.size)
