@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import BankError
@@ -28,19 +27,13 @@ def size_of(bank: Path) -> int:
 def describe(bank: Path) -> str:
     """What a bank holds, in a few lines of words."""
     try:
-        manifest: dict[str, Any] = json.loads(read_regular(bank / MANIFEST))
-        normalized = "normalised" if manifest["normalize"] else "not normalised"
-        contents = (
-            f"{manifest['what']}; {manifest['images']} images of {manifest['image_size']} px, {normalized}, through "
-            f"{manifest['backbone']} (weights {manifest['weights_sha256'][:12]}…), {manifest['feature_dim']} features, "
-            f"computed in {manifest['precision']}"
-        )
+        contents = json.loads(read_regular(bank / MANIFEST))["what"]
     except (OSError, ValueError, KeyError, TypeError):
         contents = f"unknown contents, {MANIFEST} is damaged; remove it"
     views = Counter(path.name.split("-")[1] for path in bank.glob("augmented-*[0-9].npy"))
     parts = ["test transform"] * (bank / "test.npy").exists()
     parts += [f"augmented views of seed {seed}: {count}" for seed, count in sorted(views.items())]
-    parts += [f"not complete: {count}" for count in [len(list(bank.glob("*.filling.npy")))] if count]
+    parts += [f"not complete: {len(filling)}"] if (filling := list(bank.glob("*.filling.npy"))) else []
     return f"{bank.name}\n    {human_size(size_of(bank))}: {contents}\n    {'; '.join(parts) or 'empty'}"
 
 

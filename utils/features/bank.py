@@ -97,12 +97,12 @@ class FeatureBank:
             "precision": backbone.precision,
             **backbone.variant,
         }
-        manifest = {
-            "what": f"final features of the {split} images of {self.data.name}, float32, one row an image",
-            "feature": backbone.pooling,
-            "views": "test.npy: the test transform; augmented-<seed>-<view>.npy: that augmented view",
-            **identity,
-        }
+        what = (
+            f"final features of the {split} images of {self.data.name}; {images} images of {self.image_size} px, "
+            f"{'normalised' if backbone.normalize else 'not normalised'}, through {backbone.name} (weights "
+            f"{backbone.weights_sha256[:12]}…), {backbone.feature_dim} features, computed in {backbone.precision}"
+        )
+        manifest = {"what": what, "feature": backbone.pooling, **identity}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         short = backbone.name.split(".")[0][-60:]
         name = f"{self.data.name}-{split}-{short}-{self.image_size}px-{backbone.precision}-{digest}"
@@ -121,13 +121,12 @@ class FeatureBank:
 
     def bytes_needed(self, wanted: Sequence[View]) -> int:
         """Bytes that ``fill(wanted)`` would add to the disk (or to memory)."""
-        new = [split for split, view in wanted if not self._rows[split].exists(view)]
-        return sum(len(self.data.split(split)) for split in new) * self.extractor.feature_dim * 4
+        new = (len(self.data.split(split)) for split, view in wanted if not self._rows[split].exists(view))
+        return sum(new) * self.extractor.feature_dim * 4
 
     def _missing_rows(self, wanted: Sequence[View]) -> dict[View, np.ndarray]:
-        """For each of ``wanted`` that is not complete, which rows are not: ``(images,)`` bool."""
-        found = {(split, view): self._rows[split].missing(view) for split, view in wanted}
-        return {want: rows for want, rows in found.items() if rows.any()}
+        """For each of ``wanted``, which rows are not there: ``(images,)`` bool."""
+        return {(split, view): self._rows[split].missing(view) for split, view in wanted}
 
     # -- filling ---------------------------------------------------------------------------------------------------
 
@@ -172,8 +171,8 @@ class FeatureBank:
         if not count:
             return
         started = time.monotonic()
-        title = "Features" if self.ranks.count == 1 else f"Features (1 of {self.ranks.count} ranks)"
-        with progress(total=count, unit="img", desc=title, disable=not self.ranks.first) as bar, closing(batches):
+        bar = progress(total=count, unit="img", desc="Features", disable=not self.ranks.first)  # of this rank
+        with bar, closing(batches):
             for done in batches:
                 bar.update(done)
         seconds = time.monotonic() - started

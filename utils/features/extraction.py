@@ -86,7 +86,7 @@ def _batches(
     with closing(load_ahead(load_views, jobs, workers=workers, ahead=ahead, processes=num_workers > 0)) as loaded:
         for job, part in loaded:
             places += job.places
-            pixels = torch.cat([pixels, torch.from_numpy(part)]) if len(pixels) else torch.from_numpy(part)
+            pixels = torch.cat([pixels, torch.from_numpy(part)])
             while len(places) >= batch_size:
                 yield places[:batch_size], pixels[:batch_size]
                 places, pixels = places[batch_size:], pixels[batch_size:]

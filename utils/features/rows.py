@@ -8,7 +8,7 @@ maps serves as well, and what is read is never resident beyond its use. An array
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,8 @@ class FolderRows:
 
     def missing(self, view: int) -> np.ndarray:
         missing = np.full(self._images, not self.complete(view))
-        if missing.any():
-            # the file may not be there, or another process may complete it in this moment
-            with suppress(FileNotFoundError), self._opened(self._filling(view)) as file:
+        if missing.any() and self._filling(view).exists():
+            with self._opened(self._filling(view)) as file:
                 for start in range(0, self._images, _BLOCK):
                     block = np.frombuffer(file.read(_BLOCK * self._dim * 4), dtype="<f4").reshape(-1, self._dim)
                     missing[start : start + _BLOCK] = np.isnan(block).any(axis=1)
@@ -129,13 +128,10 @@ class FolderRows:
     def read(self, view: int, rows: np.ndarray) -> np.ndarray:
         path, found = self.path(view), np.full((len(rows), self._dim), np.nan, dtype="<f4")
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows that follow each other are read together
-        try:
-            with self._opened(path) as file:
-                for run, start in zip(np.split(found, starts[1:]), rows[starts].tolist(), strict=len(rows) > 0):
-                    file.seek(self._place(start))
-                    file.readinto(run.data.cast("B"))
-        except FileNotFoundError:
-            raise BankError(f"the features in {path} are not filled yet") from None
+        with self._opened(path) as file:
+            for run, start in zip(np.split(found, starts[1:]), rows[starts].tolist(), strict=len(rows) > 0):
+                file.seek(self._place(start))
+                file.readinto(run.data.cast("B"))
         wrong = ~np.isfinite(found).all(axis=1)
         if wrong.any():
             raise BankError(
@@ -146,12 +142,11 @@ class FolderRows:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        what = f"feature bank {self.folder.name} (key cache_dir)"
-
-        def say_waiting(holder: str) -> None:
-            log.info("Waiting for %s to fill the same feature bank", holder)
-
-        with FolderLock(self.folder / LOCK, what, wait=True, on_wait=say_waiting):
+        what, waiting = (
+            f"feature bank {self.folder.name} (key cache_dir)",
+            "Waiting for %s to fill the same feature bank",
+        )
+        with FolderLock(self.folder / LOCK, what, wait=True, on_wait=lambda holder: log.info(waiting, holder)):
             write_json(self.folder / MANIFEST, self._manifest)
             remove_partials(self.folder, ".*")  # of a process that was killed: the lock is ours
             yield
@@ -201,9 +196,7 @@ def _refusals(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if verb == "read" and isinstance(error, FileNotFoundError):
-            raise
+        hint = " or ".join(filter(None, [hint_of_limits(error), _HINT]))
         raise BankError(
-            f"{path} cannot be {verb} ({error.strerror}); {hint_of_limits(error) or _HINT}; start again afterwards: "
-            "the features that are done stay"
+            f"{path} cannot be {verb} ({error.strerror}); {hint}; start again afterwards: what is done stays"
         ) from error
