@@ -224,6 +224,12 @@ def test_too_little_space_is_an_error_before_the_first_forward_pass(
     assert extractor.batches == [] and not list(tmp_path.rglob("*.npy"))
 
 
+def test_a_batch_larger_than_all_memory_is_refused_before_anything_is_written(data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"feature_batch_size 9000000000000000000 needs .* lower feature_batch_size"):
+        _bank(data, tmp_path, batch_size=9 * 10**18).fill(ALL)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
 def test_none_keeps_everything_in_memory(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))

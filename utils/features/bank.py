@@ -24,7 +24,7 @@ import numpy as np
 from utils.errors import BankError, NumericError, UserError
 from utils.features.rows import FolderRows, MemoryRows, View, ViewRow
 from utils.files import expanded, human_size
-from utils.hardware import default_batch_size, default_workers
+from utils.hardware import default_batch_size, default_workers, total_memory
 from utils.logs import progress
 from utils.ranks import ONE_RANK, Ranks
 from utils.words import counted
@@ -152,6 +152,12 @@ class FeatureBank:
                     self._rows[split].finish(view)
 
     def _check_space(self, need: int) -> None:
+        batch, memory = self.batch_size * 3 * self.image_size**2 * 5, total_memory()  # pixels as bytes and as numbers
+        if memory is not None and batch > memory:
+            raise BankError(
+                f"feature_batch_size {self.batch_size} needs {human_size(batch)} of memory for images of "
+                f"{self.image_size} px, this machine has {human_size(memory)}; lower feature_batch_size"
+            )
         if self.cache_dir is None or not need:
             return
         free = shutil.disk_usage(self.cache_dir).free

@@ -117,12 +117,13 @@ class FolderRows:
         return self.path(view).exists()
 
     def missing(self, view: int) -> np.ndarray:
-        missing = np.full(self._images, not self.complete(view))
-        if missing.any() and self._filling(view).exists():
-            with self._opened(self._filling(view)) as file:
-                for start in range(0, self._images, _BLOCK):
-                    block = np.frombuffer(file.read(_BLOCK * self._dim * 4), dtype="<f4").reshape(-1, self._dim)
-                    missing[start : start + _BLOCK] = np.isnan(block).any(axis=1)
+        if not self._filling(view).exists():
+            return np.full(self._images, not self.complete(view))
+        missing = np.empty(self._images, dtype=bool)
+        with self._opened(self._filling(view)) as file:
+            for start in range(0, self._images, _BLOCK):
+                block = np.frombuffer(file.read(_BLOCK * self._dim * 4), dtype="<f4").reshape(-1, self._dim)
+                missing[start : start + _BLOCK] = np.isnan(block).any(axis=1)
         return missing
 
     def read(self, view: int, rows: np.ndarray) -> np.ndarray:
