@@ -77,22 +77,6 @@ def test_an_unknown_name_removes_nothing(cache: Path, name: str, capsys: pytest.
     assert sorted(cache.rglob("*")) == before
 
 
-def test_a_bank_that_another_process_fills_is_not_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = bank.banks(cache)[0]
-    code = (
-        "import sys, pathlib; from utils.files import FolderLock\n"
-        f"with FolderLock(pathlib.Path({str(target / 'lock')!r}), 'bank'):\n    print(flush=True); sys.stdin.read()"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe) as holder:
-        holder.stdout.readline()
-        assert _run(cache, "remove", target.name) == 2
-        assert f"is in use by process {holder.pid}" in capsys.readouterr().err
-        assert list(target.glob("*.npy"))
-        holder.stdin.close()
-    assert _run(cache, "remove", target.name) == 0
-
-
 def test_a_bank_that_a_run_fills_is_not_removed(
     tmp_path: Path, make_folder: FolderMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,10 +143,8 @@ class FolderRows:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        what, waiting = (
-            f"feature bank {self.folder.name} (key cache_dir)",
-            "Waiting for %s to fill the same feature bank",
-        )
+        waiting = "Waiting for %s to fill the same feature bank"
+        what = f"feature bank {self.folder.name} (key cache_dir)"
         with FolderLock(self.folder / LOCK, what, wait=True, on_wait=lambda holder: log.info(waiting, holder)):
             write_json(self.folder / MANIFEST, self._manifest)
             remove_partials(self.folder, ".*")  # of a process that was killed: the lock is ours
