@@ -23,8 +23,8 @@ from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import TaskStream, make_stream
 from utils.errors import ConfigError, NumericError
-from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import resolve_cache_dir
+from utils.features.rows import TEST_VIEW, View
 from utils.hardware import available_cpus
 from utils.logs import logging_to
 from utils.ranks import ONE_RANK, Ranks, joined_ranks

@@ -29,8 +29,7 @@ from utils.data.fingerprints import fingerprint_splits
 from utils.data.loader import load_ahead
 from utils.data.splits import Dataset, ImageFiles
 from utils.data.transforms import Transforms, crop_and_flip, test_pixels, train_pixels
-from utils.features.views import MissingViews, ViewsJob, load_views
-from utils.files import sha256_of_file
+from utils.features.views import ViewsJob, load_views, view_jobs
 from utils.hardware import available_cpus
 
 
@@ -57,7 +56,6 @@ def parts(split: ImageFiles, transforms: Transforms) -> dict[str, float]:
 
     return {
         "decode a file": microseconds(split.load, count),
-        "look at its content again (SHA-256)": microseconds(lambda i: sha256_of_file(split.path(i)), count),
         "random numbers of a view": microseconds(lambda i: transforms.draws(split.keys[i], 1), count),
         "train transform": microseconds(lambda i: train_pixels(images[i], size, draws[i]), count),
         "  of that, Pillow's bilinear resize": microseconds(
@@ -85,7 +83,7 @@ def changed_by_draft(split: ImageFiles, size: int) -> tuple[int, int]:
 def jobs_of(data: Dataset, transforms: Transforms, views: int) -> list[ViewsJob]:
     """What the loaders are asked for so that ``views`` views of every training image come out."""
     missing = {("train", view): np.ones(len(data.train), dtype=bool) for view in range(views)}
-    return list(MissingViews(data, transforms, missing, fingerprint_splits(data, None)).jobs())
+    return list(view_jobs(data, transforms, missing, fingerprint_splits(data, None).stats))
 
 
 def loader_rate(jobs: Sequence[ViewsJob], workers: int, processes: bool, seconds: float) -> float:

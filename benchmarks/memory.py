@@ -20,8 +20,8 @@ from benchmarks.images import ROOT, machine, make_jpegs, resident_bytes
 from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
-from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 from utils.hardware import peak_bytes
 
 VIEWS = 4

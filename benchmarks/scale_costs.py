@@ -52,8 +52,7 @@ class Stream:
 
     @property
     def bank_gb(self) -> float:
-        """A row is fp32 and has a checksum of four bytes."""
-        return self.forwards * (4 * DIM + 4) / 1e9
+        return self.forwards * 4 * DIM / 1e9  # a row is fp32
 
     @property
     def modules_gb(self) -> float:

@@ -33,7 +33,7 @@ from trainer import prepare, wanted_features
 from utils.cli import run_command
 from utils.config.config import Config, load_config
 from utils.data.tasks import Task
-from utils.features.arrays import TEST_VIEW
+from utils.features.rows import TEST_VIEW
 from utils.ranks import Ranks
 from utils.results import metrics
 from utils.results.statistics import paired

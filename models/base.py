@@ -15,7 +15,7 @@ from utils import module
 from utils.config.config import Config
 from utils.config.methods import METHODS, SELECTIONS
 from utils.errors import ConfigError
-from utils.features.arrays import TEST_VIEW, View
+from utils.features.rows import TEST_VIEW, View
 from utils.runs.manifest import EpochStats
 
 SAMPLES = 240  # that are answered at a time

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.base import Learner, Prediction
 from utils.data.tasks import Task, TaskStream
-from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 from utils.results import metrics
 from utils.results.metrics import SELECTION_NAMES
 from utils.results.predictions import Predictions, SelectionPredictions

@@ -18,7 +18,7 @@ from models.evaluation import BankTask
 from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import class_order, make_stream
-from utils.features.arrays import TEST_VIEW
+from utils.features.rows import TEST_VIEW
 from utils.runs.tensors import module_from_file
 
 ORDER = class_order(6, shuffle=True, seed=1993).tolist()

@@ -32,8 +32,8 @@ from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
 from utils.data.tasks import Task, TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
-from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder

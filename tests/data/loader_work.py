@@ -25,6 +25,8 @@ def fail(number: int) -> int:
         raise DataError("image 3 is broken")
     if number == 5:
         raise ZeroDivisionError("our own fault")
+    if number == 6:
+        raise TimeoutError("a disk's")
     return number
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import numpy as np
 
@@ -17,8 +16,3 @@ def die_at_the_ninth(job: ViewsJob) -> np.ndarray:
 
 def fail(job: ViewsJob) -> np.ndarray:
     raise ZeroDivisionError("no such view")
-
-
-def never(job: ViewsJob) -> np.ndarray:
-    time.sleep(3600)
-    return load_views(job)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.loader_faults import die_at_the_ninth, fail, never
+from tests.faults.loader_faults import die_at_the_ninth, fail
 from utils.data import loader
-from utils.features import batches
-from utils.features.extraction import Extraction
+from utils.features import extraction
+from utils.features.bank import FeatureBank
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -36,13 +36,13 @@ def slowly(seconds: float) -> Callable[[], None]:
     """Preparation for a process: forward passes take their time, while its loaders are there."""
 
     def prepare() -> None:
-        forward = Extraction._forward
+        keep = FeatureBank._keep
 
-        def slow(self: Extraction, *batch: object) -> int:
+        def slow(self: FeatureBank, *rows: object) -> None:
             time.sleep(seconds)
-            return forward(self, *batch)
+            keep(self, *rows)
 
-        Extraction._forward = slow
+        FeatureBank._keep = slow
 
     return prepare
 
@@ -74,9 +74,9 @@ def test_a_stop_during_extraction_leaves_no_process_and_the_next_start_ends_alik
 def test_a_killed_loader_is_one_line_and_the_next_start_ends_alike(run, undisturbed, tmp_path, monkeypatch):
     run.keys["cache_dir"] = str(tmp_path / "bank")
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "load_views", die_at_the_ninth)
+        patch.setattr(extraction, "load_views", die_at_the_ninth)
         error = run(num_workers=2).error
-    assert "a process that loads images was killed" in error
+    assert "a process that loads images ended (signal 9) before it had handed over test image '" in error
     assert "lower num_workers" in error
     assert run(num_workers=2).code == 0
     assert run.end() == undisturbed
@@ -85,22 +85,11 @@ def test_a_killed_loader_is_one_line_and_the_next_start_ends_alike(run, undistur
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_of_our_own_in_a_loader_shows_where_it_was(run, tmp_path, monkeypatch, workers):
     run.keys["cache_dir"] = str(tmp_path / "bank")
-    monkeypatch.setattr(batches, "load_views", fail)
+    monkeypatch.setattr(extraction, "load_views", fail)
     with pytest.raises(ZeroDivisionError, match="no such view") as caught:
         run(num_workers=workers)
     shown = "".join(traceback.format_exception(caught.value))
     assert 'raise ZeroDivisionError("no such view")' in shown
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_that_make_no_progress_are_one_line(run, tmp_path, monkeypatch, workers):
-    run.keys["cache_dir"] = str(tmp_path / "bank")
-    with monkeypatch.context() as patch:
-        patch.setattr(batches, "load_views", never)
-        patch.setattr(loader, "STALL_SECONDS", 2)
-        error = run(num_workers=workers).error
-    assert "nothing was loaded for 2 s; the next in turn is test image '0/00" in error
-    assert run(num_workers=workers).code == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

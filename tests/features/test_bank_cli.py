@@ -11,8 +11,8 @@ from tests.conftest import ROOT, FolderMaker, TinyExtractor, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.features import __main__ as bank
-from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
+from utils.features.rows import TEST_VIEW
 
 
 @pytest.fixture
@@ -75,22 +75,6 @@ def test_an_unknown_name_removes_nothing(cache: Path, name: str, capsys: pytest.
     error = capsys.readouterr().err
     assert repr(name) in error and error.count("\n") == 1
     assert sorted(cache.rglob("*")) == before
-
-
-def test_a_bank_that_another_process_fills_is_not_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = bank.banks(cache)[0]
-    code = (
-        "import sys, pathlib; from utils.files import FolderLock\n"
-        f"with FolderLock(pathlib.Path({str(target / 'lock')!r}), 'bank'):\n    print(flush=True); sys.stdin.read()"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe) as holder:
-        holder.stdout.readline()
-        assert _run(cache, "remove", target.name) == 2
-        assert f"is in use by process {holder.pid}" in capsys.readouterr().err
-        assert list(target.glob("*.npy"))
-        holder.stdin.close()
-    assert _run(cache, "remove", target.name) == 0
 
 
 def test_a_bank_that_a_run_fills_is_not_removed(

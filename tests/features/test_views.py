@@ -1,5 +1,6 @@
 """What a loader does with an image: the release's transforms, to the last pixel, and a second look at its file."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,24 +18,19 @@ from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import ImageFiles
 from utils.data.transforms import ATTEMPTS, WORDS, Draws, Transforms, crop_and_flip
 from utils.errors import DataError
-from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
-from utils.features.views import MissingViews, load_views
+from utils.features.rows import TEST_VIEW
+from utils.features.views import load_views, view_jobs
 from utils.seeds import derive_seed
 
 SIZES = [(50, 40), (500, 375), (1, 1), (300, 7), (5, 400), (33, 97), (36, 36)]  # some can have no crop of the ratio
-
-
-def _torchvision_seeded(seed: int) -> None:
-    """As every bank so far was filled: torchvision draws from PyTorch's global generator."""
-    torch.manual_seed(seed)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_crops_and_flips_are_those_that_torchvision_draws(size: tuple[int, int]) -> None:
     image, transforms = Image.new("RGB", size), Transforms(8, 5)
     for view in range(200):
-        _torchvision_seeded(derive_seed("view", 5, view, "a/1.png"))
+        torch.manual_seed(derive_seed("view", 5, view, "a/1.png"))
         top, left, height, width = T.RandomResizedCrop.get_params(image, [0.05, 1.0], [3 / 4, 4 / 3])
         expected = (left, top, left + width, top + height), bool(torch.rand(1) < 0.5)
         assert crop_and_flip(transforms.draws("a/1.png", view), *size) == expected
@@ -49,7 +45,7 @@ def test_pixels_are_those_of_torchvision(size: tuple[int, int], side: int) -> No
     assert torch.equal(transforms.test(image), T.Compose([resize, T.CenterCrop(side), pil_to_tensor])(image))
     crop = T.RandomResizedCrop(side, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3))
     for view in range(4):
-        _torchvision_seeded(derive_seed("view", 3, view, "key"))
+        torch.manual_seed(derive_seed("view", 3, view, "key"))
         expected = T.Compose([crop, T.RandomHorizontalFlip(0.5), pil_to_tensor])(image)
         assert torch.equal(transforms.view(image, "key", view), expected)
 
@@ -68,8 +64,18 @@ def test_a_view_leaves_the_global_generator_alone() -> None:
 
 def test_a_loader_process_needs_no_pytorch() -> None:
     """Importing it would cost each of them seconds and some hundred megabytes."""
-    code = "import sys; import utils.features.views, utils.data.loader; print([m for m in sys.modules if m == 'torch'])"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+    assert imported("utils.features.views, utils.data.loader") & {"torch", "multiprocessing"} == set()
+
+
+def test_a_complete_bank_needs_nothing_that_decodes_or_computes() -> None:
+    found = imported("utils.features.bank")
+    assert not found & {"torch", "PIL.Image", "utils.data.loader", "utils.features.extraction", "utils.features.views"}
+
+
+def imported(modules: str) -> set[str]:
+    """What a new process has imported after ``modules``."""
+    code = f"import sys; import {modules}; print(*sys.modules)"
+    return set(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
 
 
 def test_an_image_is_decoded_once_for_all_its_views(
@@ -78,9 +84,9 @@ def test_an_image_is_decoded_once_for_all_its_views(
     data = load_dataset(tiny_config(data_path=str(make_folder(tmp_path, classes=2, train=3, test=1))))
     decoded, load = [], ImageFiles.load
     monkeypatch.setattr(ImageFiles, "load", lambda self, index: decoded.append(self.keys[index]) or load(self, index))
-    views = MissingViews(data, Transforms(8, 0), {("train", view): np.ones(6, bool) for view in (TEST_VIEW, 0, 1)})
-    pixels = [load_views(job) for job in views.jobs()]
-    assert sum(map(len, pixels)) == views.count == 18
+    missing = {("train", view): np.ones(6, bool) for view in (TEST_VIEW, 0, 1)}
+    pixels = [load_views(job) for job in view_jobs(data, Transforms(8, 0), missing, {})]
+    assert sum(map(len, pixels)) == 18
     assert sorted(decoded) == sorted(data.train.keys)
 
 
@@ -99,7 +105,7 @@ def test_an_image_exchanged_between_hashing_and_reading_is_noticed(
         cache_dir=tmp_path / "cache",
         num_workers=workers,
     )
-    changed, kept = data.train.path(4), data.train.path(4).read_bytes()
+    changed, kept, before = data.train.path(4), data.train.path(4).read_bytes(), data.train.path(4).stat()
     changed.write_bytes(data.train.path(0).read_bytes())
     with pytest.raises(DataError, match=rf"{changed} was changed while the run was at work"):
         bank.fill([("train", 0)])
@@ -107,5 +113,6 @@ def test_an_image_exchanged_between_hashing_and_reading_is_noticed(
     with pytest.raises(DataError, match=f"{changed.name}"):
         bank.fill([("train", 0)])
     changed.write_bytes(kept)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     bank.fill([("train", 0)])
     assert bank.missing([("train", 0)]) == 0

@@ -2,16 +2,15 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import BankError
-from utils.features.bank import default_cache_dir
+from utils.features.bank import resolve_cache_dir
 from utils.features.rows import LOCK, MANIFEST
-from utils.files import FolderLock, expanded, human_size, read_regular
+from utils.files import FolderLock, human_size, read_regular
 from utils.words import counted
 
 
@@ -20,93 +19,59 @@ def banks(cache_dir: Path) -> list[Path]:
     return sorted(path.parent for path in cache_dir.glob(f"*/{MANIFEST}"))
 
 
-def describe(bank: Path) -> str:
-    """What a bank holds, in a few lines of words."""
-    return f"{bank.name}\n    {human_size(size_of(bank))}: {_contents(bank)}\n    {_arrays(bank)}"
-
-
 def size_of(bank: Path) -> int:
     """Bytes of all files of a bank."""
     return sum(path.stat().st_size for path in bank.iterdir() if path.is_file())
 
 
-def _contents(bank: Path) -> str:
+def describe(bank: Path) -> str:
+    """What a bank holds, in a few lines of words."""
     try:
-        manifest: dict[str, Any] = json.loads(read_regular(bank / MANIFEST))
-        normalized = "normalised" if manifest["normalize"] else "not normalised"
-        return (
-            f"{manifest['what']}; {manifest['images']} images of {manifest['image_size']} px, {normalized}, through "
-            f"{manifest['backbone']} (weights {manifest['weights_sha256'][:12]}…), {manifest['feature_dim']} features, "
-            f"computed in {manifest['precision']}"
-        )
+        contents = json.loads(read_regular(bank / MANIFEST))["what"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"unknown contents, {MANIFEST} is damaged; remove it"
+        contents = f"unknown contents, {MANIFEST} is damaged; remove it"
+    views = Counter(path.name.split("-")[1] for path in bank.glob("augmented-*[0-9].npy"))
+    parts = ["test transform"] * (bank / "test.npy").exists()
+    parts += [f"augmented views of seed {seed}: {count}" for seed, count in sorted(views.items())]
+    parts += [f"not complete: {len(filling)}"] if (filling := list(bank.glob("*.filling.npy"))) else []
+    return f"{bank.name}\n    {human_size(size_of(bank))}: {contents}\n    {'; '.join(parts) or 'empty'}"
 
 
-def _arrays(bank: Path) -> str:
-    """``test transform; augmented views of seed 1993: 20; not complete: 1``."""
-    views_of: dict[str, int] = {}
-    parts = ["test transform"] if (bank / "test.npy").exists() else []
-    for path in bank.glob("augmented-*.npy"):
-        if not path.name.endswith(".filling.npy"):
-            seed = path.name.split("-")[1]
-            views_of[seed] = views_of.get(seed, 0) + 1
-    parts += [f"augmented views of seed {seed}: {views}" for seed, views in sorted(views_of.items())]
-    if incomplete := len(list(bank.glob("*.filling.npy"))):
-        parts.append(f"not complete: {incomplete}")
-    return "; ".join(parts) or "empty"
-
-
-def remove(cache_dir: Path, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Remove the banks ``names``, all or none; return each with the bytes that this freed.
+def remove(cache_dir: Path, names: Sequence[str]) -> None:
+    """Remove the banks ``names`` and say what that freed; none if one is unknown.
 
     The lock file stays behind in its empty folder: removing it would race with a process that is about to take it.
-
-    Raises:
-        UserError: an unknown name, or a bank that a process is filling.
     """
     known = {path.name: path for path in banks(cache_dir)}
-    for name in names:
-        if name not in known:
-            raise BankError(f"{cache_dir} holds no bank {name!r}; see: python -m utils.features list")
-    removed = []
-    with ExitStack() as locks:
-        for name in sorted(set(names)):
-            locks.enter_context(FolderLock(known[name] / LOCK, f"bank {name}"))
-        for name in dict.fromkeys(names):
-            removed.append((name, size_of(known[name])))
-            _empty(known[name])
-    return removed
-
-
-def _empty(bank: Path) -> None:
-    files = [path for pattern in ("*.npy", "*.crc32", "*.partial", ".*.partial") for path in bank.glob(pattern)]
-    try:
-        for path in [*files, bank / MANIFEST]:  # the manifest last: an interrupted removal can be repeated
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise BankError(f"{path} cannot be removed ({error.strerror})") from error
+    if unknown := [name for name in names if name not in known]:
+        raise BankError(f"{cache_dir} holds no bank {unknown[0]!r}; see: python -m utils.features list")
+    for bank in map(known.__getitem__, dict.fromkeys(names)):
+        with FolderLock(bank / LOCK, f"bank {bank.name}"):
+            size = size_of(bank)
+            # the manifest last: an interrupted removal can be repeated
+            for path in [*bank.glob("*.npy"), *bank.glob("*.crc32"), *bank.glob(".*.partial"), bank / MANIFEST]:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise BankError(f"{path} cannot be removed ({error.strerror})") from error
+        print(f"Removed {bank.name} ({human_size(size)})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return run_command("python -m utils.features", lambda: _run(_parser().parse_args(argv)))
+    return run_command("python -m utils.features", lambda: _run(argv))
 
 
-def _parser() -> Parser:
+def _run(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m utils.features", description="See and remove feature banks.")
-    parser.add_argument("--cache-dir", type=Path, default=None, metavar="DIR", help="where the banks are")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where the banks are")
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="every bank with its size and what it holds")
     actions.add_parser("remove", help="remove banks by name").add_argument("names", nargs="+", metavar="NAME")
-    return parser
-
-
-def _run(args: argparse.Namespace) -> int:
-    cache_dir = expanded(args.cache_dir) if args.cache_dir else default_cache_dir()
+    args: argparse.Namespace = parser.parse_args(argv)
+    cache_dir = resolve_cache_dir(args.cache_dir) or Path(args.cache_dir)
     if args.action == "remove":
-        for name, freed in remove(cache_dir, args.names):
-            print(f"Removed {name} ({human_size(freed)})")
+        remove(cache_dir, args.names)
         return 0
     found = banks(cache_dir)
     for bank in found:

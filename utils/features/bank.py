@@ -2,40 +2,40 @@
 
 A bank is a folder below ``cache_dir`` for one split of one data set under one backbone, image size, normalisation
 and precision. It holds a ``manifest.json`` that says so in words, and for each view the rows of its images
-(``utils.features.rows``). This file knows what is missing; ``utils.features.extraction`` computes it.
+(``utils.features.rows``). This file knows what is missing; ``utils.features.extraction`` computes it, and is imported
+only then.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.data.fingerprints import Fingerprints
-from utils.data.splits import Dataset
-from utils.data.transforms import Transforms
-from utils.errors import BankError
-from utils.features.arrays import View
-from utils.features.extraction import Extraction, FeatureExtractor, Store
-from utils.features.rows import FolderRows, MemoryRows, Rows
-from utils.features.views import MissingViews
-from utils.files import human_size
+from utils.errors import BankError, NumericError, UserError
+from utils.features.rows import FolderRows, MemoryRows, View, ViewRow
+from utils.files import expanded, human_size
 from utils.hardware import default_batch_size, default_workers, total_memory
 from utils.logs import progress
 from utils.ranks import ONE_RANK, Ranks
 from utils.words import counted
 
+if TYPE_CHECKING:
+    from utils.data.splits import Dataset
+    from utils.features.extraction import FeatureExtractor, Keep
+
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised when the transforms or the meaning of a row change: older banks are then left alone
+FORMAT = 2  # to be raised when the transforms or the meaning of a row change: older banks are then left alone
 
 
 class FeatureBank:
@@ -58,8 +58,8 @@ class FeatureBank:
 
     def __init__(
         self,
-        data: Dataset,
-        extractor: FeatureExtractor,
+        data: "Dataset",
+        extractor: "FeatureExtractor",
         *,
         image_size: int,
         augment_seed: int,
@@ -72,29 +72,45 @@ class FeatureBank:
         if cache_dir is None and ranks.count > 1:
             raise BankError("cache_dir=none keeps features in one process; under torchrun give a shared folder")
         self.data, self.extractor, self.ranks = data, extractor, ranks
-        self.transforms = Transforms(image_size, augment_seed)
         self.batch_size = batch_size or default_batch_size(extractor.device, image_size)
         self.num_workers = default_workers(ranks.local_count) if num_workers is None else num_workers
-        self.forwards = 0
-        self.image_size, self.cache_dir = image_size, cache_dir
-        self.fingerprints = fingerprints
-        self._rows = {split: self._rows_of(split, cache_dir) for split in ("train", "test")}
+        self.image_size, self.augment_seed, self.cache_dir = image_size, augment_seed, cache_dir
+        self.fingerprints, self.forwards = fingerprints, 0
+        self._rows = {split: self._rows_of(split) for split in ("train", "test")}
 
-    def _rows_of(self, split: str, cache_dir: Path | None) -> Rows:
-        shape = len(self.data.split(split)), self.extractor.feature_dim
-        if cache_dir is None:
+    def _rows_of(self, split: str) -> FolderRows | MemoryRows:
+        images, backbone = len(self.data.split(split)), self.extractor
+        shape = images, backbone.feature_dim
+        if self.cache_dir is None:
             return MemoryRows(shape)
-        folder = cache_dir / self._folder_name(split)
-        return FolderRows(folder, shape, self.describe(split), self.transforms.augment_seed)
-
-    # -- reading ---------------------------------------------------------------------------------------------------
+        identity = {  # all that a row depends on, but for its view
+            "format": FORMAT,
+            "dataset": self.data.name,
+            "split": split,
+            "images": images,
+            "images_sha256": self.fingerprints[split],
+            "backbone": backbone.name,
+            "weights_sha256": backbone.weights_sha256,
+            "feature_dim": backbone.feature_dim,
+            "image_size": self.image_size,
+            "normalize": backbone.normalize,
+            "precision": backbone.precision,
+            **backbone.variant,
+        }
+        what = (
+            f"final features of the {split} images of {self.data.name}; {images} images of {self.image_size} px, "
+            f"{'normalised' if backbone.normalize else 'not normalised'}, through {backbone.name} (weights "
+            f"{backbone.weights_sha256[:12]}…), {backbone.feature_dim} features, computed in {backbone.precision}"
+        )
+        manifest = {"what": what, "feature": backbone.pooling, **identity}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        short = backbone.name.split(".")[0][-60:]
+        name = f"{self.data.name}-{split}-{short}-{self.image_size}px-{backbone.precision}-{digest}"
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)  # hf-hub:timm/… holds characters that no file system takes
+        return FolderRows(self.cache_dir / name, shape, manifest, self.augment_seed)
 
     def read(self, split: str, view: int, rows: np.ndarray) -> np.ndarray:
-        """Features of the images ``rows`` of ``split`` under ``view``: ``(len(rows), dim)`` float32.
-
-        Raises:
-            BankError: the array is not filled, damaged, or of another size.
-        """
+        """Features of the images ``rows`` of ``split`` under ``view``: ``(len(rows), dim)`` float32."""
         return self._rows[split].read(view, rows)
 
     # -- what is missing -------------------------------------------------------------------------------------------
@@ -105,183 +121,116 @@ class FeatureBank:
 
     def bytes_needed(self, wanted: Sequence[View]) -> int:
         """Bytes that ``fill(wanted)`` would add to the disk (or to memory)."""
-        new = [split for split, view in wanted if not self._rows[split].exists(view)]
-        return sum(len(self.data.split(split)) for split in new) * self.extractor.feature_dim * 4
+        new = (len(self.data.split(split)) for split, view in wanted if not self._rows[split].exists(view))
+        return sum(new) * self.extractor.feature_dim * 4
 
     def _missing_rows(self, wanted: Sequence[View]) -> dict[View, np.ndarray]:
-        """For each of ``wanted`` that is not complete, which rows are not: ``(images,)`` bool."""
-        found = {(split, view): self._rows[split].missing(view) for split, view in wanted}
-        return {want: rows for want, rows in found.items() if rows.any()}
+        """For each of ``wanted``, which rows are not there: ``(images,)`` bool."""
+        return {(split, view): self._rows[split].missing(view) for split, view in wanted}
 
     # -- filling ---------------------------------------------------------------------------------------------------
 
     def fill(self, wanted: Sequence[View]) -> None:
-        """Compute every row of ``wanted`` that is not there yet. All ranks call it; each computes its share.
-
-        Raises:
-            DataError: an image cannot be read. BankError: no space. NumericError: a feature is not finite.
-        """
-        views = {split: [view for s, view in wanted if s == split] for split in sorted({split for split, _ in wanted})}
-        if self.ranks.share(self._is_complete(views) if self.ranks.first else None):
+        """Compute every row of ``wanted`` that is not there yet. All ranks call it; each computes its share."""
+        first = self.ranks.first
+        # nothing is written, or locked, for a complete bank: it may lie on a disk that cannot be written
+        if self.ranks.share(first and all(self._rows[split].complete(view) for split, view in wanted)):
             return
         with ExitStack() as locks:
-            if self.ranks.first:
-                for split in views:  # the same order everywhere: no deadlock
+            if first:
+                for split in sorted({split for split, _ in wanted}):  # the same order everywhere: no deadlock
                     locks.enter_context(self._rows[split].lock())
-                self._check_batch()
-                self._check_space(wanted)
-                for split in views:
-                    self._rows[split].prepare(views[split])
+                self._check_space(self.bytes_needed(wanted))
+                for split, view in wanted:
+                    self._rows[split].prepare(view)
                 self.forwards += self.missing(wanted)
             self.ranks.barrier()
-            self._fill_missing(self._missing_rows(wanted))
+            self._compute(wanted)
             self.ranks.barrier()
-            if self.ranks.first:
-                for split in views:
-                    self._rows[split].finish(views[split])
+            if first:
+                for split, view in wanted:
+                    self._rows[split].finish(view)
 
-    def _is_complete(self, views: dict[str, list[int]]) -> bool:
-        """Whether nothing is to be written: a complete bank may lie on a disk that cannot be."""
-        if not all(self._rows[split].complete(view) for split in views for view in views[split]):
-            return False
-        for split in views:
-            self._rows[split].add_checksums(views[split])
-        return True
-
-    def _check_batch(self) -> None:
-        """Refuse a batch whose pixels alone, as bytes and as numbers, are more than all memory."""
-        need, memory = self.batch_size * 3 * self.image_size**2 * 5, total_memory()
-        if memory is not None and need > memory:
+    def _check_space(self, need: int) -> None:
+        batch, memory = self.batch_size * 3 * self.image_size**2 * 5, total_memory()  # pixels as bytes and as numbers
+        if memory is not None and batch > memory:
             raise BankError(
-                f"feature_batch_size {self.batch_size} needs {human_size(need)} of memory for images of "
+                f"feature_batch_size {self.batch_size} needs {human_size(batch)} of memory for images of "
                 f"{self.image_size} px, this machine has {human_size(memory)}; lower feature_batch_size"
             )
-
-    def _check_space(self, wanted: Sequence[View]) -> None:
-        need = self.bytes_needed(wanted)
-        if self.cache_dir is None:
-            log.info("Feature bank: needs %s of memory", human_size(need))
-        elif need:
-            free = shutil.disk_usage(self.cache_dir).free
-            log.info(
-                "Feature bank in %s: needs %s of disk, %s are free", self.cache_dir, human_size(need), human_size(free)
+        if self.cache_dir is None or not need:
+            return
+        free = shutil.disk_usage(self.cache_dir).free
+        log.info(
+            "Feature bank in %s: needs %s of disk, %s are free", self.cache_dir, human_size(need), human_size(free)
+        )
+        if need > free:
+            raise BankError(
+                f"the feature bank needs {human_size(need)} in {self.cache_dir}, {human_size(free)} are free; free "
+                "some, set cache_dir to a larger disk, lower train_views, or list banks to remove: "
+                "python -m utils.features list"
             )
-            if need > free:
-                raise BankError(
-                    f"the feature bank needs {human_size(need)} in {self.cache_dir}, {human_size(free)} are free; free "
-                    "some, set cache_dir to a larger disk, lower train_views, or list banks to remove: "
-                    "python -m utils.features list"
-                )
 
-    def _fill_missing(self, missing: dict[View, np.ndarray]) -> None:
-        """Compute this rank's share of the rows that ``missing`` marks."""
-        views = self._views(missing, self.ranks)
-        if not views.count:
+    def _compute(self, wanted: Sequence[View]) -> None:
+        """Compute this rank's share of the rows that are missing."""
+        count, batches = self._extract(wanted, self._keep)
+        if not count:
             return
         started = time.monotonic()
-        bar = progress(
-            total=views.count,
-            unit="img",
-            desc="Features" if self.ranks.count == 1 else f"Features (1 of {self.ranks.count} ranks)",
-            disable=not self.ranks.first,
-        )
-        with ExitStack() as writers:
-            opened = {}
-            for split, view in missing:
-                opened[split, view] = writers.enter_context(closing(self._rows[split].writer(view)))
-            with bar, closing(self._extraction().run(views, Store(opened))) as batches:  # stops before writers close
-                for count in batches:
-                    bar.update(count)
+        bar = progress(total=count, unit="img", desc="Features", disable=not self.ranks.first)  # of this rank
+        with bar, closing(batches):
+            for done in batches:
+                bar.update(done)
         seconds = time.monotonic() - started
-        passes = counted(views.count, "forward pass")
-        log.info("Features: %s in %.1f s, %.1f a second", passes, seconds, views.count / seconds)
+        log.info("Features: %s in %.1f s, %.1f a second", counted(count, "forward pass"), seconds, count / seconds)
+
+    def _keep(self, places: list[ViewRow], features: np.ndarray) -> None:
+        """Write rows, those of a view together."""
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(bad):
+            split, view, row = places[bad[0]]
+            raise NumericError(
+                f"the backbone's feature of {split} image {self.data.split(split).keys[row]!r} (view {view}) is not "
+                "finite; try precision=fp32, or check the weights"
+            )
+        for split, view in {place[:2] for place in places}:
+            chosen = [index for index, place in enumerate(places) if place[:2] == (split, view)]
+            self._rows[split].write(view, [places[index][2] for index in chosen], features[chosen])
 
     def probe(self, wanted: Sequence[View], seconds: float = 3.0) -> float:
-        """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept.
-
-        All of them count where there are too few to see the loaders' start apart from the rest.
-        """
-        views, extraction = self._views(self._missing_rows(wanted), self.ranks), self._extraction()
-        warm_up = 2 * extraction.threads
-        started, done = time.monotonic(), 0
-        with closing(extraction.run(views, Store({}))) as batches:
-            for number, count in enumerate(batches, start=1):
-                done += count
-                if number == warm_up and views.count > 4 * warm_up * self.batch_size:
-                    started, done = time.monotonic(), 0
-                if number > 3 * warm_up and time.monotonic() - started > seconds:
+        """Images a second that ``fill(wanted)`` would compute, tried on its first batches; nothing is kept."""
+        times, passed = [time.monotonic()], [0]
+        with closing(self._extract(wanted, lambda *_: None)[1]) as batches:
+            for done in batches:
+                times.append(time.monotonic())
+                passed.append(passed[-1] + done)
+                if times[-1] - times[0] > seconds:
                     break
-            return done / (time.monotonic() - started)
+        begin = (len(times) - 1) // 3  # the first third shows how the loaders start, if there are several batches
+        return (passed[-1] - passed[begin]) / (times[-1] - times[begin])
 
-    def _views(self, missing: dict[View, np.ndarray], ranks: Ranks) -> MissingViews:
-        known = self.fingerprints if isinstance(self.fingerprints, Fingerprints) else None
-        return MissingViews(self.data, self.transforms, missing, known, ranks)
+    def _extract(self, wanted: Sequence[View], keep: "Keep") -> tuple[int, Generator[int, None, None]]:
+        """How many views this rank has to compute, and what computes them (``extract``)."""
+        from utils.data.transforms import Transforms
+        from utils.features.extraction import extract
+        from utils.features.views import view_jobs
 
-    def _extraction(self) -> Extraction:
-        return Extraction(self.data, self.extractor, self.batch_size, self.num_workers)
-
-    # -- what it is ------------------------------------------------------------------------------------------------
-
-    def identity(self, split: str) -> dict[str, Any]:
-        """All that a row of ``split`` depends on, but for its view."""
-        return {
-            "format": FORMAT,
-            "dataset": self.data.name,
-            "split": split,
-            "images": len(self.data.split(split)),
-            "images_sha256": self.fingerprints[split],
-            "backbone": self.extractor.name,
-            "weights_sha256": self.extractor.weights_sha256,
-            "feature_dim": self.extractor.feature_dim,
-            "image_size": self.image_size,
-            "normalize": self.extractor.normalize,
-            "precision": self.extractor.precision,
-            **self.extractor.variant,
-        }
-
-    def describe(self, split: str) -> dict[str, Any]:
-        """The manifest of the bank of ``split``: what it holds in words, and its identity."""
-        return {
-            "what": f"final features of the {split} images of {self.data.name}, float32, one row an image",
-            "feature": self.extractor.pooling,
-            "views": "test.npy: the test transform; augmented-<seed>-<view>.npy: that augmented view",
-            **self.identity(split),
-        }
-
-    def _folder_name(self, split: str) -> str:
-        digest = hashlib.sha256(json.dumps(self.identity(split), sort_keys=True).encode()).hexdigest()[:16]
-        backbone = self.extractor.name.split(".")[0]
-        return f"{self.data.name}-{split}-{backbone}-{self.image_size}px-{self.extractor.precision}-{digest}"
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder, as the platform defines it.
-
-    Raises:
-        BankError: the user has no home folder, as in a container with a user id of its own.
-    """
-    try:
-        return _platform_cache() / "tosca"
-    except RuntimeError:  # of Path.home
-        raise BankError(
-            "the home folder of this user is not known (the environment variable HOME is not set), so neither is where "
-            "the feature bank is; set cache_dir=<folder>, or cache_dir=none to keep features in memory"
-        ) from None
-
-
-def _platform_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        ranks, missing = self.ranks, self._missing_rows(wanted)
+        for rows in missing.values():  # a share by row, not by place: other ranks may have begun to write
+            rows &= np.arange(len(rows)) % ranks.count == ranks.rank
+        stats = getattr(self.fingerprints, "stats", {})
+        jobs = view_jobs(self.data, Transforms(self.image_size, self.augment_seed), missing, stats)
+        count = sum(int(rows.sum()) for rows in missing.values())
+        return count, extract(jobs, self.extractor, self.batch_size, min(self.num_workers, count), keep)
 
 
 def resolve_cache_dir(value: str | None) -> Path | None:
-    """The key ``cache_dir``: a folder, the default, or None for ``none`` (in memory)."""
+    """The key ``cache_dir``: a folder, by default the platform's for caches, or None for ``none`` (in memory)."""
     if value == "none":
         return None
+    places = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Caches")}
+    variable, otherwise = places.get(sys.platform, ("XDG_CACHE_HOME", "~/.cache"))
     try:
-        return Path(value).expanduser() if value else default_cache_dir()
-    except RuntimeError as error:
-        raise BankError(f"cache_dir {value!r} cannot be resolved ({error}); give the folder's full path") from None
+        return expanded(value or Path(os.environ.get(variable) or otherwise) / "tosca")
+    except UserError as error:
+        raise BankError(f"cache_dir: {error}, or cache_dir=none to keep features in memory") from None

@@ -1,247 +1,201 @@
-"""Where the rows of one split live: in a folder or in memory, behind one interface."""
+"""Where the rows of one split live: in a folder, or in memory. A row of NaN is not computed yet.
+
+In a folder each view has an ``.npy`` of float32, which plain calls read and write: a disk that refuses shared memory
+maps serves as well, and what is read is never resident beyond its use. An array that is being filled ends in
+``.filling.npy``; it is renamed once every row is there.
+"""
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from utils.errors import BankError, UserError
-from utils.features.arrays import (
-    TEST_VIEW,
-    ArrayReader,
-    ArrayWriter,
-    RowChecksums,
-    checksums_path,
-    complete_array,
-    create_array,
-    create_checksums,
-    incomplete_path,
-    read_checksums,
+from utils.errors import BankError
+from utils.files import (
+    FolderLock,
+    hint_of_limits,
+    open_regular,
+    partial_path,
+    remove_partials,
+    replacing,
+    sync_folder,
+    write_json,
 )
-from utils.files import FolderLock, write_json
-from utils.words import counted
 
 log = logging.getLogger(__name__)
 
 MANIFEST, LOCK = "manifest.json", "lock"  # the files of a bank beside its arrays
+_HEADER = 128  # bytes before the first row
+_HINT = "see to its space and state, or set cache_dir to another disk, which all machines of a torchrun share"
+_BLOCK = 4096  # rows handled at a time where all are
 
-
-class Writer(Protocol):
-    """Takes computed rows of one view."""
-
-    def write(self, row: int, feature: np.ndarray) -> None: ...
-
-    def sync(self) -> None:
-        """Make what was written survive a power failure."""
-
-    def close(self) -> None: ...
-
-
-class Rows(Protocol):
-    """The feature rows of one split, by view; a row is either computed or missing."""
-
-    def exists(self, view: int) -> bool:
-        """Whether there is room laid out for the view, filled or not."""
-
-    def complete(self, view: int) -> bool:
-        """Whether the view was declared complete."""
-
-    def missing(self, view: int) -> np.ndarray:
-        """``(images,)`` bool: the rows that are not computed."""
-
-    def read(self, view: int, rows: np.ndarray) -> np.ndarray:
-        """``(rows,)`` -> ``(rows, dim)`` float32, all of them computed and as they were written."""
-
-    def lock(self) -> AbstractContextManager[object]:
-        """Held by whoever adds rows."""
-
-    def prepare(self, views: Sequence[int]) -> None:
-        """Lay out room for the views; all rows of a new one are missing."""
-
-    def writer(self, view: int) -> Writer: ...
-
-    def finish(self, views: Sequence[int]) -> None:
-        """Declare the views complete."""
-
-    def add_checksums(self, views: Sequence[int]) -> None:
-        """Add the checksums that rows of an earlier version lack."""
+View = tuple[str, int]  # (split, view)
+ViewRow = tuple[str, int, int]  # (split, view, row)
+TEST_VIEW = -1  # the view that the test transform gives
 
 
 class MemoryRows:
-    """Rows that are gone with this object."""
+    """Rows that are gone with this object.
+
+    Args:
+        shape: ``(images, dim)`` of each view's array.
+    """
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self._shape = shape
         self._arrays: dict[int, np.ndarray] = {}
+        self._nothing = np.broadcast_to(np.float32(np.nan), shape)
 
     def exists(self, view: int) -> bool:
+        """Whether there is room laid out for the view, filled or not."""
         return view in self._arrays
 
-    def complete(self, view: int) -> bool:
-        return self.exists(view) and not self.missing(view).any()
-
     def missing(self, view: int) -> np.ndarray:
-        if not self.exists(view):
-            return np.ones(self._shape[0], dtype=bool)
-        missing: np.ndarray = np.isnan(self._arrays[view]).any(axis=1)
+        """``(images,)`` bool: the rows that are not computed."""
+        missing: np.ndarray = np.isnan(self._arrays.get(view, self._nothing)).any(axis=1)
         return missing
 
+    def complete(self, view: int) -> bool:
+        return not self.missing(view).any()
+
     def read(self, view: int, rows: np.ndarray) -> np.ndarray:
-        if not self.exists(view) or self.missing(view)[rows].any():
+        """``(rows,)`` -> ``(rows, dim)`` float32, all of them computed."""
+        found: np.ndarray = self._arrays.get(view, self._nothing)[rows]
+        if np.isnan(found).any():
             raise BankError(f"the features of view {view} are not filled yet")
-        found: np.ndarray = self._arrays[view][rows]
         return found
 
     def lock(self) -> AbstractContextManager[object]:
+        """Held by whoever adds rows."""
         return nullcontext()
 
-    def prepare(self, views: Sequence[int]) -> None:
-        for view in views:
-            if not self.exists(view):
-                try:
-                    self._arrays[view] = np.full(self._shape, np.nan, dtype=np.float32)
-                except MemoryError:
-                    raise BankError(
-                        "there is not enough memory for the features; set cache_dir to a folder, or lower train_views"
-                    ) from None
+    def prepare(self, view: int) -> None:
+        """Lay out room for the view, if there is none; all its rows are missing."""
+        if view not in self._arrays:
+            self._arrays[view] = self._nothing.copy()
 
-    def writer(self, view: int) -> Writer:
-        return _MemoryWriter(self._arrays[view])
+    def write(self, view: int, rows: list[int], features: np.ndarray) -> None:
+        """Threads and processes may write different rows at a time."""
+        self._arrays[view][rows] = features
 
-    def finish(self, views: Sequence[int]) -> None: ...
-
-    def add_checksums(self, views: Sequence[int]) -> None: ...
-
-
-class _MemoryWriter:
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-
-    def write(self, row: int, feature: np.ndarray) -> None:
-        self._array[row] = feature
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
+    def finish(self, view: int) -> None:
+        """Declare the view complete."""
 
 
 class FolderRows:
-    """Rows in a folder, one array and one file of checksums for each view (``utils.features.arrays``).
-
-    An array that is being filled ends in ``.filling.npy``; it is renamed once every row is there.
+    """The same in a folder.
 
     Args:
         folder: of this bank.
-        shape: ``(images, dim)`` of each array.
+        shape: ``(images, dim)`` of each view's array.
         manifest: what the bank holds, for its ``manifest.json``.
         augment_seed: whose views are meant; those of other seeds lie in the same folder.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int], manifest: dict[str, Any], augment_seed: int) -> None:
-        self.folder, self._shape, self._manifest, self._augment_seed = folder, shape, manifest, augment_seed
+        self.folder, self._manifest, self._augment_seed = folder, manifest, augment_seed
+        self._images, self._dim = shape
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(_HEADER - 11) + "\n"
+        self._header = b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little") + header.encode()
 
     def path(self, view: int) -> Path:
         """The complete array of a view."""
         name = "test.npy" if view == TEST_VIEW else f"augmented-{self._augment_seed}-{view:04d}.npy"
         return self.folder / name
 
+    def _filling(self, view: int) -> Path:
+        return self.path(view).with_suffix(".filling.npy")
+
+    def exists(self, view: int) -> bool:
+        return self.complete(view) or self._filling(view).exists()
+
     def complete(self, view: int) -> bool:
         return self.path(view).exists()
 
-    def exists(self, view: int) -> bool:
-        return self.complete(view) or incomplete_path(self.path(view)).exists()
-
     def missing(self, view: int) -> np.ndarray:
-        missing, path = np.zeros(self._shape[0], dtype=bool), self.path(view)
-        if self.complete(view):
-            return missing
-        try:
-            with ArrayReader(incomplete_path(path), self._shape) as array:
-                expected, sums = read_checksums(checksums_path(path), self._shape[0]), RowChecksums(path)
-                for numbers, found in array.blocks():
-                    missing[numbers] = ~np.isfinite(found).all(axis=1)
-                    if expected is not None:  # an array that an earlier version began has none
-                        computed = numbers[~missing[numbers]]
-                        values = sums.of_all(computed, found[computed - numbers[0]])
-                        missing[computed] = values != expected[computed]  # power failed before both were on the disk
-        except FileNotFoundError:  # there is none, or another process completed it in this moment
-            return np.full(self._shape[0], not self.complete(view))
+        if not self._filling(view).exists():
+            return np.full(self._images, not self.complete(view))
+        missing = np.empty(self._images, dtype=bool)
+        with self._opened(self._filling(view)) as file:
+            for start in range(0, self._images, _BLOCK):
+                block = np.frombuffer(file.read(_BLOCK * self._dim * 4), dtype="<f4").reshape(-1, self._dim)
+                missing[start : start + _BLOCK] = np.isnan(block).any(axis=1)
         return missing
 
     def read(self, view: int, rows: np.ndarray) -> np.ndarray:
-        """Raise BankError for rows that are missing or not as they were written."""
-        path = self.path(view)
-        try:
-            with ArrayReader(path, self._shape) as array:
-                found = array.rows(rows)
-        except FileNotFoundError:
-            raise BankError(f"the features in {path} are not filled yet") from None
+        path, found = self.path(view), np.full((len(rows), self._dim), np.nan, dtype="<f4")
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows that follow each other are read together
+        with self._opened(path) as file:
+            for run, start in zip(np.split(found, starts[1:]), rows[starts].tolist(), strict=len(rows) > 0):
+                file.seek(self._place(start))
+                file.readinto(run.data.cast("B"))
         wrong = ~np.isfinite(found).all(axis=1)
-        what = "holds rows that are not finite numbers"
-        expected = read_checksums(checksums_path(path), self._shape[0], rows)
-        if not wrong.any() and expected is not None:
-            wrong = RowChecksums(path).of_all(rows, found) != expected
-            what = "holds rows that differ from what was written (their checksums do not fit)"
         if wrong.any():
             raise BankError(
-                f"{path} {what}, the first is row {int(rows[wrong.argmax()])}; see to the disk, and remove the damaged "
-                f"bank: python -m utils.features remove {self.folder.name}"
+                f"{path} holds rows that are not finite numbers, the first is row {int(rows[wrong.argmax()])}; see to "
+                f"the disk, and remove the damaged bank: python -m utils.features remove {self.folder.name}"
             )
         return found
 
-    def lock(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        waiting = "Waiting for %s to fill the same feature bank"
         what = f"feature bank {self.folder.name} (key cache_dir)"
-        return FolderLock(self.folder / LOCK, what, wait=True, on_wait=_say_waiting)
+        with FolderLock(self.folder / LOCK, what, wait=True, on_wait=lambda holder: log.info(waiting, holder)):
+            write_json(self.folder / MANIFEST, self._manifest)
+            remove_partials(self.folder, ".*")  # of a process that was killed: the lock is ours
+            yield
 
-    def prepare(self, views: Sequence[int]) -> None:
-        write_json(self.folder / MANIFEST, self._manifest)
-        for left in self.folder.glob("*.partial"):  # of a process that was killed: the lock is ours
-            left.unlink(missing_ok=True)
-        self.add_checksums(views)
-        for view in views:
-            if not self.exists(view):
-                path = self.path(view)
-                create_checksums(checksums_path(path), np.zeros(self._shape[0], dtype="<u4"))
-                create_array(incomplete_path(path), self._shape)
+    def prepare(self, view: int) -> None:
+        path, row = self._filling(view), np.full(self._dim, np.nan, dtype="<f4").tobytes()
+        if not self.exists(view):
+            with _refusals(path, "written"), replacing(path, partial_path(path)) as file:
+                file.write(self._header)
+                for _ in range(self._images):
+                    file.write(row)
 
-    def writer(self, view: int) -> Writer:
-        return ArrayWriter(self.path(view), self._shape)
+    def write(self, view: int, rows: list[int], features: np.ndarray) -> None:
+        path = self._filling(view)
+        with _refusals(path, "written"), open(path, "r+b") as file:
+            for row, feature in zip(rows, features, strict=True):
+                file.seek(self._place(row))
+                file.write(feature.astype("<f4").tobytes())
 
-    def finish(self, views: Sequence[int]) -> None:
-        for view in views:
-            if not self.complete(view):
-                complete_array(self.path(view))
+    def finish(self, view: int) -> None:
+        path = self._filling(view)
+        if not self.complete(view):
+            with _refusals(path, "written"):
+                with open(path, "r+b") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, self.path(view))
+                sync_folder(self.folder)
 
-    def add_checksums(self, views: Sequence[int]) -> None:
-        """Add the checksums that arrays of an earlier version lack, from the rows as they are, and say so."""
-        lacking = [view for view in views if self.exists(view) and not checksums_path(self.path(view)).exists()]
-        for number, view in enumerate(lacking):
-            path = self.path(view)
-            array = path if self.complete(view) else incomplete_path(path)
-            values, sums = np.zeros(self._shape[0], dtype="<u4"), RowChecksums(path)
-            with ArrayReader(array, self._shape) as reader:
-                for numbers, found in reader.blocks():
-                    values[numbers] = sums.of_all(numbers, found)
-            try:
-                create_checksums(checksums_path(path), values)
-            except UserError:
-                if array != path:
-                    raise
-                log.warning(
-                    "Feature bank %s: checksums of %s cannot be added (%s cannot be written): they are read without",
-                    *(self.folder.name, counted(len(lacking) - number, "array"), self.folder),
+    def _place(self, row: int) -> int:
+        return _HEADER + row * self._dim * 4
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BufferedReader]:
+        with _refusals(path, "read"), open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if file.read(_HEADER) != self._header or size != self._place(self._images):
+                raise BankError(
+                    f"{path} is damaged ({size} bytes, not those of {self._images} rows of {self._dim} float32); "
+                    "remove it, its features are computed again"
                 )
-                return
-        if lacking:
-            log.info(
-                "Feature bank %s: added the checksums that %s of an earlier version lacked, from the rows as they are; "
-                "nothing is computed again",
-                *(self.folder.name, counted(len(lacking), "array")),
-            )
+            yield file
 
 
-def _say_waiting(holder: str) -> None:
-    log.info("Waiting for %s to fill the same feature bank", holder)
+@contextmanager
+def _refusals(path: Path, verb: str) -> Iterator[None]:
+    """What the disk refuses, in one line."""
+    try:
+        yield
+    except OSError as error:
+        hint = " or ".join(filter(None, [hint_of_limits(error), _HINT]))
+        raise BankError(
+            f"{path} cannot be {verb} ({error.strerror}); {hint}; start again afterwards: what is done stays"
+        ) from error

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.config import Config
-from utils.features.arrays import TEST_VIEW, View
 from utils.features.bank import FeatureBank, resolve_cache_dir
+from utils.features.rows import TEST_VIEW, View
 from utils.files import human_size
 from utils.runs.checkpoint import MANIFEST, classifier_name, evaluation_name, module_name
 from utils.runs.paths import WRITTEN_WHOLE, run_paths
@@ -66,7 +66,7 @@ def _lacking(setup: Setup, wanted: Sequence[View]) -> list[tuple[FeatureBank, li
     known: set[tuple[str, int, int | None]] = set()
     for seed in setup.config.seed:
         bank = setup.bank(seed)
-        augment_seed = bank.transforms.augment_seed
+        augment_seed = bank.augment_seed
         keys = {(split, view, None if view == TEST_VIEW else augment_seed): (split, view) for split, view in wanted}
         found.append((bank, [want for key, want in keys.items() if key not in known]))
         if bank.cache_dir is not None:
