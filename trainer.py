@@ -29,7 +29,7 @@ from utils.runs.checkpoint import CheckpointFolder, module_name
 from utils.runs.manifest import EpochStats, RunManifest
 from utils.runs.paths import RunPaths, run_paths
 from utils.runs.plan import plan
-from utils.runs.resume import changed_versions, find_earlier_start, held_folders, report_belongs_to, start_over
+from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, report_belongs_to, start_over
 from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
         return None
     paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
     with held_folders(setup.config, seed) as check_folders:
-        manifest = find_earlier_start(setup, seed, paths, checkpoint)
+        start = find_earlier_start(setup, seed, paths, checkpoint)
+        manifest = start.manifest
         record.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
         with (
             logging_to(paths.file(".log")),
@@ -115,7 +116,7 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
             outputs = Outputs(paths, checkpoint, tracker, check_folders)
             if manifest.finished:
                 return _finished_already(setup, seed, outputs, manifest)
-            return _run_tasks(setup, seed, outputs, manifest)
+            return _run_tasks(setup, seed, outputs, start)
 
 
 @dataclass(frozen=True)
@@ -141,21 +142,21 @@ def _finished_already(setup: Setup, seed: int, outputs: Outputs, manifest: RunMa
     return run
 
 
-def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
+def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[str, Any]:
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
-    config, backbone, checkpoint = setup.config, setup.backbone, outputs.checkpoint
+    config, backbone, checkpoint, manifest = setup.config, setup.backbone, outputs.checkpoint, start.manifest
     stream = setup.stream(seed)
-    learner = load_learner(config, backbone, seed, checkpoint, manifest)
+    learner = load_learner(config, backbone, seed, start.source, manifest)
     _log_start(setup, seed, outputs, stream, manifest)
     seconds = dict(manifest.seconds)
     bank, wanted = setup.bank(seed), wanted_features(config)
     missing = bank.missing(wanted)
     first_missing = missing if manifest.missing_at_start is None else manifest.missing_at_start
     manifest = replace(manifest, config=config.as_dict(), missing_at_start=first_missing)
-    checkpoint.write_manifest(manifest)
     record.write_run_json(outputs.paths, manifest)
     with _timed(seconds, "features"):
         bank.fill(wanted)
+    manifest = start.begin(manifest)
     # what earlier, interrupted starts of this run computed counts as well
     manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
@@ -175,7 +176,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
             write_predictions(outputs.paths.file(".npz"), answers)
             manifest = manifest.with_last_results(answers.details(), meter.summary(manifest, backbone))
         outputs.check_folders()
-        manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
+        manifest = checkpoint.commit(manifest, learner.state_dict(), {task.index: learner.module_state(task.index)})
         run = _report_task(config, outputs, stream, manifest)
     outputs.check_folders()
     checkpoint.verify(manifest)
@@ -299,7 +300,7 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
             manifest = None
         if manifest:
             with held_folders(setup.config, seed):
-                manifest = find_earlier_start(setup, seed, paths, checkpoint)
+                manifest = find_earlier_start(setup, seed, paths, checkpoint).manifest
                 record.draw_curves(paths, record.write_run_json(paths, manifest))
     manifest = setup.ranks.share(manifest)
     return record.run_json(manifest) if manifest else None

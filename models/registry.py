@@ -9,12 +9,11 @@ import torch
 from models.base import Learner
 from utils.config.config import Config
 from utils.config.methods import METHODS, read_method
-from utils.errors import DamagedRunError
+from utils.errors import DamagedRunError, is_lack_of_memory
 from utils.features.arrays import TEST_VIEW, View
 from utils.features.extraction import FeatureExtractor
-from utils.runs.checkpoint import CheckpointFolder
+from utils.runs.checkpoint import CheckpointFolder, first_line
 from utils.runs.manifest import RunManifest
-from utils.runs.tensors import first_line
 from utils.words import counted
 
 
@@ -83,6 +82,8 @@ def load_learner(
         with torch.no_grad():  # through all that answers: tensors of other shapes show here, not in the first answer
             widths = {learner.answer(feature, selection).scores.shape[1] for selection in learner.selections}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise DamagedRunError(
             f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)})"
         ) from error

@@ -19,7 +19,7 @@ from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import class_order, make_stream
 from utils.features.arrays import TEST_VIEW
-from utils.runs.tensors import module_from_file
+from utils.runs.checkpoint import module_from_file
 
 ORDER = class_order(6, shuffle=True, seed=1993).tolist()
 TASK_IMAGES = [TEST_IMAGES[a] + TEST_IMAGES[b] for a, b in zip(ORDER[::2], ORDER[1::2], strict=True)]

@@ -161,7 +161,7 @@ class ContinualClassifier(Predictor):
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
             modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules
-            self._manifest = checkpoint.commit_all(self._manifest, self.learner.state_dict(), modules)
+            self._manifest = checkpoint.commit(self._manifest, self.learner.state_dict(), dict(enumerate(modules)))
         return aside
 
     # -- other processes -------------------------------------------------------------------------------------------

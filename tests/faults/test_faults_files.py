@@ -28,7 +28,7 @@ from utils.features import __main__ as features_command
 from utils.features import bank as features
 from utils.files import FolderLock, atomic_write
 from utils.runs.checkpoint import MANIFEST
-from utils.runs.tensors import load_tensors
+from utils.runs.checkpoint import load_tensors
 
 # -- atomic writes ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from tests.conftest import tiny_config
 from utils.errors import CheckpointError
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.manifest import RunManifest
-from utils.runs.tensors import load_tensors, module_from_file
+from utils.runs.checkpoint import load_tensors, module_from_file
 
 SHAPES = {f"backbone.tosca.{name}": shape for name, shape in SHAPES_OF_768.items()}
 
@@ -39,7 +39,7 @@ def saved(tmp_path) -> tuple[CheckpointFolder, RunManifest, list[LuCA]]:
     folder, values, lucas = CheckpointFolder(tmp_path / "tosca"), manifest(), [luca(1), luca(2)]
     for task, module in enumerate(lucas):
         state = {"weight": torch.full((2 * task + 2, 768), float(task)), "sigma": torch.tensor(3.0)}
-        values = folder.commit(values, state, module.state_dict(), task)
+        values = folder.commit(values, state, {task: module.state_dict()})
     return folder, values, lucas
 
 
@@ -84,7 +84,8 @@ def test_what_was_saved_comes_back_and_only_the_last_classifier_is_kept(saved):
 def test_modules_come_back_in_the_order_of_their_tasks_also_beyond_ten(tmp_path):
     folder, values = CheckpointFolder(tmp_path), manifest()
     for task in range(12):
-        values = folder.commit(values, {"sigma": torch.tensor(1.0)}, {"norm.bias": torch.tensor([float(task)])}, task)
+        module = {"norm.bias": torch.tensor([float(task)])}
+        values = folder.commit(values, {"sigma": torch.tensor(1.0)}, {task: module})
     values = replace(values, files=dict(sorted(values.files.items())))  # task0, task1, task10, task11, task2 …
     assert [module["norm.bias"].item() for module in folder.load(values)[1]] == list(range(12))
 
