@@ -36,6 +36,7 @@ from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.arrays import TEST_VIEW
 from utils.features.bank import FeatureBank
 from utils.files import FolderLock, expanded
+from utils.hardware import float32_default
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
@@ -52,6 +53,7 @@ class ContinualClassifier(Predictor):
     """
 
     @classmethod
+    @float32_default()
     def load(
         cls, folder: str | Path, *, backbone_weights: str | Path | None = None, device: str | None = None
     ) -> "ContinualClassifier":
@@ -80,6 +82,7 @@ class ContinualClassifier(Predictor):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
+    @float32_default()
     def learn(self, images: Images, labels: Sequence[str], *, domain: str | None = None) -> None:
         """Learn the next task from its images alone, by the run's own settings (epochs, views, rate …).
 
@@ -178,6 +181,7 @@ class ContinualClassifier(Predictor):
         }
 
     @classmethod
+    @float32_default()
     def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
         """The object whose ``state`` this is; the backbone's weights are read again, and must be the same.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -150,6 +151,39 @@ def test_other_images_are_another_run(half, tree, data, tmp_path, make_folder):
     assert "images_sha256 differ" in ending.out
     (aside,) = half.folder.glob("tosca.*")
     assert tree(aside) == before
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_run_that_stops_at_a_broken_image_leaves_the_run_in_its_folder(
+    finished, tree, make_folder, tmp_path, in_place
+):
+    before = tree(finished.checkpoints)
+    other = make_folder(tmp_path / "other", classes=8, train=2, test=2)
+    for split in ("train", "test"):
+        for name in map(str, range(6 if in_place else 0)):
+            shutil.rmtree(other / split / name)
+    image = sorted((other / "train").rglob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:-100])
+    new = {"data_path": str(other), "cache_dir": "none"}
+    if in_place:
+        new["continue_from"] = str(finished.checkpoints)
+    assert str(image) in finished(**new).error
+    assert tree(finished.checkpoints) == before
+    assert not list(finished.folder.glob("tosca.*"))
+    assert "This run is finished" in finished().out  # the old command still finds it
+
+
+def test_another_run_that_is_stopped_in_its_extraction_counts_what_it_computed(finished, make_folder, tmp_path):
+    other = make_folder(tmp_path / "other", classes=6, train=2, test=2)
+    new = {"data_path": str(other), "cache_dir": str(tmp_path / "bank")}
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "in extraction", signal_myself(signal.SIGINT))
+        assert finished(**new).code == 130
+    assert not list(finished.folder.glob("tosca.*"))
+    assert finished(**new).code == 0
+    assert len(list(finished.folder.glob("tosca.*"))) == 1
+    newest = max(finished.logs.rglob("*.json"), key=lambda path: path.stat().st_mtime)
+    assert json.loads(newest.read_bytes())["backbone_forwards"] == 12 * (1 + 1) + 12  # each once: train twice, test
 
 
 def test_files_of_the_release_are_moved_aside_too(run, tree):

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from tests.conftest import tiny_config
+from utils.runs.paths import run_paths
 from utils.words import counted, fixed
 
 
@@ -122,6 +124,13 @@ def test_nouns_are_counted(number, noun, text):
 @pytest.mark.parametrize(("value", "text"), [(-0.04, "0.0"), (-0.06, "-0.1"), (12.345, "12.3"), (-0.0, "0.0")])
 def test_what_rounds_to_zero_has_no_sign(value, text):
     assert fixed(value, 1) == text
+
+
+def test_names_of_files_are_fit_for_every_system():
+    config = tiny_config(backbone_type="hf-hub:user/repo", prefix='a/b\\c:d*e?f"g<h>i|j')
+    paths = run_paths(config, 7)
+    assert paths.file(".json").name == "a_b_c_d_e_f_g_h_i_j_7_hf-hub_user_repo.json"
+    assert paths.folder == run_paths(tiny_config(), 7).folder
 
 
 # -- what is on disk counts -------------------------------------------------------------------------------------------

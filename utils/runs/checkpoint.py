@@ -172,7 +172,7 @@ class CheckpointFolder:
 
     def _with_lines(self, manifest: RunManifest, records: Sequence[TaskRecord]) -> RunManifest:
         """Add lines to ``results.jsonl`` behind those that ``manifest`` names; return the manifest that names them."""
-        path, size = self.folder / RESULTS, manifest.results_bytes
+        path, size = self._own(RESULTS), manifest.results_bytes
         lines = [json_text(record.to_json()).encode() + b"\n" for record in records]
         try:
             with open(path, "ab") as file:
