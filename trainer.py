@@ -135,7 +135,7 @@ def _finished_already(setup: Setup, seed: int, outputs: Outputs, manifest: RunMa
     log.info("This run is finished (%s); --fresh starts it over", outputs.checkpoint.folder)
     run, selection = record.run_json(manifest), _shown_selection(setup.config, manifest)
     run_log.log_curves(run["results"], selection)
-    outputs.tracker.update(manifest.tasks)
+    outputs.tracker.update(manifest.tasks[manifest.first_reported :])
     record.draw_curves(outputs.paths, run)
     outputs.tracker.finish(run, [outputs.paths.file(".png")])
     run_log.log_summary(run, selection)
@@ -203,7 +203,7 @@ def _learn(learner: Learner, data: BankTask, config: Config, title: str) -> tupl
 def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> dict[str, Any]:
     """Write what the newest task gave to JSON, CSV, tracker and log; return what the JSON holds."""
     run = record.write_run_json(outputs.paths, manifest)
-    outputs.tracker.update(manifest.tasks)
+    outputs.tracker.update(manifest.tasks[manifest.first_reported :])
     task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
     module = module_name(task)
     path = outputs.checkpoint.folder / module if module in manifest.files else None

@@ -132,9 +132,7 @@ def fill_the_disk_of_the_log() -> None:
 FAULTS = {  # at task 1; the words are the fault's own
     "an image": (refusing(DataError, "an image is damaged; replace it"), "an image is damaged"),
     "the log's disk": (fill_the_disk_of_the_log, "the log cannot be written (No space left on device)"),
-    "any disk": (refusing(OSError, errno.EIO, "Input/output error", "/dev/disk"), "/dev/disk: Input/output error"),
     "memory": (refusing(MemoryError, "Unable to allocate 8 TiB"), "memory does not suffice (Unable to allocate 8 TiB)"),
-    "PyTorch's memory": (refusing(RuntimeError, "can't allocate memory: 9 bytes"), "memory does not suffice"),
 }
 
 
@@ -147,35 +145,11 @@ def test_a_fault_after_fresh_says_to_go_on_without_it(finished, undisturbed, mon
         assert words in error
         assert error.endswith("; leave out --fresh then, which would start over")
         assert "--fresh" not in finished().error
-    goes_on_without_fresh(finished, undisturbed)
-
-
-def goes_on_without_fresh(run, undisturbed) -> None:
-    ending = run()
+    ending = finished()
     assert ending.code == 0
     assert "after task 1 of 3" in ending.out
-    found = run.end()  # and what was set aside
+    found = finished.end()  # and what was set aside
     assert [name for name in undisturbed if found[name] != undisturbed[name]] == []
-
-
-def test_a_full_disk_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch):
-    """Every file that is moved into place from task 1 on: the error comes from ``utils.files`` itself."""
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        at_task(patch, 1, lambda: patch.setattr("utils.files.os.replace", full))
-        error = finished("--fresh").error
-    assert "cannot be written (No space left on device)" in error
-    assert error.endswith("; leave out --fresh then, which would start over")
-    goes_on_without_fresh(finished, undisturbed)
-
-
-def test_a_removed_log_folder_after_fresh_says_to_go_on_without_it(finished, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_task(patch, 1, lambda: shutil.rmtree(finished.logs))
-        assert finished("--fresh").error.endswith("; leave out --fresh then, which would start over")
 
 
 def test_a_sweep_that_meets_a_fault_after_fresh_says_to_go_on_without_it(run, monkeypatch):
@@ -221,7 +195,7 @@ def reseal(folder, change) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.pth", "/etc/passwd", "sub/task0.pth", "task0.pth.exe", "run.manifest", "", "task0.pth\n", ".lock"],
+    ["../outside.pth", "/etc/passwd", "sub/task0.pth", "run.manifest", "", "task0.pth\n"],
 )
 def test_a_name_that_is_no_plain_file_of_a_run_is_refused(finished, tree, name):
     secret = finished.folder / "outside.pth"
@@ -233,13 +207,6 @@ def test_a_name_that_is_no_plain_file_of_a_run_is_refused(finished, tree, name):
     error = finished(continue_from=str(finished.checkpoints), checkpoint_dir=str(target)).error
     assert "which is no file of a run" in error
     assert not list(target.glob("*.pth"))
-
-
-def test_a_link_out_of_the_folder_is_refused(finished):
-    module = finished.checkpoints / "task0.pth"
-    module.rename(finished.folder / "outside.pth")
-    module.symlink_to(finished.folder / "outside.pth")
-    assert "task0.pth is a link to elsewhere" in finished().error
 
 
 def test_a_pipe_in_place_of_a_module_is_refused_at_once(finished):
@@ -264,13 +231,10 @@ def narrow(state) -> None:
 
 
 @pytest.mark.parametrize("name", ["task1.pth", "classifier2.pth"])
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(narrow, "do not fit"), (dict.clear, "do not fit"), (lambda s: s.popitem(), "do not fit")],
-)
-def test_tensors_of_another_shape_are_one_line(finished, name, change, words):
+@pytest.mark.parametrize("change", [narrow, dict.clear, lambda state: state.popitem()])
+def test_tensors_of_another_shape_are_one_line(finished, name, change):
     resave(finished.checkpoints, name, change)
-    assert words in finished().error
+    assert "do not fit" in finished().error
 
 
 def test_a_module_too_many_or_too_few_is_one_line(finished):

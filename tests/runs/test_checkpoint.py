@@ -17,7 +17,7 @@ from utils import files
 from utils.errors import CheckpointError, UserError
 from utils.files import open_regular
 from utils.runs import checkpoint
-from utils.runs.checkpoint import CheckpointFolder, load_tensors, module_from_file
+from utils.runs.checkpoint import CheckpointFolder, load_tensors
 from utils.runs.manifest import RunManifest
 
 SHAPES = {f"backbone.tosca.{name}": shape for name, shape in SHAPES_OF_768.items()}
@@ -71,7 +71,7 @@ def test_a_file_of_the_release_loads_here(tmp_path, zipped):
     state = OrderedDict((f"backbone.tosca.{name}", tensor) for name, tensor in module.state_dict().items())
     torch.save(state, tmp_path / "task0.pth", _use_new_zipfile_serialization=zipped)
     ours = luca(5)
-    ours.load_state_dict(module_from_file(tmp_path / "task0.pth"), strict=True)
+    ours.load_state_dict(load_tensors(tmp_path / "task0.pth"), strict=True)
     torch.testing.assert_close(ours.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 

@@ -68,15 +68,6 @@ def test_json_and_back_is_the_same():
     assert made.finished and not manifest(2, 3).finished
 
 
-def test_results_of_tasks_that_a_run_does_not_speak_of_stay_in_the_file_alone(tmp_path):
-    made = manifest(0, 3, base=BaseFacts("folder", 1, 2, "sha", "new classes alone", 2))
-    for task in range(3):
-        made = commit(CheckpointFolder(tmp_path), made.with_task(record(task + 1)))
-    found = CheckpointFolder(tmp_path).read_manifest()
-    assert [bool(task.results) for task in found.tasks] == [False, False, True]
-    assert all(json.loads(line)["results"] for line in (tmp_path / RESULTS).read_text().splitlines())
-
-
 def test_each_task_adds_a_line_and_changes_none(tmp_path):
     folder = CheckpointFolder(tmp_path)
     made, lines = manifest(0, 4), b""

@@ -128,14 +128,10 @@ class CheckpointFolder:
 
     def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
-        state: dict[str, Tensor] = {}
-        modules: dict[int, dict[str, Tensor]] = {}
-        for name in manifest.files:
-            if task := MODULE_FILE.fullmatch(name):
-                modules[int(task[1])] = module_from_file(self.check(manifest, name))
-            elif CLASSIFIER_FILE.fullmatch(name):
-                state = load_tensors(self.check(manifest, name))
-        return state, [modules[task] for task in sorted(modules)]
+        found = {name: load_tensors(self.check(manifest, name)) for name in manifest.files if name != RESULTS}
+        numbers = sorted(int(task[1]) for name in found if (task := MODULE_FILE.fullmatch(name)))
+        modules = [found.pop(module_name(number)) for number in numbers]
+        return next(iter(found.values()), {}), modules
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +293,7 @@ def _sha256_of_values(values: dict[str, Any]) -> str:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A plain state dict from a file that nobody needs to trust: no code in it is ever run."""
+    """A plain state dict, a LuCA's without the release's prefix; no code in the file, which may be anyone's, is run."""
     with reading(path), open_regular(path) as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -305,12 +301,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             state = None
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it is not a plain state dict of tensors")
-        return state
-
-
-def module_from_file(path: Path) -> dict[str, Tensor]:
-    """LuCA's parameters from a ``task<i>.pth``, the release's or ours."""
-    return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in load_tensors(path).items()}
+        return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in state.items()}
 
 
 @contextmanager

@@ -109,19 +109,16 @@ def on_top(base: SavedRun, manifest: RunManifest, stream: TaskStream) -> RunMani
     if _sha256(saved) != base.sha256:
         raise CheckpointError(f"the run in {str(base.folder)!r} has changed while it was read; start again")
     tested = tests_old(base, stream)
-    first = base.tasks
-    if tested:
-        first = max((i + 1 for i, record in enumerate(saved.tasks) if not record.results), default=0)
+    untested = [number for number, record in enumerate(saved.tasks, start=1) if not record.results]
     facts = BaseFacts(
         folder=str(base.folder.resolve()),
         tasks=base.tasks,
         classes=len(base.learned.class_names),
         sha256=base.sha256,
         evaluation="old and new classes" if tested else "new classes alone",
-        reported_from_task=first,
+        reported_from_task=max([saved.first_reported, *untested]) if tested else base.tasks,
     )
-    manifest = replace(manifest, files=saved.files, results_bytes=saved.results_bytes, tasks=saved.tasks, base=facts)
-    return manifest.without_unreported()
+    return replace(manifest, files=saved.files, results_bytes=saved.results_bytes, tasks=saved.tasks, base=facts)
 
 
 def bring_files(facts: BaseFacts, checkpoint: CheckpointFolder, manifest: RunManifest) -> RunManifest:

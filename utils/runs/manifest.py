@@ -40,7 +40,7 @@ class TaskRecord:
 
     Attributes:
         results: for each selection ``top1``, ``top5``, ``per_task``, ``groups`` and, with modules,
-            ``selection_accuracy``, all in percent. Empty for a task whose images nobody tested.
+            ``selection_accuracy``, all in percent. Empty for a task that was learned without test images.
         confusion: for each selection of a module the counts of (true task, chosen module); empty while a run of more
             than ``FEW_TASKS`` tasks goes on.
         entropy: for each such selection the mean entropy of the chosen module in nats, by module.
@@ -111,7 +111,7 @@ class RunManifest:
         seconds: spent, by phase.
         files: the checkpoint's files with their SHA-256.
         results_bytes: how much of ``results.jsonl`` counts.
-        tasks: the results after each task that is done.
+        tasks: the results after each task that is done; those before ``first_reported`` are of the base's test images.
         cost: what training and answering cost, by name (``models.cost``); empty before the end.
         base: the saved run that this one continues, or None.
     """
@@ -192,13 +192,7 @@ class RunManifest:
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         tasks = tuple(map(TaskRecord.from_json, values["tasks"]))
         base = BaseFacts(**values["base"]) if "base" in values else None
-        return cls(**{**values, **lists, "tasks": tasks, "base": base}).without_unreported()
-
-    def without_unreported(self) -> "RunManifest":
-        """The manifest without results of the tasks that it does not speak of."""
-        first = self.first_reported
-        left = (replace(record, results={}, confusion={}, entropy={}, details={}) for record in self.tasks[:first])
-        return replace(self, tasks=(*left, *self.tasks[first:]))
+        return cls(**{**values, **lists, "tasks": tasks, "base": base})
 
 
 # -- which run it is --------------------------------------------------------------------------------------------------

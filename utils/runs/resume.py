@@ -81,11 +81,11 @@ def find_earlier_start(setup: Setup, seed: int, paths: RunPaths, checkpoint: Che
 
     The caller holds both folders (``held_folders``).
     """
-    identity = setup.identity(seed)
-    if not report_belongs_to(paths, identity):
+    identity, manifest = setup.identity(seed), checkpoint.read_manifest()
+    begun = manifest is not None and manifest.identity == identity
+    if not report_belongs_to(paths, identity) or (not begun and _report(paths).get("status") == "finished"):
         _move_report_aside(paths)
-    manifest = checkpoint.read_manifest()
-    if manifest is not None and manifest.identity == identity:
+    if manifest is not None and begun:
         checkpoint.remove_old_files(manifest)  # an earlier start may have been killed before it could
         return Start(checkpoint, manifest, checkpoint, begun=True)
     if manifest is not None and setup.base is None:
@@ -104,18 +104,12 @@ def start_over(config: Config, seed: int) -> None:
     A checkpoint that the run is to continue in place stays: it is the beginning.
     """
     paths, checkpoint = run_paths(config, seed), checkpoint_of(config, seed)
+    continued = Path(config.continue_from).expanduser().resolve() if config.continue_from else None
     with held_folders(config, seed):
-        if not _continues_here(config, checkpoint):
+        in_place = checkpoint.read_manifest() if continued == checkpoint.folder.resolve() else None
+        if in_place is None or in_place.base is not None:
             _move_aside(checkpoint)
         _move_report_aside(paths)
-
-
-def _continues_here(config: Config, checkpoint: CheckpointFolder) -> bool:
-    """Whether the folder holds the very run that ``continue_from`` names, not yet continued."""
-    if config.continue_from is None or Path(config.continue_from).expanduser().resolve() != checkpoint.folder.resolve():
-        return False
-    manifest = checkpoint.read_manifest()
-    return manifest is not None and manifest.base is None
 
 
 def _move_aside(checkpoint: CheckpointFolder) -> None:
