@@ -5,7 +5,7 @@
 Single runs, runs of two seeds, sweeps, and runs that continue a saved one (apart from it, and in its place) take turns.
 Each life of a run is a process that ``SIGKILL`` ends, either at a moment drawn uniformly from the time that a whole
 run takes, or when it has just done something delicate, such as opening a file of a save. Lives follow each other until
-the run is finished; then every file that it leaves (modules, classifier, results, features, JSON, picture; times excepted)
+the run is finished; then every file that it leaves (modules, classifier, results, features, JSON, picture; but times)
 must equal the uninterrupted run's, and the next run begins. Exit code 1 if anything differs, or if a process outlives
 its parent.
 

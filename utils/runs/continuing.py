@@ -14,8 +14,8 @@ from typing import Any
 
 from utils.config.config import Config
 from utils.data.tasks import LearnedClasses, TaskStream
-from utils.errors import CheckpointError, ConfigError, DataError
-from utils.runs.checkpoint import MANIFEST, RESULTS, CheckpointFolder, moving_folder
+from utils.errors import CheckpointError, ConfigError, DamagedRunError, DataError
+from utils.runs.checkpoint import MANIFEST, MODULE_FILE, RESULTS, CheckpointFolder, moving_folder
 from utils.runs.manifest import BaseFacts, RunManifest, fixed_once_saved
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def read_run(checkpoint: CheckpointFolder) -> RunManifest:
         raise CheckpointError(f"the run in {str(folder)!r} has not finished its first task")
     if seeds := sorted(path.parent.name for path in folder.glob(f"seed*/{MANIFEST}")):
         raise CheckpointError(f"{str(folder)!r} holds the runs of several seeds; choose one: {folder / seeds[0]}")
-    if checkpoint.run_files():
+    names = [path.name for path in checkpoint.run_files()]
+    if names and all(map(MODULE_FILE.fullmatch, names)):
         raise CheckpointError(
             f"{str(folder)!r} holds modules but no {MANIFEST}: the release's files come without a classifier, so they "
             "cannot predict; train with this project"
@@ -107,7 +108,7 @@ def on_top(base: SavedRun, manifest: RunManifest, stream: TaskStream) -> RunMani
     """The ``manifest`` of a new run with the tasks and files of the ``base`` in front; nothing is written."""
     saved = read_run(CheckpointFolder(base.folder))
     if _sha256(saved) != base.sha256:
-        raise CheckpointError(f"the run in {str(base.folder)!r} has changed while it was read; start again")
+        raise CheckpointError(f"the run in {str(base.folder)!r} has other files than when it was found; start again")
     tested = tests_old(base, stream)
     untested = [number for number, record in enumerate(saved.tasks, start=1) if not record.results]
     facts = BaseFacts(
@@ -137,7 +138,7 @@ def holds_copies_alone(checkpoint: CheckpointFolder, manifest: RunManifest) -> b
     try:
         for path in checkpoint.run_files():
             checkpoint.check(manifest, path.name)
-    except CheckpointError:
+    except DamagedRunError:
         return False
     return not moving_folder(checkpoint.folder.resolve()).is_dir()
 

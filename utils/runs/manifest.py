@@ -228,8 +228,10 @@ def fixed_once_saved(config: Config) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes the numbers; no package is loaded for it."""
+    """The versions of what computes the numbers; nothing is loaded for it but PyTorch, which knows its own build."""
     from importlib.metadata import version
 
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    import torch
+
+    others = {name: version(name) for name in ("torchvision", "timm", "numpy", "pillow")}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **others}
