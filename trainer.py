@@ -18,11 +18,11 @@ from models.evaluation import BankTask, evaluate
 from utils import module
 from utils.cli import Stopped, fault_of
 from utils.config.config import Config
-from utils.config.grid import Cell
+from utils.config.grid import SweepCell
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.tasks import TaskStream, make_stream
-from utils.errors import ConfigError, NumericError
+from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
 from utils.features.bank import resolve_cache_dir
 from utils.features.rows import TEST_VIEW, View
 from utils.hardware import available_cpus
@@ -33,7 +33,7 @@ from utils.results.tracker import Tracker, check_tracker, tracking
 from utils.runs.checkpoint import CheckpointFolder, module_name
 from utils.runs.manifest import RunManifest
 from utils.runs.paths import RunPaths, run_paths
-from utils.runs.resume import changed_versions, find_earlier_start, held_folders, report_belongs_to, start_over
+from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, report_belongs_to, start_over
 from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -42,31 +42,81 @@ HINT_LEAVE_OUT_FRESH = "leave out --fresh then, which would start over"
 HINT_WITHOUT_FRESH = "start the same command again without --fresh to go on"
 
 
-def run(config: Config, *, fresh: bool = False) -> list[dict[str, Any]]:
-    """Run every seed of ``config``; return what each run's JSON holds (under torchrun, on rank 0).
+def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
+    """Run every cell under every seed; return what the runs' JSONs hold (under torchrun, on rank 0).
+
+    All are checked before the first one starts. Of several, one whose data is missing or whose training diverges is told
+    at the end, and the others go on; what an earlier start finished is kept.
 
     Args:
-        config: what to do.
-        fresh: start over; what an earlier start left is moved aside.
+        cells: what to do: one config, several files, or the grid of a sweep.
+        fresh: start over; what is there is moved aside.
+        jobs: so many runs side by side, each in a process of its own, once the feature bank is filled.
     """
+    runs, failed, done = list[dict[str, Any]](), list[str](), 0
     with joined_ranks() as ranks:
-        setup = prepare(config, ranks)
-        with _started_over([config] if fresh else [], ranks):
-            found = [run_seed(setup, seed) for seed in config.seed]
-    runs = [run for run in found if run is not None]
-    if len(runs) > 1:
+        ready = _prepared(cells, ranks, failed)
+        with _started_over([setup.config for _, setup in ready] if fresh else [], ranks):
+            todo = []
+            for cell, setup in ready:
+                for seed in setup.config.seed:
+                    kept = _finished(setup, seed) if len(cells) > 1 or jobs > 1 else None
+                    runs += [] if kept is None else [kept]
+                    todo += [(cell, setup, seed)] if kept is None else []
+            done = len(runs)
+            finished = side_by_side(todo, jobs, failed) if jobs > 1 else _one_by_one(todo, failed, len(cells))
+            runs += [result for result in finished if result is not None]
+    if ranks.first and len(cells) > 1:
+        run_log.log_sweep(cells, runs, done)
+    elif len(runs) > 1:
         run_log.log_seeds(runs)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(failed) + len(runs)} runs are missing: {'; '.join(failed)}")
     return runs
 
 
-def dry_run(config: Config) -> dict[str, Any]:
-    """Check config, data and backbone as a run does; log what it would do; write nothing but the images' hashes."""
+Todo = Sequence[tuple[SweepCell, Setup, int]]
+
+
+def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> list[tuple[SweepCell, Setup]]:
+    """Check all cells; of several, those whose data or backbone cannot be had are added to ``failed``."""
+    ready: list[tuple[SweepCell, Setup]] = []
+    for cell in cells:
+        try:
+            ready.append((cell, prepare(cell.config, ranks, ready[-1][1] if ready else None)))
+        except (DataError, BackboneError) as error:
+            if len(cells) == 1 or ranks.count > 1:
+                raise
+            log.error("%s: %s", cell.name, error)
+            failed.append(f"{cell.name}: {error}")
+    return ready
+
+
+def _one_by_one(todo: Todo, failed: list[str], cells: int) -> Iterator[dict[str, Any] | None]:
+    for number, (cell, setup, seed) in enumerate(todo, start=1):
+        if cells > 1:
+            log.info("%s, seed %d (run %d of %d)", cell.name, seed, number, len(todo))
+        try:
+            yield run_seed(setup, seed)
+        except NumericError as error:
+            if cells == 1 or setup.ranks.count > 1:  # the other ranks wait in a barrier that this one would not reach
+                raise
+            failed.append(f"{cell.name}, seed {seed}: {error}")
+            log.error("%s", failed[-1])
+
+
+def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
+    """Check config, data and backbone as a run does; log what would be done; write nothing but the images' hashes."""
     if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
-    setup = prepare(config, ONE_RANK)
-    planned: dict[str, Any] = module("utils.runs.plan").plan(
-        setup, wanted_features(config), with_modules=config.method.modular
-    )
+    failed = list[str]()
+    ready = _prepared(cells, ONE_RANK, failed)
+    plan = module("utils.runs.plan")
+    planned = [plan.plan(setup, wanted_features(setup.config)) for _, setup in ready]
+    if len(cells) > 1:
+        plan.log_total(planned)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cells)} cannot start: {'; '.join(failed)}")
     return planned
 
 
@@ -146,7 +196,8 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
         return None
     paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
     with held_folders(setup.config, seed) as check_folders:
-        manifest = find_earlier_start(setup, seed, paths, checkpoint)
+        start = find_earlier_start(setup, seed, paths, checkpoint)
+        manifest = start.manifest
         record.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
         with (
             logging_to(paths.file(".log")),
@@ -156,7 +207,7 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
             outputs = Outputs(paths, checkpoint, tracker, check_folders)
             if manifest.finished:
                 return _finished_already(setup.config, outputs, manifest)
-            return _run_tasks(setup, seed, outputs, manifest)
+            return _run_tasks(setup, seed, outputs, start)
 
 
 @dataclass(frozen=True)
@@ -175,28 +226,28 @@ def _finished_already(config: Config, outputs: Outputs, manifest: RunManifest) -
     log.info("This run is finished (%s); --fresh starts it over", outputs.checkpoint.folder)
     run, selection = record.run_json(manifest), _shown_selection(config, manifest)
     run_log.log_curves(run["results"], selection)
-    outputs.tracker.update(manifest.tasks)
+    outputs.tracker.update(manifest.tasks[manifest.first_reported :])
     record.draw_curves(outputs.paths, run)
     outputs.tracker.finish(run, [outputs.paths.file(".png")])
     run_log.log_summary(run, selection)
     return run
 
 
-def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
+def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[str, Any]:
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
     config, backbone, checkpoint = setup.config, cast(Backbone, setup.backbone), outputs.checkpoint
-    stream = setup.stream(seed)
-    known = Known.read(config, backbone.feature_dim, backbone.device, checkpoint, manifest)
+    stream, manifest = setup.stream(seed), start.manifest
+    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, manifest)
     _log_start(setup, seed, outputs, stream, manifest)
     seconds = dict(manifest.seconds)
     bank, wanted = setup.bank(seed), wanted_features(config)
     missing = bank.missing(wanted)
     first_missing = missing if manifest.missing_at_start is None else manifest.missing_at_start
     manifest = replace(manifest, config=config.as_dict(), missing_at_start=first_missing)
-    checkpoint.write_manifest(manifest)
     record.write_run_json(outputs.paths, manifest)
     with _timed(seconds, "features"):
         bank.fill(wanted)
+    manifest = start.begin(manifest)
     # what earlier, interrupted starts of this run computed counts as well
     manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
@@ -215,8 +266,8 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
             manifest = manifest.with_last_results(answers.details(), cost)
         outputs.check_folders()
-        state, of_task = model.learner.state_dict(), model.learner.module_state(task.index)
-        model.note(checkpoint.commit(manifest, state, of_task, task.index))
+        modules = {task.index: model.learner.module_state(task.index)}
+        model.note(checkpoint.commit(manifest, model.learner.state_dict(), modules))
         run = _report_task(config, outputs, stream, model.manifest)
     outputs.check_folders()
     checkpoint.verify(model.manifest)
@@ -229,7 +280,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
 def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> dict[str, Any]:
     """Write what the newest task gave to JSON, tracker and log; return what the JSON holds."""
     run = record.write_run_json(outputs.paths, manifest)
-    outputs.tracker.update(manifest.tasks)
+    outputs.tracker.update(manifest.tasks[manifest.first_reported :])
     task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
     name = module_name(task)
     run_log.log_saved(config.model_name, outputs.checkpoint.folder / name if name in manifest.files else None)
@@ -261,48 +312,6 @@ def _log_start(setup: Setup, seed: int, outputs: Outputs, stream: TaskStream, ma
             log.warning("Versions changed since this run began: %s; its end may differ", ", ".join(changed))
 
 
-# -- a sweep -----------------------------------------------------------------------------------------------------------
-
-
-def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, Any]]:
-    """Run every cell under every seed; what an earlier start finished is kept. Return what the runs' JSONs hold.
-
-    A cell whose training diverges is told at the end; the others go on.
-    """
-    runs, failed, done = list[dict[str, Any]](), list[str](), 0
-    with joined_ranks() as ranks:
-        if cells[0].config.cache_dir == "none":
-            log.warning("cache_dir=none: every run of the sweep computes its features anew")
-        setup = prepare(cells[0].config, ranks)
-        with _started_over([cell.config for cell in cells] if fresh else [], ranks):
-            for number, cell in enumerate(cells, start=1):
-                setup = prepare(cell.config, ranks, setup)
-                for seed in cell.config.seed:
-                    kept = _finished(setup, seed)
-                    done += kept is not None
-                    if kept is None:
-                        log.info("Sweep: %s, seed %d (cell %d of %d)", cell.name, seed, number, len(cells))
-                        kept = _run_cell(setup, cell, seed, failed)
-                    runs += [] if kept is None else [kept]
-    if ranks.first:
-        run_log.log_sweep(cells, runs, done)
-    if failed:
-        raise NumericError(f"{len(failed)} of {len(runs) + len(failed)} runs diverged: {'; '.join(failed)}")
-    return runs
-
-
-def _run_cell(setup: Setup, cell: Cell, seed: int, failed: list[str]) -> dict[str, Any] | None:
-    """Run a cell; one whose training diverges is added to ``failed``, so that the others go on."""
-    try:
-        return run_seed(setup, seed)
-    except NumericError as error:
-        if setup.ranks.count > 1:  # the other ranks wait in a barrier that this one would never reach
-            raise
-        failed.append(f"{cell.name}, seed {seed}: {error}")
-        log.error("Sweep: %s", failed[-1])
-        return None
-
-
 def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
     """What the JSON of a finished run holds, made again where it does not say so; None if something is left to do."""
     manifest: RunManifest | None = None
@@ -312,9 +321,45 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
         same = manifest is not None and manifest.finished and manifest.identity == setup.identity(seed)
         if manifest is not None and same and report_belongs_to(paths, manifest.identity):
             with held_folders(setup.config, seed):
-                manifest = find_earlier_start(setup, seed, paths, checkpoint)
+                manifest = find_earlier_start(setup, seed, paths, checkpoint).manifest
                 record.draw_curves(paths, record.write_run_json(paths, manifest))
         else:
             manifest = None
     manifest = setup.ranks.share(manifest)
     return record.run_json(manifest) if manifest else None
+
+
+# -- side by side --------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(todo: Todo, jobs: int, failed: list[str]) -> Iterator[dict[str, Any] | None]:
+    """Fill the bank here, then let each run learn in a process of its own, ``jobs`` of them at a time."""
+    for _, setup, seed in todo:
+        if setup.config.cache_dir == "none":
+            raise ConfigError("--jobs needs a feature bank that processes share; cache_dir is none")
+        setup.bank(seed).fill(wanted_features(setup.config))
+    work = [(setup.config, seed, torch.get_num_threads()) for _, setup, seed in todo]
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes: there is one bar, this one
+    try:
+        results = load_ahead(run_alone, work, workers=min(jobs, len(work)), ahead=len(work) + 1, processes=True)
+        with closing(results), progress(total=len(todo), desc="Runs", unit="run") as bar:
+            for (cell, _, seed), (_, found) in zip(todo, results, strict=True):
+                bar.update()
+                log.info("%s: %s", f"{cell.name}, seed {seed}".removeprefix(", "), found if isinstance(found, str) else "finished")
+                if isinstance(found, str):
+                    failed.append(f"{cell.name}, seed {seed}: {found}".removeprefix(", "))
+                yield None if isinstance(found, str) else found
+    finally:
+        del os.environ["TQDM_DISABLE"]
+
+
+def run_alone(job: tuple[Config, int, int]) -> dict[str, Any] | str | None:
+    """One seed of one config, in a process of its own: what its JSON holds, or why it stopped."""
+    config, seed, threads = job
+    torch.set_num_threads(threads)  # as in the process that would run it otherwise: its last bits are the same
+    logging.getLogger().setLevel(logging.INFO)  # for the run's own log; nothing goes to the terminal
+    use_full_fp32()
+    try:
+        return run_seed(prepare(config, ONE_RANK), seed)
+    except Exception as error:
+        return str(fault_of(error))

@@ -5,7 +5,7 @@
 Whole runs on small made images with a tiny random ViT (32 px, width 192), a bank that is filled first, and the keys'
 defaults: 20 epochs, batches of 48. *Learning* and *evaluation* are the run's own seconds; *bookkeeping* is all else
 from the first task to the end, the summary and the picture included. *Written* counts the bytes of every file that is
-new or replaced at the middle task and at the last but one, tensors left out.
+new, replaced or longer at the middle task and at the last but one, tensors left out.
 """
 
 import argparse
@@ -73,9 +73,8 @@ def measure(folder: Path, tasks: int, train: int) -> dict[str, float]:
             found = {path: path.stat() for place in places for path in place.rglob("*") if path.is_file()}
             files = {p: (f.st_mtime_ns, f.st_size) for p, f in found.items() if p.suffix != ".pth"}
             new = {path: facts[1] for path, facts in files.items() if known.get(path) != facts}
-            written[done] = sum(
-                size - known.get(path, (0, 0))[1] * (path.suffix == ".log") for path, size in new.items()
-            )
+            before = {p: known[p][1] for p in new if p in known and p.suffix in (".log", ".jsonl")}  # these only grow
+            written[done] = sum(new.values()) - sum(before.values())
             known.clear()
             known.update(files)
         looking += time.perf_counter() - started

@@ -178,7 +178,7 @@ def measure_tasks(folder: Path, tasks: int, dim: int) -> dict[str, float]:
             **{f"{n}.{k}": t for n, r in routers.items() for k, t in r.state_dict().items()},
         }
         with clock("checkpoints"):
-            manifest = checkpoint.commit(manifest, state, learner.module_state(index), index)
+            manifest = checkpoint.commit(manifest, state, {index: learner.module_state(index)})
     learner.routers = routers
     with clock("load the last checkpoint"):
         checkpoint.load(manifest)

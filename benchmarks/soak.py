@@ -5,7 +5,7 @@
 Single runs, runs of two seeds, sweeps, and runs that continue a saved one (apart from it, and in its place) take turns.
 Each life of a run is a process that ``SIGKILL`` ends, either at a moment drawn uniformly from the time that a whole
 run takes, or when it has just done something delicate, such as opening a file of a save. Lives follow each other until
-the run is finished; then every file that it leaves (modules, classifier, features, JSON, CSV, picture; times excepted)
+the run is finished; then every file that it leaves (modules, classifier, results, features, JSON, picture; but times)
 must equal the uninterrupted run's, and the next run begins. Exit code 1 if anything differs, or if a process outlives
 its parent.
 
@@ -44,11 +44,11 @@ from utils.results import figures, record
 AIMS = {
     r"\.task\d+\.pth\.\d+\.partial": "while a module is written",
     r"\.classifier\d+\.pth\.\d+\.partial": "while the classifier is written",
-    r"\.evaluation\d+\.manifest\.\d+\.partial": "while the results beside the manifest are written",
+    r"results\.jsonl": "while the first results are added",
     r"\.run\.manifest\.\d+\.partial": "while the manifest is written",
     r"task\d+\.pth": "after a module, before the manifest",
     r"classifier\d+\.pth": "after the classifier, before the manifest",
-    r"\..*\.(json|csv)\.\d+\.partial": "while the results are written",
+    r"\..*\.json\.\d+\.partial": "while the report is written",
     r"[^.].*\.png": "when a picture was drawn: after a run, or between two",
     r".*\.filling\.npy": "when an array of features was laid out",
     r"(test|augmented-\d+-\d+)\.npy": "when an array of features was completed",

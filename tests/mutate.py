@@ -60,7 +60,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "utils/data/transforms.py": ("tests/data/test_data.py", "tests/features/test_views.py"),
     "utils/data/fingerprints.py": ("tests/data/test_fingerprints.py",),
     "utils/features/arrays.py": ("tests/features/test_rows.py",),
-    "utils/runs/identity.py": ("tests/test_keys.py",),
+    "utils/runs/manifest.py": ("tests/test_keys.py",),
     "utils/seeds.py": ("tests/data/test_data.py", *TOSCA),
 }
 

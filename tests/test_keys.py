@@ -13,7 +13,7 @@ from utils.config.keys import Key
 from utils.config.methods import METHODS, read_method
 from utils.errors import ConfigError
 from utils.results.read import Run
-from utils.runs.identity import fixed_once_saved, run_identity
+from utils.runs.manifest import fixed_once_saved, run_identity
 
 MEASURED: dict[str, Any] = {"weights_sha256": "w", "precision": "fp32", "images_sha256": {"train": "a", "test": "b"}}
 VALID = {**TINY, "dataset": "imagefolder"}

@@ -19,7 +19,7 @@ from tests.conftest import TEST_IMAGES, TRAIN_IMAGES, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import class_order, make_stream
 from utils.features.rows import TEST_VIEW
-from utils.runs.tensors import module_from_file
+from utils.runs.checkpoint import load_tensors
 
 ORDER = class_order(6, shuffle=True, seed=1993).tolist()
 TASK_IMAGES = [TEST_IMAGES[a] + TEST_IMAGES[b] for a, b in zip(ORDER[::2], ORDER[1::2], strict=True)]
@@ -143,7 +143,7 @@ def test_the_accuracies_are_those_of_the_saved_files_on_the_images(finished_run,
     lucas = []
     for task in range(3):
         lucas.append(LuCA(192))
-        lucas[-1].load_state_dict(module_from_file(finished_run.checkpoints / f"task{task}.pth"))
+        lucas[-1].load_state_dict(load_tensors(finished_run.checkpoints / f"task{task}.pth"))
     state = torch.load(finished_run.checkpoints / "classifier2.pth", weights_only=True)
     with torch.no_grad():
         for label in (4, 5):  # the rows of the last task are its class means, and nothing trained them since

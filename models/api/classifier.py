@@ -35,6 +35,7 @@ from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
+from utils.hardware import float32_default
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
@@ -48,6 +49,7 @@ class ContinualClassifier(Predictor):
     # -- making one ------------------------------------------------------------------------------------------------
 
     @classmethod
+    @float32_default()
     def start(cls, **keys: Any) -> "ContinualClassifier":
         """Begin with nothing learned.
 
@@ -64,6 +66,7 @@ class ContinualClassifier(Predictor):
         return cls(config, backbone, Known.after(learner, manifest))
 
     @classmethod
+    @float32_default()
     def load(
         cls, folder: str | Path, *, backbone_weights: str | Path | None = None, device: str | None = None
     ) -> "ContinualClassifier":
@@ -85,6 +88,7 @@ class ContinualClassifier(Predictor):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
+    @float32_default()
     def learn(self, images: Images, labels: Iterable[str], *, domain: str | None = None) -> None:
         """Learn the next task from its images alone, by the model's settings (epochs, views, rate …).
 
@@ -215,7 +219,7 @@ class ContinualClassifier(Predictor):
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
             modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules
-            self.note(checkpoint.commit_all(self.manifest, self.learner.state_dict(), modules))
+            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), dict(enumerate(modules))))
         return aside
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,6 +235,7 @@ class ContinualClassifier(Predictor):
         return maker(ContinualClassifier.from_state, "from_state"), (state,)
 
     @classmethod
+    @float32_default()
     def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
         """The object that was pickled; the backbone's weights are read again, and must be the same."""
         manifest = RunManifest.from_json(state["manifest"])

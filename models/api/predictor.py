@@ -20,11 +20,10 @@ from utils.data.images import MAX_PIXELS
 from utils.data.loader import load_ahead
 from utils.data.tasks import LearnedClasses
 from utils.data.transforms import Transforms
-from utils.errors import BackboneError, CheckpointError, DamagedRunError, DataError
+from utils.errors import BackboneError, CheckpointError, DamagedRunError, DataError, is_lack_of_memory
 from utils.hardware import default_batch_size, forward_threads
-from utils.runs.checkpoint import CheckpointFolder
+from utils.runs.checkpoint import CheckpointFolder, first_line
 from utils.runs.manifest import RunManifest
-from utils.runs.tensors import first_line
 from utils.words import counted
 
 FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
@@ -52,6 +51,8 @@ class Known(NamedTuple):
                 feature = torch.zeros(1, dim, device=device)
                 widths = {learner.answer(feature, selection).scores.shape[1] for selection in learner.selections}
         except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            if is_lack_of_memory(error):
+                raise
             raise DamagedRunError(
                 f"the files in {checkpoint.folder} do not fit the config of their run ({first_line(error)})"
             ) from error

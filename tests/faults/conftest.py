@@ -87,7 +87,7 @@ class TinyRun:
                 found[path.name] = {key: value for key, value in values.items() if key not in _NOT_THE_END}
                 config = values["config"].items()
                 found[path.name]["config"] = {k: v for k, v in config if k not in _WHERE}
-            elif path.is_file() and path.suffix in (".pth", ".csv", ".json"):
+            elif path.is_file() and path.suffix in (".pth", ".jsonl", ".json"):
                 found[str(path.relative_to(self.folder))] = path.read_bytes()
         return found
 

@@ -16,19 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import main
 import predict
 import report
 from tests.conftest import fork
 from utils import files
-from utils.errors import CheckpointError, UserError
-from utils.features import __main__ as features_command
+from utils.errors import UserError
 from utils.features import bank as features
 from utils.files import FolderLock, atomic_write
-from utils.runs.checkpoint import MANIFEST
-from utils.runs.tensors import load_tensors
+from utils.runs.checkpoint import MANIFEST, RESULTS
 
 # -- atomic writes ----------------------------------------------------------------------------------------------------
 
@@ -44,26 +41,18 @@ def half_then(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(files, "open", Half, raising=False)
 
 
-def full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    half_then(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(UserError, match=r"file cannot be written .*what was there is unchanged"):
-        atomic_write(path, b"new, but only half")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), TypeError("a bug")], ids=["Ctrl-C", "bug"])
-def test_what_is_no_fault_of_the_disk_passes_through_and_leaves_the_old_file(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt(), TypeError("a bug")], ids=["disk", "Ctrl-C", "bug"])
+def test_a_write_that_ends_half_way_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, error):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     half_then(monkeypatch, error)
-    with pytest.raises(type(error)):
+    expected, words = (
+        (UserError, r"file cannot be written .*was there is unchanged") if error is NO_SPACE else (type(error), "")
+    )
+    with pytest.raises(expected, match=words):
         atomic_write(path, b"new, but only half")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
@@ -73,6 +62,10 @@ def test_what_is_no_fault_of_the_disk_passes_through_and_leaves_the_old_file(tmp
 def test_a_disk_that_fails_to_flush_or_rename_leaves_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file"
     path.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise NO_SPACE
+
     monkeypatch.setattr(files.os, call, full)
     with pytest.raises(UserError, match="No space left on device"):
         atomic_write(path, b"new")
@@ -116,7 +109,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["task0.pth", "task1.pth", "classifier1.pth", MANIFEST])
+@pytest.mark.parametrize("name", ["task0.pth", "classifier1.pth", MANIFEST, RESULTS])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_file_is_named_and_nothing_is_changed(half, tree, name, damage):
     DAMAGE[damage](half.checkpoints / name)
@@ -126,13 +119,6 @@ def test_a_damaged_checkpoint_file_is_named_and_nothing_is_changed(half, tree, n
     assert "--fresh" in error
     assert tree(half.checkpoints) == before
     assert not (half.checkpoints / "hacked").exists()
-
-
-@pytest.mark.parametrize("name", ["task0.pth", "classifier1.pth"])
-def test_a_missing_checkpoint_file_is_named(half, name):
-    (half.checkpoints / name).unlink()
-    error = half().error
-    assert f"{half.checkpoints / name} is missing" in error
 
 
 def test_a_module_of_another_run_is_not_taken_for_ours(half, tmp_path):
@@ -147,47 +133,12 @@ def test_a_damaged_file_of_a_finished_run_is_told_too(finished):
     assert "task1.pth is damaged" in finished().error
 
 
-def test_a_manifest_edited_by_hand_is_told(half):
-    path = half.checkpoints / MANIFEST
-    manifest = json.loads(path.read_bytes())
-    manifest["tasks"][0]["results"]["sample"]["top1"] = 99.9
-    path.write_text(json.dumps(manifest))
-    assert f"{path} is damaged or was edited" in half().error
-
-
-def test_a_manifest_of_another_format_is_told(half):
-    path = half.checkpoints / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 99}))
-    assert "has format 99, this version reads" in half().error
-
-
 def test_a_damaged_result_file_is_moved_aside_and_written_again(half, undisturbed):
     (path,) = half.logs.rglob("*.json")
     path.write_text('{"half":')
     assert half().code == 0
     assert json.loads(path.read_bytes())["status"] == "finished"
     assert '{"half":' in {p.read_text() for p in half.logs.rglob("*.json")}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_loading_a_damaged_or_hostile_file_never_runs_its_code(tmp_path, damage):
-    path = tmp_path / "task0.pth"
-    torch.save({"weight": torch.zeros(1000)}, path)
-    DAMAGE[damage](path)
-    try:
-        load_tensors(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
-    else:
-        assert damage == "bit-flipped"  # in the middle of the numbers: only the recorded SHA-256 tells
-    assert not (tmp_path / "hacked").exists()
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": torch.zeros(1), "b": {"c": torch.zeros(1)}}])
-def test_what_is_not_a_plain_state_dict_is_not_loaded(tmp_path, content):
-    torch.save(content, tmp_path / "task0.pth")
-    with pytest.raises(CheckpointError, match=r"task0\.pth is not a plain state dict"):
-        load_tensors(tmp_path / "task0.pth")
 
 
 # -- the feature bank -------------------------------------------------------------------------------------------------
@@ -201,27 +152,10 @@ def own_bank(run, tmp_path):
     return next((tmp_path / "bank").rglob("augmented*.npy"))
 
 
-def test_a_truncated_array_of_features_is_named(run, own_bank):
-    own_bank.write_bytes(own_bank.read_bytes()[:-10])
-    assert f"{own_bank} is damaged" in run("--fresh").error
-
-
-def test_an_array_of_another_size_is_named(run, own_bank):
-    np.save(own_bank, np.zeros((3, 3), dtype=np.float32))
-    assert f"{own_bank} is damaged" in run("--fresh").error
-
-
 def test_an_array_with_code_inside_is_not_run(run, own_bank):
     np.save(own_bank, np.array([Hostile(own_bank.with_name("hacked"))], dtype=object), allow_pickle=True)
     assert f"{own_bank} is damaged" in run("--fresh").error
     assert not own_bank.with_name("hacked").exists()
-
-
-def test_nan_in_a_complete_array_is_named(run, own_bank):
-    array = np.load(own_bank)
-    array[0, 0] = np.nan
-    np.save(own_bank, array)
-    assert f"{own_bank} holds rows that are not finite" in run("--fresh").error
 
 
 # -- disks and folders ------------------------------------------------------------------------------------------------
@@ -240,7 +174,7 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.parametrize("size", [2_000, 9_000, 14_000, 20_000])
+@pytest.mark.parametrize("size", [2_000, 9_000, 20_000])
 def test_a_disk_that_fills_up_ends_the_run_and_the_next_start_ends_alike(run, undisturbed, size):
     with largest_file(size):
         error = run().error
@@ -292,13 +226,12 @@ def open_folder() -> Iterator[Path]:
         os.chmod(name, 0o755)
 
 
-@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir"])
-def test_a_read_only_folder_is_named(run, open_folder, key):
+def test_a_read_only_folder_is_named(open_folder):
     folder = open_folder / "read-only"
     folder.mkdir()
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
     with nobody(), pytest.raises(UserError, match=r"read-only.*cannot be written \(Permission denied\)"):
-        FolderLock(folder / "deeper" / ".lock", key).__enter__()
+        FolderLock(folder / "deeper" / ".lock", "a folder").__enter__()
     with nobody(), pytest.raises(UserError, match="file cannot be written"):
         atomic_write(folder / "file", b"new")
 
@@ -311,15 +244,12 @@ def test_a_file_where_a_folder_should_be_is_named(run, tmp_path, key):
     assert file.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir", "cache_dir", "data_path"])
+@pytest.mark.parametrize("key", ["checkpoint_dir", "log_dir", "cache_dir", "data_path", "prefix"])
 def test_an_over_long_path_is_named(run, tmp_path, key):
-    error = run(**{key: str(tmp_path / ("long" * 80))}).error
+    name = "long" * 80
+    error = run(**{key: name if key == "prefix" else str(tmp_path / name)}).error
     assert "longlong" in error
     assert "File name too long" in error
-
-
-def test_an_over_long_prefix_is_named(run):
-    assert "File name too long" in run(prefix="x" * 250).error
 
 
 def test_an_input_output_error_that_nothing_foresaw_is_one_line(run, monkeypatch):
@@ -403,26 +333,6 @@ def test_a_config_from_a_pipe_is_read(run, capsys):
     assert main.main([f"--config=/dev/fd/{reader}", "--check-data"]) == 0
     os.close(reader)
     assert "6 classes" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_bank_in_which_a_pipe_or_a_device_lies_is_one_line(run, own_bank, never_ending, kind, capsys):
-    for path in (own_bank, own_bank.with_name("manifest.json")):
-        path.unlink()
-        path.symlink_to(never_ending[kind])
-    with limited_memory():
-        assert "it is a device, pipe or socket" in run("--fresh").error
-        assert features_command.main([f"--cache-dir={run.keys['cache_dir']}", "list"]) == 0
-    assert "unknown contents" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_remembered_hashes_that_are_a_pipe_or_a_device_are_made_again(run, own_bank, never_ending, kind):
-    (hashes,) = own_bank.parent.parent.glob("hashes/*.npz")
-    hashes.unlink()
-    hashes.symlink_to(never_ending[kind])
-    with limited_memory():
-        assert run().code == 0
 
 
 @contextmanager

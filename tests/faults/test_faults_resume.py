@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,10 +26,12 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "in evaluation": (trainer, "evaluate", 2),
     "before a module is written": (CheckpointFolder, "_save", 3),
     "before the classifier is written": (CheckpointFolder, "_save", 4),
-    "before the manifest is written": (CheckpointFolder, "write_manifest", 4),
+    "before the run begins": (resume.Start, "begin", 1),
+    "before results are added": (CheckpointFolder, "_with_lines", 2),
+    "before the manifest is written": (CheckpointFolder, "write_manifest", 3),
     "half-way through a write": (files.os, "fsync", 9),
     "between a write and its name": (files.os, "replace", 5),
-    "before the old files are removed": (CheckpointFolder, "remove_old_files", 4),
+    "before the old files are removed": (CheckpointFolder, "remove_old_files", 2),
     "before the results are written": (record, "write_run_json", 4),
     "before the summary": (run_log, "log_summary", 1),
 }
@@ -150,6 +153,39 @@ def test_other_images_are_another_run(half, tree, data, tmp_path, make_folder):
     assert tree(aside) == before
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_run_that_stops_at_a_broken_image_leaves_the_run_in_its_folder(
+    finished, tree, make_folder, tmp_path, in_place
+):
+    before = tree(finished.checkpoints)
+    other = make_folder(tmp_path / "other", classes=8, train=2, test=2)
+    for split in ("train", "test"):
+        for name in map(str, range(6 if in_place else 0)):
+            shutil.rmtree(other / split / name)
+    image = sorted((other / "train").rglob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:-100])
+    new = {"data_path": str(other), "cache_dir": "none"}
+    if in_place:
+        new["continue_from"] = str(finished.checkpoints)
+    assert str(image) in finished(**new).error
+    assert tree(finished.checkpoints) == before
+    assert not list(finished.folder.glob("tosca.*"))
+    assert "This run is finished" in finished().out  # the old command still finds it
+
+
+def test_another_run_that_is_stopped_in_its_extraction_counts_what_it_computed(finished, make_folder, tmp_path):
+    other = make_folder(tmp_path / "other", classes=6, train=2, test=2)
+    new = {"data_path": str(other), "cache_dir": str(tmp_path / "bank")}
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "in extraction", signal_myself(signal.SIGINT))
+        assert finished(**new).code == 130
+    assert not list(finished.folder.glob("tosca.*"))
+    assert finished(**new).code == 0
+    assert len(list(finished.folder.glob("tosca.*"))) == 1
+    newest = max(finished.logs.rglob("*.json"), key=lambda path: path.stat().st_mtime)
+    assert json.loads(newest.read_bytes())["backbone_forwards"] == 12 * (1 + 1) + 12  # each once: train twice, test
+
+
 def test_files_of_the_release_are_moved_aside_too(run, tree):
     run.checkpoints.mkdir()
     (run.checkpoints / "task0.pth").write_bytes(b"another run's")
@@ -214,7 +250,8 @@ def test_several_seeds_side_by_side_resume_each(run):
     assert "over 2 seeds" in ending.out
     assert (run.checkpoints / "seed3" / checkpoint.MANIFEST).read_bytes() == first
     manifest = json.loads((run.checkpoints / "seed4" / checkpoint.MANIFEST).read_bytes())
-    assert (manifest["seed"], manifest["status"], len(manifest["tasks"])) == (4, "finished", 3)
+    assert (manifest["seed"], manifest["status"]) == (4, "finished")
+    assert len((run.checkpoints / "seed4" / checkpoint.RESULTS).read_text().splitlines()) == 3
     assert len(list(run.logs.rglob("*.json"))) == 2
 
 

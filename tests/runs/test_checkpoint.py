@@ -1,3 +1,4 @@
+import errno
 import shutil
 from collections import OrderedDict
 from dataclasses import replace
@@ -8,13 +9,16 @@ import torch
 from torch import nn
 
 from backbone.luca import LuCA, make_luca
+from models.api.classifier import ContinualClassifier
 from models.tosca import TOSCA
 from tests.backbone.test_luca import SHAPES_OF_768
 from tests.conftest import tiny_config
-from utils.errors import CheckpointError
-from utils.runs.checkpoint import CheckpointFolder
+from utils import files
+from utils.errors import CheckpointError, UserError
+from utils.files import open_regular
+from utils.runs import checkpoint
+from utils.runs.checkpoint import CheckpointFolder, load_tensors
 from utils.runs.manifest import RunManifest
-from utils.runs.tensors import load_tensors, module_from_file
 
 SHAPES = {f"backbone.tosca.{name}": shape for name, shape in SHAPES_OF_768.items()}
 
@@ -39,7 +43,7 @@ def saved(tmp_path) -> tuple[CheckpointFolder, RunManifest, list[LuCA]]:
     folder, values, lucas = CheckpointFolder(tmp_path / "tosca"), manifest(), [luca(1), luca(2)]
     for task, module in enumerate(lucas):
         state = {"weight": torch.full((2 * task + 2, 768), float(task)), "sigma": torch.tensor(3.0)}
-        values = folder.commit(values, state, module.state_dict(), task)
+        values = folder.commit(values, state, {task: module.state_dict()})
     return folder, values, lucas
 
 
@@ -67,7 +71,7 @@ def test_a_file_of_the_release_loads_here(tmp_path, zipped):
     state = OrderedDict((f"backbone.tosca.{name}", tensor) for name, tensor in module.state_dict().items())
     torch.save(state, tmp_path / "task0.pth", _use_new_zipfile_serialization=zipped)
     ours = luca(5)
-    ours.load_state_dict(module_from_file(tmp_path / "task0.pth"), strict=True)
+    ours.load_state_dict(load_tensors(tmp_path / "task0.pth"), strict=True)
     torch.testing.assert_close(ours.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
@@ -84,7 +88,8 @@ def test_what_was_saved_comes_back_and_only_the_last_classifier_is_kept(saved):
 def test_modules_come_back_in_the_order_of_their_tasks_also_beyond_ten(tmp_path):
     folder, values = CheckpointFolder(tmp_path), manifest()
     for task in range(12):
-        values = folder.commit(values, {"sigma": torch.tensor(1.0)}, {"norm.bias": torch.tensor([float(task)])}, task)
+        module = {"norm.bias": torch.tensor([float(task)])}
+        values = folder.commit(values, {"sigma": torch.tensor(1.0)}, {task: module})
     values = replace(values, files=dict(sorted(values.files.items())))  # task0, task1, task10, task11, task2 …
     assert [module["norm.bias"].item() for module in folder.load(values)[1]] == list(range(12))
 
@@ -159,3 +164,71 @@ def test_a_finished_run_predicts_from_its_files_alone(finished_run):
         assert {f"backbone.tosca.{name}" for name in module} == SHAPES.keys()
         # no more than the module: torch.save of a view would write the tensor of all tasks behind it
         assert (folder.folder / f"task{task}.pth").stat().st_size < sum(p.numel() for p in module.values()) * 4 + 8_000
+
+
+def test_the_default_type_of_the_process_does_not_matter(finished_run):
+    images = sorted((Path(finished_run.config["data_path"]) / "test").rglob("*.png"))
+    new = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    answers = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            model = ContinualClassifier.load(finished_run.checkpoints)
+            model.learn(new, ["x", "y"])
+            assert torch.get_default_dtype() == dtype
+            answers.append(model.predict(images).probabilities)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*answers)
+
+
+REFUSALS = {
+    "open files": (OSError(errno.EMFILE, "Too many open files"), r"cannot be read \(Too many open .*ulimit -n"),
+    "permission": (PermissionError(errno.EACCES, "Permission denied"), r"cannot be read \(Permission denied\)"),
+    "memory": (MemoryError("Unable to allocate"), "Unable to allocate"),
+    "PyTorch's memory": (RuntimeError("can't allocate memory: 9 bytes"), "can't allocate memory"),
+}
+
+
+@pytest.mark.parametrize("name", ["task0.pth", "classifier1.pth", "run.manifest", "results.jsonl"])
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_the_machine_refuses_is_not_called_damage(saved, monkeypatch, name, kind):
+    folder, values, _ = saved
+    error, words = REFUSALS[kind]
+
+    def refusing(path: Path) -> object:
+        if path.name == name:
+            raise error
+        return open_regular(path)
+
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "open_regular", refusing)
+    with pytest.raises((UserError, type(error)), match=words) as caught:
+        folder.load(values)
+        folder.read_manifest()
+    assert "damaged" not in str(caught.value) and "--fresh" not in str(caught.value)
+
+
+def test_a_folder_of_the_model_hubs_cache_is_read_and_a_link_to_elsewhere_is_not(saved, tmp_path):
+    """The hub's client lays a snapshot of links out, to files that lie in ``blobs`` two folders above."""
+    folder, values, _ = saved
+    (snapshot := tmp_path / "cache" / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    for path in folder.run_files():
+        path.rename(tmp_path / "cache" / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+        path.symlink_to(tmp_path / "cache" / "blobs" / path.name)
+    assert CheckpointFolder(snapshot).read_manifest() == values
+    assert len(CheckpointFolder(snapshot).load(values)[1]) == 2
+    with pytest.raises(CheckpointError, match=r"task0\.pth is a link to elsewhere"):
+        folder.load(values)
+
+
+def test_a_linked_file_of_results_is_not_written_through(saved, tmp_path):
+    folder, values, _ = saved
+    path = folder.folder / "results.jsonl"
+    path.rename(outside := tmp_path / "mine.txt")
+    path.symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"results\.jsonl is a link to elsewhere"):
+        folder.commit(values, {}, {2: None})
+    assert outside.read_bytes() == b""

@@ -1,4 +1,3 @@
-import json
 import shutil
 from dataclasses import replace
 
@@ -133,107 +132,6 @@ def test_with_old_test_data_all_classes_are_tested(go_on):
 def test_some_of_the_old_test_data_is_an_error(go_on, capsys):
     assert go_on(test="0145").code == 2
     assert "not '2'; give the test images of all of them, or of none" in capsys.readouterr().err
-
-
-# -- test_old: auto ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_first(first, run_main, tmp_path):
-    """``first`` again, on a copy of its data that a test may change."""
-    data = shutil.copytree(first.folder / "data", tmp_path / "old" / "data")
-    return run_main(tmp_path / "old", data_path=str(data), shuffle=False, train_views=2)
-
-
-def test_auto_tests_the_old_classes_as_if_their_images_lay_beside_the_new_ones(go_on, whole, tmp_path):
-    auto = go_on(test="45", test_old="auto")
-    copied = go_on(checkpoint_dir=str(tmp_path / "copied"), log_dir=str(tmp_path / "copied-logs"))
-    assert auto.json()["base"]["evaluation"] == "old and new classes"
-    assert comparable(auto.json()) == comparable(copied.json()) == comparable(whole.json())
-    assert auto.json()["identity"] == copied.json()["identity"]  # so it is one run, and one feature bank
-
-
-def test_auto_takes_what_lies_beside_the_new_images_first(go_on, own_first, capsys):
-    shutil.rmtree(own_first.folder / "data")
-    grown = go_on(base=own_first.checkpoints, test_old="auto")
-    assert grown.json()["base"]["evaluation"] == "old and new classes"
-    assert "cannot be tested" not in capsys.readouterr().out
-
-
-def test_auto_finds_the_test_images_of_all_runs_before(go_on, tmp_path):
-    two = go_on(train="4", test="4", init_cls=1)
-    keys = {"base": two.checkpoints, "train": "5", "init_cls": 1}
-    auto = go_on(**keys, test="5", test_old="auto", checkpoint_dir=str(tmp_path / "auto"), log_dir=str(tmp_path / "a"))
-    copied = go_on(**keys, checkpoint_dir=str(tmp_path / "copied"), log_dir=str(tmp_path / "c"))
-    assert auto.json()["base"]["evaluation"] == "old and new classes"
-    assert comparable(auto.json()) == comparable(copied.json())
-    assert auto.json()["identity"] == copied.json()["identity"]
-
-
-def test_auto_in_place_twice_is_one_run(go_on, own_first):
-    grown = go_on(base=own_first.checkpoints, test="45", test_old="auto", checkpoint_dir=str(own_first.checkpoints))
-    before = files_of(own_first.checkpoints)
-    again = go_on(base=own_first.checkpoints, test="45", test_old="auto", checkpoint_dir=str(own_first.checkpoints))
-    assert (grown.code, again.code, files_of(own_first.checkpoints)) == (0, 0, before)
-
-
-@pytest.mark.parametrize("damage", ["moved", "changed"])
-def test_auto_says_in_one_line_why_the_old_classes_cannot_be_tested(go_on, own_first, damage, capsys):
-    """The other reasons: tests/data/test_old_tests.py."""
-    data = own_first.folder / "data"
-    if damage == "moved":
-        data.rename(data.parent / "moved")
-    else:
-        first, second = sorted((data / "test").glob("0/*.png"))[:2]
-        second.write_bytes(first.read_bytes())
-    capsys.readouterr()
-    grown = go_on(base=own_first.checkpoints, test="45", test_old="auto")
-    lines = capsys.readouterr().out.splitlines()
-    (said,) = [line for line in lines if "test_old=auto: the old classes cannot be tested" in line]
-    reason = "does not exist any more" if damage == "moved" else "are not those that the saved run was tested on"
-    assert str(data / "test") in said and reason in said
-    assert grown.json()["base"]["evaluation"] == "new classes alone"
-
-
-def test_auto_cannot_test_what_was_learned_from_arrays(go_on, first, tmp_path, capsys):
-    from models import ContinualClassifier
-
-    model = ContinualClassifier.load(first.checkpoints)
-    model.learn(torch.rand(2, 3, 32, 32), ["x", "y"])
-    model.save(tmp_path / "by_hand")
-    grown = go_on(base=tmp_path / "by_hand", test="45", test_old="auto")
-    assert "records no test folder with class 'x'" in capsys.readouterr().out
-    assert grown.json()["base"]["evaluation"] == "new classes alone"
-
-
-def test_auto_cannot_test_a_run_that_recorded_no_folder(go_on, first, tmp_path, capsys):
-    base = CheckpointFolder(shutil.copytree(first.checkpoints, tmp_path / "base"))
-    manifest = base.read_manifest()
-    data = {name: value for name, value in manifest.data.items() if name != "test_folders"}
-    base.write_manifest(replace(manifest, data=data))
-    assert go_on(base=base.folder, test="45", test_old="auto").code == 0
-    assert "the saved run records no test folder: its images lay in none" in capsys.readouterr().out
-
-
-def test_auto_tests_old_domains_as_if_they_lay_beside_the_new_ones(make_folder, run_main, tmp_path):
-    source = make_folder(tmp_path / "source", classes=3)
-    for name, domains in (("old", ("dark", "plain")), ("new", ("odd",))):
-        for split in ("train", "test"):
-            for domain in domains:
-                shutil.copytree(source / split, tmp_path / name / split / domain)
-    shutil.rmtree(tmp_path / "old" / "train" / "dark" / "2")
-    shutil.rmtree(tmp_path / "old" / "test" / "dark" / "2")
-    keys = {"scenario": "domain", "shuffle": False, "init_cls": 1, "increment": 1}
-    base = run_main(tmp_path / "a", data_path=str(tmp_path / "old"), **keys)
-    keys |= {"continue_from": str(base.checkpoints), "data_path": str(tmp_path / "new")}
-    auto = run_main(tmp_path / "b", **keys, test_old="auto")
-    for domain in ("dark", "plain"):
-        shutil.copytree(tmp_path / "old" / "test" / domain, tmp_path / "new" / "test" / domain)
-    copied = run_main(tmp_path / "c", **keys)
-    auto, copied = (json.loads(next(run.folder.rglob("1993_*.json")).read_text()) for run in (auto, copied))
-    assert auto["base"]["evaluation"] == "old and new classes"
-    assert comparable(auto) == comparable(copied)
-    assert auto["identity"] == copied["identity"]
 
 
 # -- never lost, always resumable -------------------------------------------------------------------------------------
@@ -381,9 +279,9 @@ def test_a_run_that_does_not_fit_is_one_line_and_changes_nothing(go_on, tmp_path
 def test_an_unfinished_run_is_to_be_finished_first(go_on, first, tmp_path, capsys):
     base = CheckpointFolder(shutil.copytree(first.checkpoints, tmp_path / "base"))
     manifest = base.read_manifest()
-    base.write_manifest(replace(manifest, status="running", tasks=manifest.tasks[:1]))
+    base.write_manifest(replace(manifest, status="running", task_sizes=(2, 2, 2)))
     assert go_on(base=base.folder).code == 2
-    assert "has learned 1 of 2 tasks; finish it" in capsys.readouterr().err
+    assert "has learned 2 of 3 tasks; finish it" in capsys.readouterr().err
 
 
 def test_a_damaged_base_is_found_before_anything_is_written(go_on, first, tmp_path, capsys):

@@ -1,24 +1,24 @@
 """The manifest as a type: nothing is lost on the way to disk and back, and its size grows as the tasks do."""
 
-import hashlib
 import json
-import os
-import re
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from utils.errors import CheckpointError
-from utils.files import json_lines
+from utils.errors import CheckpointError, UserError
 from utils.results.record import write_run_json
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.manifest import FEW_TASKS, BaseFacts, EpochStats, RunManifest, TaskRecord
+from utils.runs.checkpoint import RESULTS, CheckpointFolder
+from utils.runs.manifest import FEW_TASKS, BaseFacts, EpochStats, RunManifest, TaskRecord, versions
 from utils.runs.paths import RunPaths
 
 SELECTIONS = ("batch", "sample", "oracle")
+ABOUT = {"identity": {"a": 1}, "config": {"scenario": "class"}, "backbone": {}, "data": {}, "versions": {"c": "d"}}
 
 
 def record(tasks: int) -> TaskRecord:
@@ -38,183 +38,159 @@ def record(tasks: int) -> TaskRecord:
     )
 
 
-def manifest(tasks: int) -> RunManifest:
-    """Of a run of ``tasks`` tasks of one class, after all of them."""
-    made = RunManifest(
-        **{
-            "identity": {"a": 1},
-            "config": {"scenario": "class"},
-            "seed": 3,
-            "backbone": {},
-            "data": {},
-            "versions": {"c": "d"},
-        },
-        class_order=tuple(map(str, range(tasks))),
-        task_sizes=(1,) * tasks,
-        row_class=tuple(range(tasks)),
-        missing_at_start=7,
-        base=BaseFacts("folder", 1, 2, "sha", "old and new classes", 0),
-        cost={"minutes": 0.5},
-    )
-    for task in range(tasks):
+def manifest(done: int, tasks: int, **facts: object) -> RunManifest:
+    """Of a run of ``tasks`` tasks of one class, after ``done`` of them."""
+    names, rows = tuple(map(str, range(tasks))), tuple(range(tasks))
+    made = RunManifest(**ABOUT, seed=3, class_order=names, task_sizes=(1,) * tasks, row_class=rows, **facts)
+    for task in range(done):
         made = made.with_task(record(task + 1))
     return made
 
 
-def save(folder: CheckpointFolder, tasks: int) -> RunManifest:
-    return folder.commit(manifest(tasks), {"sigma": torch.tensor(1.0)}, None, tasks - 1)
+def commit(folder: CheckpointFolder, made: RunManifest) -> RunManifest:
+    """Save the newest task of ``made``."""
+    return folder.commit(made, {"sigma": torch.tensor(1.0)}, {len(made.tasks) - 1: None})
+
+
+def commit_tasks(folder: CheckpointFolder, done: int, tasks: int) -> RunManifest:
+    """Save task after task."""
+    made = manifest(0, tasks)
+    for task in range(done):
+        made = commit(folder, made.with_task(record(task + 1)))
+    return made
 
 
 def test_json_and_back_is_the_same():
-    made = manifest(3)
+    base = BaseFacts("folder", 1, 2, "sha", "old and new classes", 0)
+    made = manifest(3, 3, base=base, missing_at_start=7, cost={"minutes": 0.5})
     assert RunManifest.from_json(json.loads(json.dumps(made.to_json()))) == made
-    assert made.finished and not replace(made, status="running").finished
+    assert made.finished and not manifest(2, 3).finished
 
 
-def test_what_is_kept_beside_the_manifest_comes_back(tmp_path):
-    made = save(CheckpointFolder(tmp_path), 4)
-    assert CheckpointFolder(tmp_path).read_manifest() == made
-    evaluations = [f"evaluation{task}.manifest" for task in range(4)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier3.pth", *evaluations, "run.manifest"]
+def test_each_task_adds_a_line_and_changes_none(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    made, lines = manifest(0, 4), b""
+    for task in range(4):
+        made = commit(folder, made.with_task(record(task + 1)))
+        assert folder.read_manifest() == made
+        content = (tmp_path / RESULTS).read_bytes()
+        assert content.startswith(lines) and content.count(b"\n") == task + 1
+        lines = content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier3.pth", RESULTS, "run.manifest"]
+    assert json.loads((tmp_path / "run.manifest").read_bytes())["tasks"] == []
 
 
-def test_only_the_last_task_keeps_what_grows_with_the_tasks():
-    *earlier, last = manifest(5).tasks
-    assert last == record(5)
-    for task, kept in enumerate(earlier):
-        assert (kept.confusion, kept.entropy, kept.details) == ({}, {}, {})
-        assert [result["per_task"] for result in kept.results.values()] == [
-            result["per_task"] for result in record(task + 1).results.values()
-        ]
+def test_what_a_dead_process_added_is_not_read_and_the_next_commit_cuts_it_off(tmp_path):
+    folder, whole = CheckpointFolder(tmp_path / "killed"), CheckpointFolder(tmp_path / "whole")
+    made = commit_tasks(folder, 2, 4)
+    with open(folder.folder / RESULTS, "ab") as file:
+        file.write(b'{"results": {"sample": half a line')
+    assert folder.read_manifest() == made
+    commit(folder, folder.read_manifest().with_task(record(3)))
+    commit_tasks(whole, 3, 4)
+    assert (folder.folder / RESULTS).read_bytes() == (whole.folder / RESULTS).read_bytes()
 
 
-def unfinished(tasks: int) -> RunManifest:
-    """Of a run of 300 tasks of one class, after the first ``tasks``."""
-    whole = tuple(range(300))
-    made = replace(manifest(0), class_order=tuple(map(str, whole)), task_sizes=(1,) * 300, row_class=whole)
-    for task in range(tasks):
-        made = made.with_task(record(task + 1))
-    return made
+@pytest.mark.parametrize("damage", ["shorter", "changed", "gone", "lines exchanged"])
+def test_results_that_are_not_those_that_were_saved_are_named(tmp_path, damage):
+    folder = CheckpointFolder(tmp_path)
+    commit_tasks(folder, 3, 4)
+    path = tmp_path / RESULTS
+    content = path.read_bytes()
+    first, second, third = content.splitlines(keepends=True)
+    path.write_bytes(
+        {"shorter": content[:-1], "changed": content.replace(b"0.25", b"0.75"), "gone": b""}.get(
+            damage, second + first + third
+        )
+    )
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{RESULTS} is (damaged|missing).*start over with --fresh"):
+        folder.read_manifest()
+
+
+def test_a_disk_that_is_full_while_a_line_is_added_leaves_what_was_saved(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    made = commit_tasks(folder, 2, 4)
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.runs.checkpoint.atomic_write", lambda *_: None)
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match=rf"{RESULTS} cannot be written \(No space left .*saved is unchanged"):
+            commit(folder, made.with_task(record(3)))
+    assert folder.read_manifest() == made
 
 
 def bytes_of_one_task(folder: Path, tasks: int) -> dict[str, int]:
-    """Bytes of each file that the task after ``tasks`` tasks writes, checkpoint and report; tensors are left out."""
-    before = CheckpointFolder(folder).commit(unfinished(tasks), {"sigma": torch.tensor(1.0)}, None, tasks - 1)
-    paths = RunPaths(folder / "logs", "run")
+    """Bytes that the task after ``tasks`` tasks writes to each file, checkpoint and report; tensors are left out."""
+    checkpoint, paths = CheckpointFolder(folder), RunPaths(folder / "logs", "run")
+    before = checkpoint.commit(manifest(tasks, 300), {}, dict.fromkeys(range(tasks)))
     write_run_json(paths, before)
-    old = {path: path.stat().st_ino for path in folder.rglob("*")}
-    after = CheckpointFolder(folder).commit(before.with_task(record(tasks + 1)), {}, None, tasks)
+    lines = (folder / RESULTS).stat().st_size
+    after = commit(checkpoint, before.with_task(record(tasks + 1)))
     write_run_json(paths, after)
-    new = [path for path in folder.rglob("*") if path.is_file() and old.get(path) != path.stat().st_ino]
-    return {re.sub(r"\d+", "", path.name): path.stat().st_size for path in new if path.suffix != ".pth"}
+    sizes = {path.name: path.stat().st_size for path in (folder / "run.manifest", paths.file(".json"))}
+    return {**sizes, RESULTS: (folder / RESULTS).stat().st_size - lines}
 
 
 def test_what_a_task_writes_grows_as_the_tasks_before_it_do(tmp_path):
     at = {tasks: bytes_of_one_task(tmp_path / str(tasks), tasks) for tasks in (50, 100, 200)}
-    assert set(at[50]) == {"run.manifest", "evaluation.manifest", "run.json", "run.csv", "run.epochs.csv"}
-    for name in at[50]:
+    for name in ("run.json", RESULTS):
         small, middle, large = (at[tasks][name] for tasks in (50, 100, 200))
         assert small < middle < large, name
         assert large - middle < 2.2 * (middle - small), name  # 2: a line; 4: a square
+    assert at[200]["run.manifest"] < at[50]["run.manifest"] + 10  # it names modules, and these are none
+
+
+def test_a_commit_hashes_its_own_line_alone(tmp_path, monkeypatch):
+    import hashlib
+
+    folder = CheckpointFolder(tmp_path)
+    made = commit_tasks(folder, 20, 30)
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr("hashlib.sha256", lambda content: (hashed.append(len(content)), sha256(content))[1])
+    commit(folder, made.with_task(record(21)))
+    assert sum(hashed) < (tmp_path / RESULTS).stat().st_size / 3
 
 
 def test_a_long_run_shows_what_grows_with_the_square_once_it_is_finished(tmp_path):
     paths = RunPaths(tmp_path, "run")
     for tasks, shown in ((FEW_TASKS, True), (FEW_TASKS + 1, False)):
-        values = write_run_json(paths, unfinished(tasks))
+        values = write_run_json(paths, manifest(tasks, 300))
         assert (len(values["results"]["sample"]["matrix"]), len(values["confusion"].get("sample", []))) == (
             (tasks, tasks) if shown else (0, 0)
         )
         assert isinstance(values["results"]["sample"]["forgetting"], float)
         assert len(values["epochs"]) == (tasks if shown else 0)
-    values = write_run_json(paths, manifest(FEW_TASKS + 5))
+    values = write_run_json(paths, manifest(FEW_TASKS + 5, FEW_TASKS + 5))
     assert np.array(values["confusion"]["sample"]).shape == (FEW_TASKS + 5,) * 2
     matrix = np.array(values["results"]["sample"]["matrix"], dtype=float)
     assert np.isnan(matrix).sum() == (FEW_TASKS + 5) * (FEW_TASKS + 4) / 2  # the tasks that were not learned yet
 
 
-@pytest.mark.skipif(os.name != "posix", reason="folders are flushed on POSIX alone")
-def test_csvs_are_flushed_to_disk_at_the_end_alone(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(os, "fsync", flushed.append)
-    write_run_json(RunPaths(tmp_path / "running", "run"), unfinished(2))
-    assert len(flushed) == 2  # the JSON and its folder
-    write_run_json(RunPaths(tmp_path / "finished", "run"), manifest(2))
-    assert len(flushed) == 2 + 3 * 2
-
-
-def test_a_file_of_results_is_never_written_again(tmp_path):
+@pytest.mark.parametrize("change", [{"format": 99}, {"files": {"../task0.pth": "0"}}, {"seed": 4}, {"tasks": 1}])
+def test_a_manifest_of_another_format_or_one_that_was_edited_is_one_line(tmp_path, change):
     folder = CheckpointFolder(tmp_path)
-    before = folder.commit(unfinished(3), {}, None, 2)
-    first = {path.name: path.stat().st_ino for path in tmp_path.glob("evaluation*")}
-    folder.commit(before.with_task(record(4)), {}, None, 3)
-    later = {path.name: path.stat().st_ino for path in tmp_path.glob("evaluation*")}
-    assert later.items() > first.items() and set(later) - set(first) == {"evaluation3.manifest"}
-
-
-def test_a_row_that_no_file_holds_is_missed(tmp_path):
-    folder = CheckpointFolder(tmp_path)
-    made = folder.commit(unfinished(3), {}, None, 2)
-    folder.write_manifest(replace(made, files={n: sha for n, sha in made.files.items() if n != "evaluation1.manifest"}))
-    with pytest.raises(CheckpointError, match=r"names no evaluation1\.manifest"):
+    folder.write_manifest(manifest(0, 3))
+    values = json.loads(folder.manifest_path.read_bytes())
+    folder.manifest_path.write_text(json.dumps({**values, **change}))
+    with pytest.raises(CheckpointError, match=r"run\.manifest is damaged \(its SHA-256"):
         folder.read_manifest()
 
 
-def test_rows_of_all_tasks_in_one_file_are_read_and_go_on(tmp_path):
-    """As format 2 wrote them."""
-    folder, made = CheckpointFolder(tmp_path), unfinished(3)
-    made = replace(made, tasks=tuple(replace(task, epochs=()) for task in made.tasks))  # they stood in the manifest
-    rows = [{n: {k: r[k] for k in ("per_task", "groups") if k in r} for n, r in t.results.items()} for t in made.tasks]
-    last = made.tasks[-1]
-    old = {"rows": rows, "confusion": last.confusion, "entropy": last.entropy, "details": last.details}
-    content = json_lines(old).encode()
-    (tmp_path / "evaluation2.manifest").write_bytes(content)
-    made = replace(made, files={"evaluation2.manifest": hashlib.sha256(content).hexdigest()})
-    folder.write_manifest(made)
-    assert folder.read_manifest() == made
-    grown = folder.commit(folder.read_manifest().with_task(record(4)), {}, None, 3)
-    assert set(grown.files) == {"evaluation2.manifest", "evaluation3.manifest", "classifier3.pth"}
-    assert folder.read_manifest() == grown
+def test_versions_load_no_package_that_a_run_may_not_need():
+    found = versions()
+    assert (found["torch"], found["timm"]) == (torch.__version__, version("timm"))
+    code = "import sys; from utils.runs.manifest import versions; versions(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torchvision", "timm"} & set(loaded)
 
 
-def test_an_old_manifest_that_held_everything_goes_on_and_is_then_kept_apart(tmp_path):
-    folder, made = CheckpointFolder(tmp_path), manifest(3)
-    early = replace(made, tasks=made.tasks[:2], status="running")
-    folder.write_manifest(early)  # names no file beside it
-    assert folder.read_manifest() == early
-    folder.commit(folder.read_manifest().with_task(record(3)), {"sigma": torch.tensor(1.0)}, None, 2)
-    assert folder.read_manifest().tasks[2] == record(3)
-    assert folder.read_manifest().tasks[0].results["sample"]["per_task"] == [100 / 3]
-    assert '"per_task":' not in (tmp_path / "run.manifest").read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"seed": "3"}, "'seed' is of another kind: str"),
-        ({"seed": True}, "'seed' is of another kind: bool"),
-        ({"tasks": [1]}, "'tasks' holds an item of another kind"),
-        ({"task_sizes": [1, 1]}, "task_sizes [1, 1] do not fit its 3 rows"),
-        ({"task_sizes": [3, 0]}, "task_sizes [3, 0] do not fit"),
-        ({"row_class": [0, 1, 9]}, "row_class names classes that are not among the 3"),
-        ({"row_class": [0, 1, -1]}, "row_class names classes that are not among the 3"),
-        ({"tasks": [manifest(1).tasks[0].to_json()] * 4}, "results of 4 of 3 tasks"),
-        ({"base": {"folder": 1}}, "base's 'folder' is of another kind"),
-        ({"tasks": [{"results": {"sample": 3}}]}, "a task's 'results' holds a value of another kind"),
-    ],
-)
-def test_a_manifest_of_another_shape_names_what_is_wrong(change, words):
-    with pytest.raises(CheckpointError) as caught:
-        RunManifest.from_json({**manifest(3).to_json(), **change})
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize("name", sorted(manifest(1).to_json().keys() - {"domains", "continual", "missing_at_start"}))
-def test_what_is_absent_is_named(name):
-    values = manifest(1).to_json()
-    del values[name]
-    if name in ("base", "cost", "format"):  # only where there is one; the reader of the file looks at the format
-        RunManifest.from_json(values)
-        return
-    with pytest.raises(CheckpointError, match=f"'{name}' is absent"):
-        RunManifest.from_json(values)
+def test_the_sizes_of_all_tasks_are_in_the_json(tmp_path):
+    """A continued run that tests new classes alone reports its own tasks; its title needs those before, too."""
+    made = replace(manifest(3, 3), base=BaseFacts("folder", 2, 2, "sha", "new classes alone", 2))
+    values = write_run_json(RunPaths(tmp_path, "run"), made)
+    assert (values["task_sizes"], values["all_task_sizes"]) == ([1], [1, 1, 1])

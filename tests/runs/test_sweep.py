@@ -210,13 +210,13 @@ def test_a_sweep_killed_before_the_json_of_a_task_ends_as_one_that_nobody_killed
     killed_after_commits(run_main, tmp_path, killed_keys, commits)
     left = [json.loads(path.read_text())["status"] for path in (tmp_path / "logs").rglob("*.json")]
     assert sorted(left) == status
-    for path in (tmp_path / "logs").rglob("*.json"):  # a write of a curve may have begun, too
-        path.with_name(f".{path.stem}.csv.999999999.partial").touch()
+    for path in (tmp_path / "logs").rglob("*.json"):  # a write of a report may have begun, too
+        path.with_name(f".{path.stem}.json.999999999.partial").touch()
     for path in (tmp_path / "tosca").rglob(MANIFEST):  # and what a commit replaces may not have been removed yet
         path.with_name("classifier0.pth").touch()
     assert run_main(tmp_path, *KILLED_GRID, **killed_keys).code == 0
     found = end_of(tmp_path)
-    assert {Path(name).suffix for name in found} >= {".json", ".csv", ".png", ".npz", ".pth"}
+    assert {Path(name).suffix for name in found} >= {".json", ".png", ".npz", ".pth"}
     assert found.keys() == unkilled.keys()
     assert [name for name in found if found[name] != unkilled[name]] == []
 

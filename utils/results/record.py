@@ -1,7 +1,6 @@
-"""The run's JSON, CSVs and picture: made from its manifest, and made again whenever they differ from it."""
+"""The run's JSON and picture: made from its manifest, and made again whenever they differ from it."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +56,7 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "format": FORMAT,
         **{name: values[name] for name in own},
         "task_sizes": values["task_sizes"][first:],
+        "all_task_sizes": values["task_sizes"],
         **{name: values[name] for name in ("base", "domains") if values.get(name)},
         "continual": manifest.continual,
         "results": collect_results(tasks, with_matrix=manifest.shows_all),
@@ -69,6 +69,7 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "epochs": [[epoch.to_json() for epoch in task.epochs] for task in tasks] if manifest.shows_all else [],
         "cost": manifest.cost,
         "seconds": _rounded_seconds(manifest.seconds),
+        "missing_at_start": manifest.missing_at_start,
         "backbone_forwards": manifest.backbone_forwards,
         "glossary": GLOSSARY,
     }
@@ -85,16 +86,9 @@ def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
 
 
 def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
-    """Bring the run's JSON, and the CSVs of its curves, to what ``manifest`` says; return what the JSON holds.
-
-    A file that says so already is left alone. The CSVs of a run that goes on are not flushed to disk: the next task
-    writes them anew. The JSON always is: a start knows by it whose report stands there.
-    """
-    values, done = run_json(manifest), manifest.finished
+    """Bring the run's JSON to what ``manifest`` says, unless it says so already; return what it holds."""
+    values = run_json(manifest)
     write_if_different(paths.file(".json"), json_lines(values).encode() + b"\n")
-    write_if_different(paths.file(".csv"), curves_csv(values).encode(), flush=done)
-    if any(record.epochs for record in manifest.tasks):
-        write_if_different(paths.file(".epochs.csv"), epochs_csv(manifest).encode(), flush=done)
     return values
 
 
@@ -106,28 +100,6 @@ def write_if_different(path: Path, content: bytes, *, flush: bool = True) -> Non
     except OSError:
         pass
     atomic_write(path, content, flush=flush)
-
-
-def epochs_csv(manifest: RunManifest) -> str:
-    """One line for each epoch of each task (both from 1): mean loss and training accuracy in percent."""
-    lines = ["task,epoch,loss,accuracy"]
-    for task, record in enumerate(manifest.tasks, start=1):
-        for epoch, stats in enumerate(record.epochs, start=1):
-            lines.append(f"{task},{epoch},{stats.loss},{stats.accuracy}")
-    return "\n".join(lines) + "\n"
-
-
-def curves_csv(run: dict[str, Any]) -> str:
-    """One line for each task (from 1) and selection: what a plot of the curves needs."""
-    lines = ["task,classes_seen,selection,top1,top5,selection_accuracy"]
-    classes_seen = list(itertools.accumulate(run["task_sizes"]))
-    if run["config"]["scenario"] == "domain":  # every domain brings the same classes
-        classes_seen = run["task_sizes"]
-    for name, result in run["results"].items():
-        chosen = run["selection_accuracy"].get(name, [""] * len(result["top1_curve"]))
-        for task, values in enumerate(zip(result["top1_curve"], result["top5_curve"], chosen, strict=True)):
-            lines.append(",".join(map(str, (task + 1, classes_seen[task], name, *values))))
-    return "\n".join(lines) + "\n"
 
 
 def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:

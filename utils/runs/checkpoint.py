@@ -1,19 +1,21 @@
-"""A run's folder of modules: verified when read, committed in one step after each task, never overwritten.
+"""A run's folder: checked when it is read, committed in one step after each task, never overwritten.
 
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
-learning need after task t. ``run.manifest`` names both with their SHA-256, the run's identity, and its results so far,
-and ends with a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the
-last one whole. ``evaluation<i>.manifest`` holds those results after task i that grow with the tasks; it never changes.
+learning need after task t. ``results.jsonl`` has a line for each task, to which nothing but lines are ever added.
+``run.manifest`` names these files with their SHA-256 and says how much of the last one counts; it holds the run's
+identity, and a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the last
+one whole: what lies beyond it in ``results.jsonl`` is not read, and the next commit cuts it off.
 """
 
 import hashlib
 import io
 import json
-import logging
 import os
+import pickle
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import CheckpointError, DamagedRunError
-from utils.files import atomic_write, free_name, json_lines, read_regular, remove_partials, sha256_of_file, write_json
-from utils.runs.manifest import FORMATS, RunManifest
-from utils.runs.tensors import MODULE_PREFIX, first_line, load_tensors, module_from_file
+from utils.errors import CheckpointError, DamagedRunError, UserError, is_lack_of_memory
+from utils.files import (
+    atomic_write,
+    free_name,
+    hint_of_limits,
+    json_text,
+    open_regular,
+    read_regular,
+    remove_partials,
+    sha256_of_file,
+    sync_folder,
+    write_json,
+)
+from utils.runs.manifest import RunManifest, TaskRecord
 
-log = logging.getLogger(__name__)
-
-MANIFEST = "run.manifest"  # JSON; not named so, for scripts that collect the JSON files below a log folder
+FORMAT = 1  # of the manifest and of all that it names
+# JSON, but not named so, for scripts that collect the JSON files below a log folder
+MANIFEST, RESULTS = "run.manifest", "results.jsonl"
 MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
-# JSON, but not named so, as the manifest: scripts collect the JSON files below a log folder
-EVALUATION_FILE = re.compile(r"evaluation(\d{1,6})\.manifest")
-OF_A_TASK = (MODULE_FILE, EVALUATION_FILE)  # written once; a manifest names those of all tasks, and one classifier
-NAMED_FILES = (*OF_A_TASK, CLASSIFIER_FILE)  # what a manifest may name
+NAMED_FILES = (MODULE_FILE, CLASSIFIER_FILE, re.compile(re.escape(RESULTS)))  # what a manifest may name
 RUN_FILES = (*NAMED_FILES, re.compile(re.escape(MANIFEST)))
+MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
 
 
 def module_name(task: int) -> str:
@@ -45,16 +55,8 @@ def classifier_name(task: int) -> str:
     return f"classifier{task}.pth"
 
 
-def evaluation_name(task: int) -> str:
-    return f"evaluation{task}.manifest"
-
-
 class CheckpointFolder:
-    """The files of one run.
-
-    Args:
-        folder: where they are.
-    """
+    """The files of one run, in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,78 +65,142 @@ class CheckpointFolder:
     def manifest_path(self) -> Path:
         return self.folder / MANIFEST
 
+    # -- reading ---------------------------------------------------------------------------------------------------
+
     def read_manifest(self) -> RunManifest | None:
-        """``run.manifest``, or None if there is none.
-
-        Raises:
-            CheckpointError: it cannot be read, is damaged, was edited, or is of another format.
-        """
+        """The run that was last committed, with its results; None if there is none."""
         path = self.manifest_path
-        try:
-            values = json.loads(read_regular(path))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); correct that, start again") from error
-        except (ValueError, RecursionError) as error:
-            raise DamagedRunError(f"{path} is damaged ({first_line(error)})") from error
-        if not isinstance(values, dict) or "identity" not in values:
-            raise DamagedRunError(f"{path} is damaged (it is not a run's manifest)")
-        if values.get("format") not in FORMATS:
-            raise CheckpointError(
-                f"{path} has format {values.get('format')!r}, this version reads {', '.join(map(str, FORMATS))}; use "
-                "the version that wrote it, or another checkpoint_dir"
-            )
-        if (recorded := values.pop("sha256", None)) != (found := _sha256_of_values(values)):
-            raise DamagedRunError(
-                f"{path} is damaged or was edited: its SHA-256 is {found[:12]}…, it says {str(recorded)[:12]}…"
-            )
-        try:
-            manifest = RunManifest.from_json(values)
-            _check_files(manifest.files)
-        except CheckpointError as error:
-            raise DamagedRunError(f"{path} is damaged ({error})") from None
-        return self._with_evaluations(manifest)
-
-    def _with_evaluations(self, manifest: RunManifest) -> RunManifest:
-        """The manifest with the results in the files beside it."""
-        for task in _evaluated(manifest.files):
-            name = evaluation_name(task)
-            path = self._verified(name, manifest.files[name])
+        with reading(path):
             try:
-                manifest = manifest.with_evaluation(task, json.loads(path.read_bytes()))
-            except (ValueError, RecursionError, CheckpointError) as error:
-                raise DamagedRunError(f"{path} is damaged ({first_line(error)})") from error
-        if (lacking := manifest.without_row()) is not None:
-            raise DamagedRunError(f"{self.manifest_path} names no {evaluation_name(lacking)}")
+                values = json.loads(read_regular(path))
+            except FileNotFoundError:
+                return None
+            if (said := values.pop("sha256")) != (found := _sha256_of_values(values)):
+                raise ValueError(f"its SHA-256 is {found[:12]}…, it says {said[:12]}…")
+            if (form := values.pop("format")) != FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {form!r}, this version reads {FORMAT}; use the version that wrote it, or "
+                    "another checkpoint_dir"
+                )
+            manifest = RunManifest.from_json(values)
+            for name in manifest.files:
+                if not any(form.fullmatch(name) for form in NAMED_FILES):
+                    raise ValueError(f"it names {name!r}, which is no file of a run")
+        if RESULTS not in manifest.files:
+            return manifest
+        lines = self._lines(manifest)
+        with reading(self.folder / RESULTS):
+            return RunManifest.from_json({**values, "tasks": [json.loads(line) for line in lines]})
+
+    def _lines(self, manifest: RunManifest) -> list[bytes]:
+        """The lines of ``results.jsonl`` that ``manifest`` names."""
+        path = self._own(RESULTS)
+        with reading(path):
+            lines = read_regular(path)[: manifest.results_bytes].splitlines(keepends=True)
+        _check_sha256(path, _chained("", lines), manifest)
+        return lines
+
+    def _own(self, name: str) -> Path:
+        """The path of a file of this folder; a link may lead to where the model hub's cache keeps its files alone."""
+        path, folder = self.folder / name, Path(os.path.realpath(self.folder))
+        if Path(os.path.realpath(path)).parent not in (folder, folder.parent.parent / "blobs"):
+            raise DamagedRunError(f"{path} is a link to elsewhere")
+        return path
+
+    def check(self, manifest: RunManifest, name: str) -> Path:
+        """Check that a file is the one that ``manifest`` names; return its path."""
+        path = self._own(name)
+        if name == RESULTS:
+            self._lines(manifest)
+            return path
+        with reading(path):
+            found = sha256_of_file(path)
+        _check_sha256(path, found, manifest)
+        return path
+
+    def verify(self, manifest: RunManifest) -> None:
+        """Read every file that ``manifest`` names once more, and the manifest too."""
+        for name in manifest.files:
+            self.check(manifest, name)
+        found = self.read_manifest()
+        if found is None or found.files != manifest.files:
+            raise DamagedRunError(f"{self.manifest_path} was changed while the run was at work")
+
+    def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
+        found = {name: load_tensors(self.check(manifest, name)) for name in manifest.files if name != RESULTS}
+        numbers = sorted(int(task[1]) for name in found if (task := MODULE_FILE.fullmatch(name)))
+        modules = [found.pop(module_name(number)) for number in numbers]
+        return next(iter(found.values()), {}), modules
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def commit(
+        self, manifest: RunManifest, state: dict[str, Tensor], modules: Mapping[int, dict[str, Tensor] | None]
+    ) -> RunManifest:
+        """Save what the newest tasks changed, then the manifest that names it; return that manifest.
+
+        Args:
+            manifest: with the results of these tasks.
+            state: of the classifier, after the last of them.
+            modules: by task, from 0; None where the method has none. Task 0 among them begins the folder anew.
+        """
+        first, last = min(modules), max(modules)
+        if first == 0:
+            manifest = replace(manifest, files={}, results_bytes=0)
+        files = {name: sha256 for name, sha256 in manifest.files.items() if not CLASSIFIER_FILE.fullmatch(name)}
+        for task, module in modules.items():
+            if module is not None:
+                named = {MODULE_PREFIX + key: tensor for key, tensor in module.items()}
+                files[module_name(task)] = self._save(module_name(task), named)
+        files[classifier_name(last)] = self._save(classifier_name(last), state)
+        manifest = self._with_lines(replace(manifest, files=files), manifest.tasks[first:])
+        self.write_manifest(manifest)
+        self.remove_old_files(manifest)
         return manifest
+
+    def _save(self, name: str, state: dict[str, Tensor]) -> str:
+        """Write a file of tensors; return the SHA-256 of what was meant, not of what the disk made of it."""
+        buffer = io.BytesIO()
+        torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
+        atomic_write(self.folder / name, buffer.getbuffer())
+        return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+    def _with_lines(self, manifest: RunManifest, records: Sequence[TaskRecord]) -> RunManifest:
+        """Add lines to ``results.jsonl`` behind those that ``manifest`` names; return the manifest that names them."""
+        path, size = self._own(RESULTS), manifest.results_bytes
+        lines = [json_text(record.to_json()).encode() + b"\n" for record in records]
+        try:
+            with open(path, "ab") as file:
+                file.truncate(size)  # what a process added that died before it could commit
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.folder)
+        except OSError as error:
+            hint = hint_of_limits(error) or "free space or correct the permissions"
+            reason = f"{path} cannot be written ({error.strerror})"
+            raise UserError(f"{reason}; what was saved is unchanged: {hint}, then start again") from error
+        sha256 = _chained(manifest.files.get(RESULTS, ""), lines)
+        size += sum(map(len, lines))
+        return replace(manifest, files={**manifest.files, RESULTS: sha256}, results_bytes=size)
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace ``run.manifest``: from here on a start of the same run goes on from ``manifest``."""
-        values = manifest.to_json(whole=not _evaluated(manifest.files))
+        values = {"format": FORMAT, **replace(manifest, tasks=()).to_json()}
         write_json(self.manifest_path, {**values, "sha256": _sha256_of_values(values)})
 
-    def _verified(self, name: str, sha256: str) -> Path:
-        """The path of a file that the manifest names: a file of this folder with that SHA-256.
+    def remove_partials(self) -> None:
+        """Remove what killed writes left; only for the holder of the folder's lock."""
+        remove_partials(self.folder, f"({'|'.join(form.pattern for form in RUN_FILES)})")
 
-        Raises:
-            CheckpointError: it is missing, a link to elsewhere, no regular file, or another one.
-        """
-        path = self.folder / name
-        try:
-            if path.resolve(strict=True).parent != self.folder.resolve() or not path.is_file():
-                raise DamagedRunError(f"{path} is a link to elsewhere or no regular file")
-            found = sha256_of_file(path)
-        except FileNotFoundError:
-            raise DamagedRunError(f"{path} is missing though {MANIFEST} names it") from None
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-            reason = getattr(error, "strerror", None) or error
-            raise DamagedRunError(f"{path} cannot be read ({reason})") from error
-        if found != sha256:
-            raise DamagedRunError(
-                f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, {MANIFEST} says {sha256[:12]}…"
-            )
-        return path
+    def remove_old_files(self, manifest: RunManifest) -> None:
+        """Remove every classifier but the one that ``manifest``, which is on disk, names."""
+        for path in self.run_files():
+            if CLASSIFIER_FILE.fullmatch(path.name) and path.name not in manifest.files:
+                path.unlink(missing_ok=True)
+
+    # -- moving and copying ----------------------------------------------------------------------------------------
 
     def run_files(self) -> list[Path]:
         """The files here that belong to some run, ours or the release's; the manifest first."""
@@ -171,64 +237,6 @@ class CheckpointFolder:
             ) from error
         return aside
 
-    def remove_partials(self) -> None:
-        """Remove what killed writes left; only for the holder of the folder's lock."""
-        remove_partials(self.folder, f"({'|'.join(form.pattern for form in RUN_FILES)})")
-
-    def commit(
-        self, manifest: RunManifest, state: dict[str, Tensor], module: dict[str, Tensor] | None, task: int
-    ) -> RunManifest:
-        """Save what task ``task`` changed, then the manifest that names it; return that manifest.
-
-        Raises:
-            CheckpointError: a module of an earlier task is not there any more.
-        """
-        self._check_modules(manifest)
-        files = {n: sha for n, sha in manifest.files.items() if any(form.fullmatch(n) for form in OF_A_TASK)}
-        before = max((index for index in _evaluated(files) if index < task), default=-1)
-        for new in range(before + 1, len(manifest.tasks)):
-            content = json_lines(manifest.evaluation(new)).encode()
-            files[evaluation_name(new)] = self._write(evaluation_name(new), content)
-        files |= self._save_module(task, module)
-        files[classifier_name(task)] = self._save(classifier_name(task), state)
-        manifest = replace(manifest, files=files)
-        self.write_manifest(manifest)
-        self.remove_old_files(manifest)
-        return manifest
-
-    def _check_modules(self, manifest: RunManifest) -> None:
-        for name in manifest.files:
-            if MODULE_FILE.fullmatch(name) and not (self.folder / name).is_file():
-                raise DamagedRunError(f"{self.folder / name} was removed while the run was at work")
-
-    def verify(self, manifest: RunManifest) -> None:
-        """Read every file that ``manifest`` names once more, and the manifest too.
-
-        Raises:
-            CheckpointError: one is missing or not what was saved.
-        """
-        for name, sha256 in manifest.files.items():
-            self._verified(name, sha256)
-        found = self.read_manifest()
-        if found is None or found.files != manifest.files:
-            raise DamagedRunError(f"{self.manifest_path} was changed while the run was at work")
-
-    def remove_old_files(self, manifest: RunManifest) -> None:
-        """Remove every classifier and evaluation but those that ``manifest``, which is on disk, names."""
-        for path in self.run_files():
-            form = CLASSIFIER_FILE.fullmatch(path.name) or EVALUATION_FILE.fullmatch(path.name)
-            if form and path.name not in manifest.files:
-                path.unlink(missing_ok=True)
-
-    def commit_all(
-        self, manifest: RunManifest, state: dict[str, Tensor], modules: list[dict[str, Tensor] | None]
-    ) -> RunManifest:
-        """``commit`` for all tasks at once: a run that grew in memory, not here."""
-        files: dict[str, str] = {}
-        for task, module in enumerate(modules):
-            files |= self._save_module(task, module)
-        return self.commit(replace(manifest, files=files), state, None, len(modules) - 1)
-
     def copy_aside(self, manifest: RunManifest) -> Path:
         """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
         folder = self.folder.resolve()
@@ -240,73 +248,11 @@ class CheckpointFolder:
 
     def copy_files(self, source: "CheckpointFolder", manifest: RunManifest) -> None:
         """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
-        for name, sha256 in manifest.files.items():
-            path = source._verified(name, sha256)
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise DamagedRunError(f"{path} cannot be read ({error.strerror})") from error
-            atomic_write(self.folder / name, content)
-
-    def _save_module(self, task: int, module: dict[str, Tensor] | None) -> dict[str, str]:
-        """Write ``task<i>.pth`` under the release's keys; return its name with its SHA-256, nothing for no module."""
-        if module is None:
-            return {}
-        name = module_name(task)
-        return {name: self._save(name, {MODULE_PREFIX + key: tensor for key, tensor in module.items()})}
-
-    def _save(self, name: str, state: dict[str, Tensor]) -> str:
-        buffer = io.BytesIO()
-        torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
-        return self._write(name, buffer.getbuffer())
-
-    def _write(self, name: str, content: bytes | memoryview) -> str:
-        """Write a file of the run; return the SHA-256 of what was meant, not of what the disk made of it."""
-        with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the disk does, and waits for nothing of it
-            sha256 = beside.submit(hashlib.sha256, content)
-            atomic_write(self.folder / name, content)
-            return sha256.result().hexdigest()
-
-    def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or another run's, or holds a number that is not finite.
-        """
-        modules = []
-        state: dict[str, Tensor] = {}
-        for name, sha256 in manifest.files.items():
-            if EVALUATION_FILE.fullmatch(name):
-                continue
-            path = self._verified(name, sha256)
-            tensors = module_from_file(path) if MODULE_FILE.fullmatch(name) else load_tensors(path)
-            if bad := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-                raise DamagedRunError(f"{path} holds numbers in {bad[0]!r} that are not finite")
-            if task := MODULE_FILE.fullmatch(name):
-                modules.append((int(task[1]), tensors))
-            else:
-                state = tensors
-        return state, [module for _, module in sorted(modules, key=lambda numbered: numbered[0])]
-
-
-def _check_files(files: dict[str, Any]) -> None:
-    """Check that ``files`` are plain names of the forms that a run writes, each with a SHA-256.
-
-    Raises:
-        CheckpointError: the first that is not.
-    """
-    for name, sha256 in files.items():
-        if not any(form.fullmatch(name) for form in NAMED_FILES):
-            raise CheckpointError(f"it names {name!r}, which is no file of a run")
-        if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            raise CheckpointError(f"its SHA-256 of {name!r} is none")
-    if len(named := [name for name in files if CLASSIFIER_FILE.fullmatch(name)]) > 1:
-        raise CheckpointError(f"it names both {named[0]!r} and {named[1]!r}")
-
-
-def _evaluated(files: dict[str, str]) -> list[int]:
-    """The tasks, counted from 0, with an evaluation among ``files``; none where the manifest holds all (format 1)."""
-    return sorted(int(found[1]) for name in files if (found := EVALUATION_FILE.fullmatch(name)))
+        for name in manifest.files:
+            path = source.check(manifest, name)
+            with reading(path):
+                content = read_regular(path)
+            atomic_write(self.folder / name, content[: manifest.results_bytes] if name == RESULTS else content)
 
 
 def _outside(folder: Path) -> Path:
@@ -324,6 +270,58 @@ def _name_aside(folder: Path) -> Path:
     return free_name(_outside(folder) / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+# -- single files -----------------------------------------------------------------------------------------------------
+
+
+def _chained(sha256: str, lines: Sequence[bytes]) -> str:
+    """The SHA-256 of lines behind others whose SHA-256 is given, so that another line costs itself alone."""
+    for line in lines:
+        sha256 = hashlib.sha256(sha256.encode() + line).hexdigest()
+    return sha256
+
+
+def _check_sha256(path: Path, found: str, manifest: RunManifest) -> None:
+    if found != (named := manifest.files.get(path.name, "")):
+        raise DamagedRunError(
+            f"{path} is damaged or from another run: its SHA-256 is {found[:12]}…, {MANIFEST} says {named[:12]}…"
+        )
+
+
 def _sha256_of_values(values: dict[str, Any]) -> str:
     """Of JSON values, whatever their order and layout in the file; all keys are strings."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A plain state dict, a LuCA's without the release's prefix; no code in the file, which may be anyone's, is run."""
+    with reading(path), open_regular(path) as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # what torch says about it advises to trust the file
+            state = None
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it is not a plain state dict of tensors")
+        return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A fault while ``path`` is read is told as what it is: missing, refused by the machine, or else damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise DamagedRunError(f"{path} is missing") from None
+    except OSError as error:
+        hint = hint_of_limits(error) or "correct that"
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); {hint}, then start again") from error
+    except Exception as error:
+        if is_lack_of_memory(error):
+            raise
+        raise DamagedRunError(f"{path} is damaged ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, short enough for a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

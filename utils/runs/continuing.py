@@ -15,11 +15,8 @@ from typing import Any
 from utils.config.config import Config
 from utils.data.tasks import LearnedClasses, TaskStream
 from utils.errors import CheckpointError, ConfigError, DamagedRunError, DataError
-from utils.files import sha256_of_file
-from utils.runs.checkpoint import EVALUATION_FILE, MANIFEST, MODULE_FILE, CheckpointFolder, moving_folder
-from utils.runs.identity import fixed_once_saved
-from utils.runs.json_values import JsonValues
-from utils.runs.manifest import BaseFacts, RunManifest, TaskRecord
+from utils.runs.checkpoint import MANIFEST, MODULE_FILE, RESULTS, CheckpointFolder, moving_folder
+from utils.runs.manifest import BaseFacts, RunManifest, fixed_once_saved
 
 log = logging.getLogger(__name__)
 
@@ -45,38 +42,17 @@ class SavedRun:
         return self.manifest.learned(self.tasks)
 
 
-def _check_facts(manifest: RunManifest) -> None:
-    """Check what is read by name from the manifest's free parts.
-
-    Raises:
-        CheckpointError: something is absent or of another kind; it is named.
-    """
-    backbone, data = JsonValues(manifest.backbone, "backbone's "), JsonValues(manifest.data, "data's ")
-    for name in ("name", "weights_sha256", "precision"):
-        backbone.read(name, str)
-    data.read("train_images", int)
-    JsonValues(manifest.identity, "identity's ").items("learned_by_hand", str, [])
-
-
 def read_run(checkpoint: CheckpointFolder) -> RunManifest:
-    """The manifest of a run that has learned something.
-
-    Raises:
-        CheckpointError: there is none; the message says what is there instead. DamagedRunError: it is damaged.
-    """
-    manifest = checkpoint.read_manifest()
+    """The manifest of a run that has learned something; where there is none, a fault says what is there instead."""
+    manifest, folder = checkpoint.read_manifest(), checkpoint.folder
     if manifest is not None and manifest.tasks:
-        try:
-            _check_facts(manifest)
-        except CheckpointError as error:
-            raise DamagedRunError(f"{checkpoint.manifest_path} is damaged ({error})") from None
         return manifest
-    folder = checkpoint.folder
     if manifest is not None:
         raise CheckpointError(f"the run in {str(folder)!r} has not finished its first task")
     if seeds := sorted(path.parent.name for path in folder.glob(f"seed*/{MANIFEST}")):
         raise CheckpointError(f"{str(folder)!r} holds the runs of several seeds; choose one: {folder / seeds[0]}")
-    if any(MODULE_FILE.fullmatch(path.name) for path in checkpoint.run_files()):
+    names = [path.name for path in checkpoint.run_files()]
+    if names and all(map(MODULE_FILE.fullmatch, names)):
         raise CheckpointError(
             f"{str(folder)!r} holds modules but no {MANIFEST}: the release's files come without a classifier, so they "
             "cannot predict; train with this project"
@@ -93,9 +69,6 @@ def find_saved_run(config: Config, identity: Callable[[str], dict[str, Any]]) ->
     Args:
         config: of the run that continues.
         identity: of that run on top of a base of the given SHA-256.
-
-    Raises:
-        CheckpointError: no run there, a damaged or an unfinished one. ConfigError: this run does not fit it.
     """
     checkpoint = CheckpointFolder(Path(config.continue_from or "").expanduser())
     manifest = read_run(checkpoint)
@@ -131,79 +104,58 @@ def _check_fits(config: Config, base: SavedRun, new: dict[str, Any]) -> None:
             )
 
 
-def adopt(base: SavedRun, checkpoint: CheckpointFolder, manifest: RunManifest, stream: TaskStream) -> RunManifest:
-    """Copy the base's files to ``checkpoint`` and return the ``manifest`` of a run that begins with its tasks.
-
-    Nothing of the base is changed or lost: if it lies in ``checkpoint``, a copy is set aside.
-
-    Raises:
-        CheckpointError: it changed since ``find_saved_run``, or is damaged. DataError: see ``tests_old``.
-    """
-    source = CheckpointFolder(base.folder)
-    saved = read_run(source)
+def on_top(base: SavedRun, manifest: RunManifest, stream: TaskStream) -> RunManifest:
+    """The ``manifest`` of a new run with the tasks and files of the ``base`` in front; nothing is written."""
+    saved = read_run(CheckpointFolder(base.folder))
     if _sha256(saved) != base.sha256:
-        raise CheckpointError(f"the run in {str(base.folder)!r} has changed while it was read; start again")
-    source.load(saved)  # damage shows here, before anything is written
-    folder = base.folder
-    if base.folder.resolve() == checkpoint.folder.resolve():
-        folder = source.copy_aside(saved)
-        log.info("A copy of the run that is continued is in %s", folder)
-    else:
-        checkpoint.copy_files(source, saved)
-    first = base.tasks
-    if tests_old(base, stream):
-        first = max((i + 1 for i, record in enumerate(saved.tasks) if not record.results), default=0)
-    return replace(
-        manifest,
-        files=dict(saved.files),
-        tasks=tuple(record if i >= first else _untested(record) for i, record in enumerate(saved.tasks)),
-        base=BaseFacts(
-            folder=str(folder.resolve()),
-            tasks=base.tasks,
-            classes=len(base.learned.class_names),
-            sha256=base.sha256,
-            evaluation="old and new classes" if tests_old(base, stream) else "new classes alone",
-            reported_from_task=first,
-        ),
+        raise CheckpointError(f"the run in {str(base.folder)!r} has other files than when it was found; start again")
+    tested = tests_old(base, stream)
+    untested = [number for number, record in enumerate(saved.tasks, start=1) if not record.results]
+    facts = BaseFacts(
+        folder=str(base.folder.resolve()),
+        tasks=base.tasks,
+        classes=len(base.learned.class_names),
+        sha256=base.sha256,
+        evaluation="old and new classes" if tested else "new classes alone",
+        reported_from_task=max([saved.first_reported, *untested]) if tested else base.tasks,
     )
+    return replace(manifest, files=saved.files, results_bytes=saved.results_bytes, tasks=saved.tasks, base=facts)
 
 
-def holds_copies_alone(checkpoint: CheckpointFolder, base: SavedRun) -> bool:
-    """Whether all files of runs in ``checkpoint`` are copies of the base's: ``adopt`` was killed while it copied."""
-    files, saved = checkpoint.run_files(), base.manifest.files
+def bring_files(facts: BaseFacts, checkpoint: CheckpointFolder, manifest: RunManifest) -> RunManifest:
+    """Copy the files of the saved run to ``checkpoint``, or, where they lie there, to a folder beside it."""
+    source = CheckpointFolder(Path(facts.folder))
+    if source.folder != checkpoint.folder.resolve():
+        checkpoint.copy_files(source, manifest)
+        return manifest
+    folder = source.copy_aside(read_run(source))
+    log.info("A copy of the run that is continued is in %s", folder)
+    return replace(manifest, base=replace(facts, folder=str(folder)))
+
+
+def holds_copies_alone(checkpoint: CheckpointFolder, manifest: RunManifest) -> bool:
+    """Whether all files of runs in ``checkpoint`` are those of ``manifest``: ``bring_files`` was killed at work."""
     try:
-        same = [sha256_of_file(path) == saved.get(path.name) for path in files]
-    except OSError:
+        for path in checkpoint.run_files():
+            checkpoint.check(manifest, path.name)
+    except DamagedRunError:
         return False
-    return bool(files) and all(same) and not moving_folder(checkpoint.folder.resolve()).is_dir()
-
-
-def _untested(record: TaskRecord) -> TaskRecord:
-    return replace(record, results={}, confusion={}, entropy={}, details={})
+    return not moving_folder(checkpoint.folder.resolve()).is_dir()
 
 
 def tests_old(base: SavedRun, stream: TaskStream) -> bool:
-    """Whether the data tests what the base has learned: all of it or nothing.
-
-    Raises:
-        DataError: some of its classes have test images, others have none.
-    """
-    lacking = [
-        name
-        for task in stream.tasks[: base.tasks]
-        for row, name in zip(task.rows, (stream.class_names[c] for c in stream.row_class[task.rows]), strict=True)
-        if not (task.test_classes == stream.row_class[row]).any()
-    ]
-    tested = sum(len(task.rows) for task in stream.tasks[: base.tasks]) - len(lacking)
-    if tested and lacking:
+    """Whether the data tests what the base has learned: all of it or nothing; only some of it is a fault."""
+    old = [(task, number) for task in stream.tasks[: base.tasks] for number in stream.row_class[task.rows]]
+    lacking = [stream.class_names[number] for task, number in old if number not in task.test_classes]
+    if 0 < len(lacking) < len(old):
         raise DataError(
-            f"the test folder holds {tested} of the classes of the saved run, but not {lacking[0]!r}; give the test "
-            "images of all of them, or of none to test the new classes alone"
+            f"the test folder holds {len(old) - len(lacking)} of the classes of the saved run, but not {lacking[0]!r}; "
+            "give the test images of all of them, or of none to test the new classes alone"
         )
     return not lacking
 
 
 def _sha256(manifest: RunManifest) -> str:
-    tensors = {name: sha256 for name, sha256 in manifest.files.items() if not EVALUATION_FILE.fullmatch(name)}
+    tensors = {name: sha256 for name, sha256 in manifest.files.items() if name != RESULTS}
     facts = {"files": tensors, **manifest.learned().as_json()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()

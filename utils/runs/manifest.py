@@ -1,16 +1,12 @@
-"""The manifest of a run as a type: what it is, what it has learned so far, and the results of each task.
+"""The record of a run as a type: what makes it the run that it is, what it has learned, the results of each task.
 
-Both types are frozen. A run that goes on makes a new manifest from the old one (``with_task``, ``dataclasses.replace``)
-and the checkpoint folder writes that in one step.
-
-What grows with the tasks, for each task, stands on disk beside the manifest, in a file a task that is written once:
-``to_json(whole=False)`` leaves it out, ``evaluation`` gives it, ``with_evaluation`` puts it back. What grows with their
-square within one task is kept at the end alone, and on the way while there are few tasks (``FEW_TASKS``). So what a
-task writes grows at most as the tasks before it do.
+All types are frozen. A run that goes on makes a new manifest from the old one (``with_task``, ``dataclasses.replace``)
+and the checkpoint folder writes that in one step: the tasks' records to ``results.jsonl``, a line each, and the rest to
+``run.manifest``. So what a task writes grows at most as the tasks before it do.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +14,8 @@ import numpy as np
 
 from utils.config.config import Config
 from utils.data.tasks import LearnedClasses
-from utils.errors import CheckpointError
-from utils.runs.identity import run_identity, versions
-from utils.runs.json_values import JsonValues
-from utils.words import counted
 
-FORMAT = 4  # 1: one file, 2: rows of all tasks in the last task's file, 3: symmetric matrices whole; all are read
-FORMATS = (1, 2, 3, FORMAT)
-FEW_TASKS = 30  # up to here the JSON of an unfinished run holds all that that of a finished one does
+FEW_TASKS = 30  # up to here a run that goes on keeps and shows what grows with the square of its tasks
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,6 @@ class EpochStats:
     accuracy: float
 
     def to_json(self) -> dict[str, float]:
-        """Return JSON-ready values under the names of the attributes."""
         return {"loss": self.loss, "accuracy": self.accuracy}  # dataclasses.asdict takes ten times as long
 
 
@@ -51,14 +40,14 @@ class TaskRecord:
 
     Attributes:
         results: for each selection ``top1``, ``top5``, ``per_task``, ``groups`` and, with modules,
-            ``selection_accuracy``, all in percent. Empty for a task that nobody tested; ``groups`` of the last alone.
-        confusion: for each selection of a module the counts of (true task, chosen module); of the last task alone, and
-            empty while a run of more than ``FEW_TASKS`` tasks goes on.
-        entropy: for each such selection the mean entropy of the chosen module in nats, by module; of the last alone.
+            ``selection_accuracy``, all in percent. Empty for a task that was learned without test images.
+        confusion: for each selection of a module the counts of (true task, chosen module); empty while a run of more
+            than ``FEW_TASKS`` tasks goes on.
+        entropy: for each such selection the mean entropy of the chosen module in nats, by module.
         sparsity: share of the new module's parameters that are nearly zero; None without modules.
         parameters: numbers of parameters, by what holds them.
-        epochs: what each epoch of training gave; empty where that was not kept.
-        details: of the last task alone, for each selection accuracy on each class and calibration
+        epochs: what each epoch of training gave.
+        details: of a run's last task, for each selection accuracy on each class and calibration
             (``utils.results.predictions``); empty for the others.
     """
 
@@ -70,50 +59,13 @@ class TaskRecord:
     epochs: tuple[EpochStats, ...] = ()
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def of_an_earlier_task(self) -> "TaskRecord":
-        """Return what is kept once there is a later task."""
-        results = {name: _without(result, ("groups",)) for name, result in self.results.items()}
-        return replace(self, results=results, confusion={}, entropy={}, details={})
-
-    def to_json(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return JSON-ready values under the names of the attributes; unless ``whole``, without ``evaluation``'s."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if whole:
-            return {**values, "epochs": [epoch.to_json() for epoch in self.epochs]}
-        values["results"] = {name: _without(result, _IN_ROWS) for name, result in self.results.items()}
-        return {name: value for name, value in values.items() if name not in (*_OF_THE_LAST, "epochs")}
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values under the names of the attributes."""
+        return {**vars(self), "epochs": [epoch.to_json() for epoch in self.epochs]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskRecord":
-        """Read what ``to_json`` gave; a record of an older version has no ``epochs`` and ``details``.
-
-        Raises:
-            CheckpointError: something is absent or of another kind; it is named.
-        """
-        get = JsonValues(values, "a task's ")
-        return cls(
-            results=get.results("results"),
-            confusion=get.numbers("confusion", {}),
-            entropy=get.numbers("entropy", {}),
-            sparsity=get.read("sparsity", (float, int, type(None))),
-            parameters=get.numbers("parameters"),
-            details=get.read("details", dict, {}),
-            epochs=_epochs_from_json(get),
-        )
-
-
-def _epochs_from_json(get: JsonValues) -> tuple[EpochStats, ...]:
-    epochs = [JsonValues(item, "an epoch's ") for item in get.read("epochs", list, [])]
-    numbers = [[float(epoch.read(name, (float, int))) for name in ("loss", "accuracy")] for epoch in epochs]
-    return tuple(EpochStats(*of_epoch) for of_epoch in numbers)
-
-
-_IN_ROWS = ("per_task", "groups")  # of a selection's results: one number for each task so far
-_OF_THE_LAST = ("confusion", "entropy", "details")  # kept for the last task alone
-
-
-def _without(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
+        return cls(**{**values, "epochs": tuple(EpochStats(**epoch) for epoch in values["epochs"])})
 
 
 @dataclass(frozen=True)
@@ -150,7 +102,7 @@ class RunManifest:
         data: counts of classes and images, and the images' hash by split.
         versions: of what computed the numbers.
         class_order: class names in the order of learning.
-        task_sizes: classifier rows that each task brings.
+        task_sizes: classifier rows that each task brings, those of a continued run's base first.
         row_class: the class (a place in ``class_order``) of each classifier row.
         domains: of each task, in domain-incremental runs; else empty.
         continual: False for a method that sees earlier tasks' data again.
@@ -158,7 +110,8 @@ class RunManifest:
         backbone_forwards: images that passed the backbone for this run.
         seconds: spent, by phase.
         files: the checkpoint's files with their SHA-256.
-        tasks: the results after each task that is done.
+        results_bytes: how much of ``results.jsonl`` counts.
+        tasks: the results after each task that is done; those before ``first_reported`` are of the base's test images.
         cost: what training and answering cost, by name (``models.cost``); empty before the end.
         base: the saved run that this one continues, or None.
     """
@@ -179,13 +132,13 @@ class RunManifest:
     backbone_forwards: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "train": 0.0, "evaluate": 0.0})
     files: dict[str, str] = field(default_factory=dict)
+    results_bytes: int = 0
     tasks: tuple[TaskRecord, ...] = ()
     cost: dict[str, float] = field(default_factory=dict)
     base: BaseFacts | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether every task is done."""
         return self.status == "finished"
 
     @property
@@ -199,33 +152,30 @@ class RunManifest:
         return self.base.reported_from_task if self.base else 0
 
     def with_task(self, record: TaskRecord, **changes: Any) -> "RunManifest":
-        """Return the manifest after one more task, with other attributes changed by name."""
+        """The manifest after one more task, with other attributes changed by name."""
         done = len(self.tasks) + 1 == len(self.task_sizes)
-        if not done and len(self.tasks) >= FEW_TASKS:
-            record = replace(record, confusion={})
-        tasks = (*(earlier.of_an_earlier_task() for earlier in self.tasks[-1:]), record)
         status = "finished" if done else "running"
-        return replace(self, tasks=(*self.tasks[:-1], *tasks), status=status, **changes)
+        return replace(self, tasks=(*self.tasks, record), status=status, **changes)
 
     def tested(self, record: TaskRecord) -> "RunManifest":
-        """Return the manifest with what a test after the newest task gave."""
+        """The manifest with what a test after the newest task gave."""
         confusion = record.confusion if self.shows_all else {}
         newest = replace(self.tasks[-1], results=record.results, confusion=confusion, entropy=record.entropy)
         return replace(self, tasks=(*self.tasks[:-1], newest))
 
     def with_last_results(self, details: dict[str, dict[str, Any]], cost: dict[str, float]) -> "RunManifest":
-        """Return the manifest with what only the end of a run can tell: details of its last task, and its cost."""
+        """The manifest with what only the end of a run can tell: details of its last task, and its cost."""
         return replace(self, tasks=(*self.tasks[:-1], replace(self.tasks[-1], details=details)), cost=cost)
 
     def learned(self, tasks: int | None = None) -> LearnedClasses:
-        """Return the classes of the first ``tasks`` tasks, by default of all that are done."""
+        """The classes of the first ``tasks`` tasks, by default of all that are done."""
         sizes = self.task_sizes[: len(self.tasks) if tasks is None else tasks]
         row_class = np.asarray(self.row_class[: sum(sizes)], dtype=np.int64)
         class_names = self.class_order[: int(row_class.max(initial=-1)) + 1]
         return LearnedClasses(class_names, row_class, sizes, self.domains[: len(sizes)])
 
     def with_learned(self, learned: LearnedClasses) -> "RunManifest":
-        """Return the manifest of a run whose classes are those of ``learned``."""
+        """The manifest of a run whose classes are those of ``learned``."""
         return replace(
             self,
             class_order=learned.class_names,
@@ -251,85 +201,61 @@ class RunManifest:
             data={**self.data, **counts},
         )
 
-    def to_json(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return JSON-ready values under the names of the attributes; ``base`` only where there is one.
-
-        Args:
-            whole: False leaves out what ``evaluation`` gives: what is left grows as the tasks do.
-        """
-        values = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
-        lists = {name: list(values[name]) for name in ("class_order", "task_sizes", "row_class", "domains")}
-        values |= lists | {"tasks": [record.to_json(whole=whole) for record in self.tasks]}
-        if self.base is not None:
-            values["base"] = dataclasses.asdict(self.base)
-        return {name: value for name, value in values.items() if name != "base" or value is not None}
-
-    def evaluation(self, task: int) -> dict[str, Any]:
-        """Return what ``to_json(whole=False)`` leaves out of the record of ``task``, counted from 0."""
-        record = self.tasks[task]
-        row = {name: {n: result[n] for n in _IN_ROWS if n in result} for name, result in record.results.items()}
-        epochs = [epoch.to_json() for epoch in record.epochs]
-        return {"row": row, "epochs": epochs, **{name: getattr(record, name) for name in _OF_THE_LAST}}
-
-    def with_evaluation(self, task: int, values: Mapping[str, Any]) -> "RunManifest":
-        """Return the manifest with what ``evaluation(task)`` gave; a task whose results do not count stays without.
-
-        Raises:
-            CheckpointError: something is absent or of another kind; it is named.
-        """
-        get = JsonValues(values, "")
-        of_all = "rows" in values  # format 2: those of all tasks so far in one file
-        rows = get.items("rows", dict) if of_all else (get.read("row", dict),)
-        first = 0 if of_all else task
-        if first + len(rows) != task + 1:
-            raise CheckpointError(f"it has rows of {counted(len(rows), 'task')}, not of {task + 1}")
-        tasks = list(self.tasks)
-        for index, row in zip(range(first, len(tasks)), rows, strict=False):
-            of = JsonValues(row, "a row's ")
-            results = {name: {**result, **of.row(name)} for name, result in tasks[index].results.items()}
-            tasks[index] = replace(tasks[index], results=results)
-            if index == task and "epochs" in values:  # format 2 had them in the manifest
-                tasks[index] = replace(tasks[index], epochs=_epochs_from_json(get))
-            if index < len(tasks) - 1:
-                tasks[index] = tasks[index].of_an_earlier_task()
-        if task == len(tasks) - 1 and tasks[-1].results:
-            facts = {name: get.numbers(name) for name in ("confusion", "entropy")}
-            tasks[-1] = replace(tasks[-1], **facts, details=get.read("details", dict, {}))
-        return replace(self, tasks=tuple(tasks))
-
-    def without_row(self) -> int | None:
-        """Return the first task, counted from 0, whose results lack what ``evaluation`` gives; None: no task."""
-        lacking = (i for i, t in enumerate(self.tasks) if not all("per_task" in r for r in t.results.values()))
-        return next(lacking, None)
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values under the names of the attributes; ``base`` only where there is one."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        values["tasks"] = [record.to_json() for record in self.tasks]
+        base = values.pop("base")
+        return values if base is None else {**values, "base": vars(base)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunManifest":
-        """Read what ``to_json`` gave.
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        tasks = tuple(map(TaskRecord.from_json, values["tasks"]))
+        base = BaseFacts(**values["base"]) if "base" in values else None
+        return cls(**{**values, **lists, "tasks": tasks, "base": base})
 
-        Raises:
-            CheckpointError: something is absent or of another kind; it is named.
-        """
-        get = JsonValues(values, "")
-        base = get.read("base", (dict, type(None)), None)
-        manifest = cls(
-            **{name: get.read(name, dict) for name in ("identity", "config", "backbone", "data")},
-            **{name: get.read(name, int) for name in ("seed", "backbone_forwards")},
-            status=get.one_of("status", ("running", "finished")),
-            versions=get.read("versions", dict),
-            class_order=get.items("class_order", str),
-            task_sizes=get.items("task_sizes", int),
-            row_class=get.items("row_class", int),
-            domains=get.items("domains", str, []),
-            continual=get.read("continual", bool, True),
-            missing_at_start=get.read("missing_at_start", (int, type(None)), None),
-            seconds=get.numbers("seconds", among=("features", "train", "evaluate")),
-            files=get.read("files", dict),
-            cost=get.numbers("cost", {}),
-            tasks=tuple(TaskRecord.from_json(item) for item in get.items("tasks", dict)),
-            base=_base_from_json(base),
-        )
-        _check_counts(manifest)
-        return manifest
+
+# -- which run it is --------------------------------------------------------------------------------------------------
+
+
+def run_identity(
+    config: Config, seed: int, *, weights_sha256: str, precision: str, images_sha256: dict[str, str]
+) -> dict[str, Any]:
+    """What makes two runs the same run: every key that changes what is computed, or what was found behind it.
+
+    Where a key only names something (weights, images) or leaves it open (``precision: auto``), what was found stands
+    here: the same weights under another name make the same run.
+    """
+    values = config.as_dict()
+    settings = {n: values[n] for n, key in config.keys.items() if key.changes_the_run and key.recorded_as is None}
+    return {
+        **settings,
+        "views": config.views,
+        "augment_seed": config.view_seed(seed) if config.views else None,
+        "precision": precision,
+        "seed": seed,
+        "weights_sha256": weights_sha256,
+        "images_sha256": images_sha256,
+    }
+
+
+def fixed_once_saved(config: Config) -> list[str]:
+    """The entries of a run's identity in which a run that continues a saved one must agree with it.
+
+    Modules and classifier were made for them; the rest (epochs, rate, views …) a new task may choose for itself.
+    """
+    return list(dict.fromkeys(key.identity_name for key in config.keys.values() if key.must_agree))
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes the numbers; nothing is loaded for it but PyTorch, which knows its own build."""
+    from importlib.metadata import version
+
+    import torch
+
+    others = {name: version(name) for name in ("torchvision", "timm", "numpy", "pillow")}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **others}
 
 
 def first_manifest(config: Config, seed: int, backbone: Any) -> RunManifest:
@@ -356,26 +282,3 @@ def backbone_facts(backbone: Any) -> dict[str, Any]:
     """What a run records of its backbone."""
     names = ("name", "weights_sha256", "feature_dim", "precision", "parameters", "pooling")
     return {name: getattr(backbone, name) for name in names}
-
-
-def _base_from_json(values: Mapping[str, Any] | None) -> BaseFacts | None:
-    if values is None:
-        return None
-    get = JsonValues(values, "base's ")
-    return BaseFacts(
-        **{name: get.read(name, str) for name in ("folder", "sha256", "evaluation")},
-        **{name: get.read(name, int) for name in ("tasks", "classes", "reported_from_task")},
-    )
-
-
-def _check_counts(manifest: RunManifest) -> None:
-    """Check that tasks, rows and classes fit each other."""
-    rows, classes = len(manifest.row_class), len(manifest.class_order)
-    if sum(manifest.task_sizes) != rows or min(manifest.task_sizes, default=1) < 1:
-        raise CheckpointError(f"its task_sizes {list(manifest.task_sizes)} do not fit its {rows} rows of row_class")
-    if not all(0 <= number < classes for number in manifest.row_class):
-        raise CheckpointError(f"its row_class names classes that are not among the {classes} of class_order")
-    left = len(manifest.task_sizes) - len(manifest.tasks)
-    if left < 0 or manifest.finished != (left == 0):
-        found = f"results of {len(manifest.tasks)} of {counted(len(manifest.task_sizes), 'task')}"
-        raise CheckpointError(f"its status is {manifest.status!r}, but it has {found}")

@@ -1,5 +1,6 @@
 """Where a run's log, JSON and pictures go."""
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from utils.config.config import Config
 from utils.errors import UserError
 from utils.files import free_name
 
-WRITTEN_WHOLE = (".json", ".png", ".csv", ".epochs.csv", ".npz")  # by a temporary file, which a kill may leave
+WRITTEN_WHOLE = (".json", ".png", ".npz")  # by a temporary file, which a kill may leave
 SUFFIXES = (".log", *WRITTEN_WHOLE, ".tensorboard", ".wandb")
 
 
@@ -40,11 +41,12 @@ class RunPaths:
 def run_paths(config: Config, seed: int) -> RunPaths:
     """``logs/<model>/<dataset>/<init_cls>/<increment>/[<prefix>_]<seed>_<backbone>``; equal steps: 0.
 
-    Domain-incremental runs have ``domain/1``: a task is one domain.
+    Domain-incremental runs have ``domain/1``: a task is one domain. What some system refuses in a file's name, such as
+    the colon of ``hf-hub:user/repo``, becomes ``_``.
     """
     first, step = str(0 if config.init_cls == config.increment else config.init_cls), str(config.increment)
     if config.scenario == "domain":
         first, step = "domain", "1"
     folder = Path(config.log_dir).expanduser() / config.model_name / config.dataset / first / step
-    backbone = config.backbone_type.replace("/", "_")
-    return RunPaths(folder, f"{config.prefix}_{seed}_{backbone}" if config.prefix else f"{seed}_{backbone}")
+    stem = f"{config.prefix}_{seed}_{config.backbone_type}" if config.prefix else f"{seed}_{config.backbone_type}"
+    return RunPaths(folder, re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", stem))

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from utils.config.config import Config
 from utils.errors import ConfigError
 from utils.files import FolderLock, read_json, remove_partials
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import adopt, holds_copies_alone
-from utils.runs.identity import versions
-from utils.runs.manifest import RunManifest
+from utils.runs.continuing import bring_files, holds_copies_alone, on_top
+from utils.runs.manifest import RunManifest, backbone_facts, versions
 from utils.runs.paths import WRITTEN_WHOLE, RunPaths, run_paths
 from utils.runs.setup import Setup, checkpoint_of
 
@@ -25,9 +25,6 @@ def held_folders(config: Config, seed: int) -> Iterator[Callable[[], None]]:
     """Hold the checkpoint folder and the report of a run for this process; what killed writes left there is removed.
 
     Gives a function that raises a ``UserError`` if one of the two was removed or exchanged meanwhile.
-
-    Raises:
-        UserError: another process is at work there.
     """
     paths, checkpoint = run_paths(config, seed), checkpoint_of(config, seed)
     folder, report = f"checkpoint_dir {str(checkpoint.folder)!r}", f"log {str(paths.file('.log'))!r}"
@@ -46,56 +43,73 @@ def held_folders(config: Config, seed: int) -> Iterator[Callable[[], None]]:
         yield check
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a start of a run found in its checkpoint folder. Another run's files stay there until ``begin``.
+
+    Attributes:
+        checkpoint: the folder, which the caller holds (``held_folders``).
+        manifest: to go on from.
+        source: the folder with the files that it names: a run on top of a saved one begins with that one's.
+        begun: whether ``checkpoint`` holds this run already.
+    """
+
+    checkpoint: CheckpointFolder
+    manifest: RunManifest
+    source: CheckpointFolder
+    begun: bool
+
+    def begin(self, manifest: RunManifest) -> RunManifest:
+        """Make the folder this run's: move another one's files aside, bring those of the saved run.
+
+        To be called before the first ``commit``, once all features are there: a run that stops at an image that
+        cannot be read has then moved nothing.
+        """
+        if self.begun:
+            return manifest
+        in_place = self.source.folder.resolve() == self.checkpoint.folder.resolve()
+        if manifest.base is None or not (in_place or holds_copies_alone(self.checkpoint, manifest)):
+            _move_aside(self.checkpoint)
+        if manifest.base is not None:
+            manifest = bring_files(manifest.base, self.checkpoint, manifest)
+        self.checkpoint.write_manifest(manifest)
+        return manifest
+
+
+def find_earlier_start(setup: Setup, seed: int, paths: RunPaths, checkpoint: CheckpointFolder) -> Start:
+    """Find what to go on from, or else make a new run's manifest. Of another run the report alone is moved aside.
+
+    The caller holds both folders (``held_folders``).
+    """
+    identity, manifest = setup.identity(seed), checkpoint.read_manifest()
+    begun = manifest is not None and manifest.identity == identity
+    if not report_belongs_to(paths, identity) or (not begun and _report(paths).get("status") == "finished"):
+        _move_report_aside(paths)
+    if manifest is not None and begun:
+        checkpoint.remove_old_files(manifest)  # an earlier start may have been killed before it could
+        return Start(checkpoint, manifest, checkpoint, begun=True)
+    if manifest is not None and setup.base is None:
+        old = manifest.identity
+        different = sorted(k for k in identity.keys() | old.keys() if old.get(k) != identity.get(k))
+        log.info("%s holds another run (%s differ)", checkpoint.folder, ", ".join(different))
+    new = _new_manifest(setup, seed, identity)
+    # a start that ended before the run could begin has left its report: what it computed counts as well
+    new = replace(new, missing_at_start=_report(paths).get("missing_at_start"))
+    return Start(checkpoint, new, CheckpointFolder(setup.base.folder) if setup.base else checkpoint, begun=False)
+
+
 def start_over(config: Config, seed: int) -> None:
     """Move what an earlier start of this or another run left aside, whatever its state.
 
     A checkpoint that the run is to continue in place stays: it is the beginning.
     """
     paths, checkpoint = run_paths(config, seed), checkpoint_of(config, seed)
+    continued = Path(config.continue_from).expanduser().resolve() if config.continue_from else None
     with held_folders(config, seed):
-        if not _continues_here(config, checkpoint):
+        in_place = checkpoint.read_manifest() if continued == checkpoint.folder.resolve() else None
+        if in_place is None or in_place.base is not None:
             _move_aside(checkpoint)
         _move_report_aside(paths)
-
-
-def find_earlier_start(setup: Setup, seed: int, paths: RunPaths, checkpoint: CheckpointFolder) -> RunManifest:
-    """Return the manifest to go on from, which is on disk; that of a new run where there is none of this run.
-
-    Files of another run are moved aside first. The caller holds both folders (``held_folders``).
-
-    Raises:
-        CheckpointError: what is there is damaged or cannot be moved.
-    """
-    identity = setup.identity(seed)
-    manifest = checkpoint.read_manifest()
-    grows_in_place = setup.base is not None and setup.base.folder.resolve() == checkpoint.folder.resolve()
-    if manifest is not None and manifest.identity != identity:
-        if not grows_in_place:
-            old = manifest.identity
-            different = sorted(k for k in identity.keys() | old.keys() if old.get(k) != identity.get(k))
-            log.info("%s holds another run (%s differ)", checkpoint.folder, ", ".join(different))
-        manifest = None
-    unfinished_copy = setup.base is not None and holds_copies_alone(checkpoint, setup.base)
-    if manifest is None and not grows_in_place and not unfinished_copy:
-        _move_aside(checkpoint)
-    if manifest is None or not report_belongs_to(paths, identity):
-        _move_report_aside(paths)
-    if manifest is None:
-        manifest = _new_manifest(setup, seed, identity, checkpoint)
-        checkpoint.write_manifest(manifest)
-    checkpoint.remove_old_files(manifest)  # an earlier start may have been killed before it could
-    return manifest
-
-
-def _continues_here(config: Config, checkpoint: CheckpointFolder) -> bool:
-    """Whether the folder holds the very run that ``continue_from`` names, not yet continued."""
-    if config.continue_from is None:
-        return False
-    same = Path(config.continue_from).expanduser().resolve() == checkpoint.folder.resolve()
-    if not same:
-        return False
-    manifest = checkpoint.read_manifest()
-    return manifest is not None and manifest.base is None
 
 
 def _move_aside(checkpoint: CheckpointFolder) -> None:
@@ -112,27 +126,24 @@ def report_belongs_to(paths: RunPaths, identity: dict[str, Any]) -> bool:
     """Whether the JSON at ``paths`` (if any) is of the run with this identity."""
     if not paths.file(".json").exists():
         return not paths.file(".log").exists()
+    return bool(_report(paths).get("identity") == identity)
+
+
+def _report(paths: RunPaths) -> dict[str, Any]:
     try:
-        return bool(read_json(paths.file(".json")).get("identity") == identity)
+        return read_json(paths.file(".json"))
     except ConfigError:
-        return False
+        return {}
 
 
-def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint: CheckpointFolder) -> RunManifest:
-    """Of a run that has done nothing yet; on top of a saved run, after its files are in ``checkpoint``."""
+def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any]) -> RunManifest:
+    """Of a run that has done nothing yet, but for what the saved run has learned that it continues."""
     backbone, stream = setup.backbone, setup.stream(seed)
     manifest = RunManifest(
         identity=identity,
         config=setup.config.as_dict(),
         seed=seed,
-        backbone={
-            "name": backbone.name,
-            "weights_sha256": backbone.weights_sha256,
-            "feature_dim": backbone.feature_dim,
-            "precision": backbone.precision,
-            "parameters": backbone.parameters,
-            "pooling": backbone.pooling,
-        },
+        backbone=backbone_facts(backbone),
         data={
             "classes": len(setup.data.class_names),
             "train_images": len(setup.data.train),
@@ -146,10 +157,10 @@ def _new_manifest(setup: Setup, seed: int, identity: dict[str, Any], checkpoint:
         domains=tuple(stream.domains),
         continual=setup.config.method.continual,
     )
-    return adopt(setup.base, checkpoint, manifest, stream) if setup.base else manifest
+    return on_top(setup.base, manifest, stream) if setup.base else manifest
 
 
 def changed_versions(manifest: RunManifest) -> list[str]:
-    """Return ``name old -> new`` for each version that changed since the run of ``manifest`` began."""
+    """``name old -> new`` for each version that changed since the run of ``manifest`` began."""
     old, now = manifest.versions, versions()
     return [f"{name} {old.get(name)} -> {now[name]}" for name in now if old.get(name) != now[name]]

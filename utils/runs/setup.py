@@ -12,7 +12,7 @@ from utils.features.extraction import FeatureExtractor
 from utils.ranks import Ranks
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import SavedRun
-from utils.runs.identity import run_identity
+from utils.runs.manifest import run_identity
 
 
 @dataclass(frozen=True)
