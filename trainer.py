@@ -1,7 +1,6 @@
 """A run as a story: for each seed and task, learn, evaluate on all classes seen, record, save."""
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,11 @@ from models.preparation import prepare, wanted_features
 from models.task_data import BankTask
 from utils.cli import Stopped, fault_of
 from utils.config.config import Config
-from utils.config.grid import Cell
+from utils.config.grid import SweepCell
 from utils.data.tasks import TaskStream
 from utils.errors import ConfigError, NumericError
 from utils.logs import epoch_bar, logging_to
-from utils.ranks import ONE_RANK, Ranks, joined_ranks
+from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
 from utils.results import record, run_log
 from utils.results.predictions import write_predictions
 from utils.results.tracker import Tracker, tracking
@@ -88,7 +87,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     Raises:
         UserError: what a run would stop at before its first forward pass.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     setup = prepare(config, ONE_RANK)
     return plan(setup, wanted_features(config), with_modules=config.method.modular)
@@ -238,7 +237,7 @@ def _log_start(setup: Setup, seed: int, outputs: Outputs, stream: TaskStream, ma
 # -- a sweep -----------------------------------------------------------------------------------------------------------
 
 
-def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, Any]]:
+def run_sweep(cells: Sequence[SweepCell], *, fresh: bool = False) -> list[dict[str, Any]]:
     """Run every cell under every seed; what an earlier start finished is kept. Return what the runs' JSONs hold.
 
     A cell whose training diverges is told at the end; the others go on.
@@ -270,7 +269,7 @@ def run_sweep(cells: Sequence[Cell], *, fresh: bool = False) -> list[dict[str, A
     return runs
 
 
-def _run_cell(setup: Setup, cell: Cell, seed: int, failed: list[str]) -> dict[str, Any] | None:
+def _run_cell(setup: Setup, cell: SweepCell, seed: int, failed: list[str]) -> dict[str, Any] | None:
     """Run a cell; one whose training diverges is added to ``failed``, so that the others go on."""
     try:
         return run_seed(setup, seed)
