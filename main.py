@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(globals().get("__file__", "main.py")).resolve().parent  # without a file: given on standard input
-sys.path.insert(0, str(ROOT))  # python -I, PYTHONSAFEPATH and runpy leave it out
+# python -I, PYTHONSAFEPATH and runpy leave this out; on standard input there is no file
+sys.path.insert(0, str(Path(globals().get("__file__", "main.py")).resolve().parent))
 
-from utils.cli import Parser, exit_process, run_command  # noqa: E402
-from utils.config.grid import make_grid  # noqa: E402
-from utils.config.methods import methods_help  # noqa: E402
+from utils.cli import Parser, exit_process, run_command
+from utils.config.grid import make_grid
+from utils.config.methods import ROOT, methods_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

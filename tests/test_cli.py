@@ -199,16 +199,18 @@ def test_the_handlers_of_signals_go_with_the_command_whoever_called_it(monkeypat
 
 
 WAYS = {
-    "isolated": "{python} -I {root}/main.py",
-    "safe path": "PYTHONSAFEPATH=1 {python} {root}/main.py",
-    "standard input": "cd {root} && < main.py {python} -",
-    "isolated, standard input": "cd {root} && cat main.py | {python} -I -",
-    "runpy": """{python} -c 'import runpy; runpy.run_path("{root}/main.py", run_name="__main__")'""",
+    "isolated": "{python} -I {file}",
+    "safe path": "PYTHONSAFEPATH=1 {python} {file}",
+    "standard input": "cd {root} && < {file} {python} -",
+    "isolated, standard input": "cd {root} && cat {file} | {python} -I -",
+    "runpy": """{python} -c 'import runpy; runpy.run_path("{file}", run_name="__main__")'""",
 }
 
 
+@pytest.mark.parametrize("command", ["main.py", "predict.py", "report.py"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_command_runs_however_python_was_started(tmp_path, way):
-    command = WAYS[way].format(python=sys.executable, root=ROOT) + " epochs=0"
-    done = subprocess.run(command, cwd=tmp_path, shell=True, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "main.py: error: 'epochs=0': epochs must be at least 1, got 0\n")
+def test_the_commands_run_however_python_was_started(tmp_path, way, command):
+    line = WAYS[way].format(python=sys.executable, root=ROOT, file=ROOT / command) + " --nonsense"
+    done = subprocess.run(line, cwd=tmp_path, shell=True, capture_output=True, text=True, check=False)
+    said = f"{command}: error: unrecognized arguments: --nonsense; {command} --help shows the usage\n"
+    assert (done.returncode, done.stderr) == (2, said)

@@ -83,12 +83,17 @@ def world_size() -> int:
     return _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
 
 
-def _number(name: str) -> int:
-    text = os.environ.get(name)
-    if text is None or not text.isdecimal():
-        found = "is not set" if text is None else f"is {text!r}, which is no whole number"
-        raise UserError(f"the environment variable {name} {found}, as one of several processes needs it; {_START}")
-    return int(text)
+def _variable(name: str) -> str:
+    if text := os.environ.get(name):
+        return text
+    raise UserError(f"one of several processes needs the environment variable {name}, which is empty; {_START}")
+
+
+def _number(name: str, below: int = 1_000_000) -> int:
+    text = _variable(name)
+    if text.isdecimal() and int(text) < below:
+        return int(text)
+    raise UserError(f"the environment variable {name} must be a whole number below {below}, got {text!r}; {_START}")
 
 
 @contextmanager
@@ -101,13 +106,13 @@ def joined_ranks() -> Iterator[Ranks]:
     if count <= 1:
         yield ONE_RANK
         return
-    host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
-    ranks = Ranks(_number("RANK"), count, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
+    host, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
+    ranks = Ranks(_number("RANK", count), count, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        socket.getaddrinfo(host or None, port)
+        socket.getaddrinfo(host, port)
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR {host!r}, the machine of rank 0, is not known ({error.strerror}); {_START}"

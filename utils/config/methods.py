@@ -15,7 +15,7 @@ from utils.config.keys import Key
 
 __all__ = ["Key"]  # for the files of models/, beside what is defined here
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _assigned(path: Path, variable: str) -> ast.expr | None:
 
 METHODS: Mapping[str, Method]
 WRONG_METHODS: Mapping[str, str]  # what is wrong with a file of models/ whose METHOD cannot be read, by its name
-METHODS, WRONG_METHODS = read_methods(_ROOT / "models")
+METHODS, WRONG_METHODS = read_methods(ROOT / "models")
 SELECTIONS = {s.name: s for method in METHODS.values() for s in method.selections if isinstance(s, Selection)}
-FLOWS = read_names(_ROOT / "backbone" / "luca.py", "FLOWS")
-DATASETS = read_names(_ROOT / "utils" / "data" / "datasets.py", "DATASETS")
+FLOWS = read_names(ROOT / "backbone" / "luca.py", "FLOWS")
+DATASETS = read_names(ROOT / "utils" / "data" / "datasets.py", "DATASETS")
 
 
 def methods_help() -> str:
