@@ -88,7 +88,7 @@ def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON,
     out, err = SafeOutput(sys.stdout, ends_command=needs_output), SafeOutput(sys.stderr)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
-        with _signals_as_exceptions():
+        with signals_handled(_stop):
             code = _code_of(prog, action, hint)
         if out.error is not None:
             gone = isinstance(out.error, BrokenPipeError)
@@ -132,20 +132,10 @@ def fault_of(error: Exception) -> UserError:
     return fault
 
 
-@contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Within, the first Ctrl-C or SIGTERM raises ``Stopped``; a second one ends the process at once, without a word."""
-    stopping = False
-
-    def stop(number: int, _: object) -> None:
-        nonlocal stopping
-        if stopping:
-            os._exit(128 + number)
-        stopping = True
-        raise Stopped(number)
-
-    with signals_handled(stop):
-        yield
+def _stop(number: int, _: object) -> None:
+    """Answer the first Ctrl-C or SIGTERM; a second one ends the process at once, without a word."""
+    _handle_signals(lambda again, _: os._exit(128 + again))
+    raise Stopped(number)
 
 
 @contextmanager

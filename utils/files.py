@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -253,8 +252,11 @@ def human_size(count: int) -> str:
 
 def free_name(path: Path) -> Path:
     """``path``, or the first of ``path-2``, ``path-3`` … that does not exist."""
-    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(name for name in itertools.chain([path], others) if not name.exists())
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

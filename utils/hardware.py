@@ -55,16 +55,14 @@ def peak_bytes(device: "torch.device | None" = None) -> int:
     """
     if memory := _memory_of(device):
         return int(memory.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return 0  # the system does not say
-    if sys.platform == "linux":
-        with suppress(OSError, StopIteration):  # getrusage keeps peaks of before, and what the parent held
-            status = Path("/proc/self/status").read_text().splitlines()
-            return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
-    import resource
+    with suppress(OSError, IndexError):  # Linux; getrusage keeps peaks of before, and what the parent held
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    with suppress(ImportError):  # on Windows the system does not say
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return 0
 
 
 def _memory_of(device: "torch.device | None") -> Any:

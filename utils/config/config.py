@@ -231,11 +231,12 @@ def _parse_value(key: Key | None, text: str) -> Any:
     """The value of ``key=text`` on the command line: JSON where the key is not plain text, ``a,b`` for lists."""
     if key is not None and key.kind is str:
         return text
+    if key is not None and key.is_list and text[:1] != "[" and "," in text:
+        return [_parse_value(None, part) for part in text.split(",") if part]
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, RecursionError):
-        parts = text.split(",") if key is not None and key.is_list else [text]
-        return [_parse_value(key, part) for part in parts if part] if len(parts) > 1 else text
+        return text
 
 
 def make_config(
@@ -252,9 +253,6 @@ def make_config(
         for name, value in given.items():
             if name not in KEYS and name not in own:
                 raise ConfigError(_why_unknown(name, value, method.name))
-        for key in (*KEYS.values(), *method.keys):
-            if key.default is REQUIRED and key.name not in given:
-                raise ConfigError(f"required key {key.name!r} is missing")
         shared = {name: value for name, value in given.items() if name in KEYS}
         return Config(**shared, own=given, unused=tuple(name for name in values if name in UNUSED_KEYS))
     except ConfigError as error:

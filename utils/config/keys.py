@@ -1,6 +1,5 @@
 """One config key: its type and limits, how a value of it is checked, and which part of a run it affects."""
 
-import dataclasses
 import difflib
 import math
 import re
@@ -12,7 +11,7 @@ from typing import Any, get_args, get_origin
 from utils.errors import ConfigError
 
 LONGEST_RANGE = 1_000  # numbers that one "a-b" may stand for
-REQUIRED: Any = dataclasses.MISSING  # the default of a key that every config must give
+REQUIRED: Any = object()  # the default of a key that every config must give
 
 # What a key may affect. Everything that depends on the kind of a key follows from this one word.
 AFFECTS = {
@@ -93,6 +92,8 @@ class Key:
 
         In lists of whole numbers ``"1993-1997"`` stands for all from the first to the last.
         """
+        if value is REQUIRED:
+            raise ConfigError(f"required key {self.name!r} is missing")
         if not self.is_list:
             return self._checked_item(value, self.kind)
         kind = get_args(self.kind)[0]
