@@ -136,7 +136,7 @@ MEMORY = r"the memory does not suffice \(.*\); free some, .* \(batch_size, featu
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(errno.EIO, "said so", "/disk/file"), "/disk/file: said so; correct that or set another folder"),
+        (OSError(errno.EIO, "said so", "/disk/file"), "/disk/file: said so; correct that"),
         (OSError(errno.ENOSPC, "full", "/a"), "/a: full; free space or set another folder"),
         (OSError(errno.EROFS, "no", "/a"), "/a: no; correct the permissions or set another folder"),
         (PermissionError(errno.EACCES, "no", "/a"), "/a: no; correct the permissions or set another folder"),

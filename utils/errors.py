@@ -65,7 +65,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
 _FREE_MEMORY = (
     "free some, raise its limit (ulimit -v) or lower what takes it (batch_size, feature_batch_size, num_workers)"
 )
-_CORRECT = "correct that or set another folder"
+_CORRECT = "correct that"
 # what a disk or the machine refuses, whatever the program does, with what helps; any other OSError is a bug
 _REMEDIES = {
     **dict.fromkeys(("EMFILE", "ENFILE"), "raise the number of open files (ulimit -n)"),

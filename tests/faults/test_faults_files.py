@@ -394,17 +394,6 @@ def test_a_config_that_is_a_pipe_without_a_writer_or_a_device_is_one_line(never_
     assert str(never_ending[kind]) in line
 
 
-def test_a_config_from_a_pipe_is_read(run, capsys):
-    """As a shell's ``<(command)`` gives it."""
-    content = run.write_config().read_bytes()
-    reader, writer = os.pipe()
-    os.write(writer, content)
-    os.close(writer)
-    assert main.main([f"--config=/dev/fd/{reader}", "--check-data"]) == 0
-    os.close(reader)
-    assert "6 classes" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_a_bank_in_which_a_pipe_or_a_device_lies_is_one_line(run, own_bank, never_ending, kind, capsys):
     for path in (own_bank, own_bank.with_name("manifest.json")):

@@ -17,7 +17,6 @@ from utils.config.grid import make_grid
 from utils.errors import ConfigError, NumericError
 from utils.results import record
 from utils.runs.checkpoint import MANIFEST, CheckpointFolder
-from utils.runs.paths import run_paths
 
 KEYS = {"dataset": "digits", "init_cls": 2, "increment": 2, "backbone_type": "glyphs_vit", "image_size": 32}
 
@@ -72,13 +71,6 @@ def test_a_mistake_is_told_before_anything_starts(config_file, overrides, sweep_
     with pytest.raises(ConfigError, match=message) as caught:
         make_grid(config_file, overrides, sweep_texts)
     assert "\n" not in str(caught.value)
-
-
-def test_a_mistake_on_the_command_line_is_exit_code_2(run_main, tmp_path, capsys):
-    outcome = run_main(tmp_path, "--sweep", "flwo=tosca,tosca_r")
-    assert outcome.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not outcome.checkpoints.exists()
 
 
 def test_the_command_line_gives_all_that_is_swept_and_overridden(config_file, monkeypatch):
@@ -254,8 +246,3 @@ def test_other_data_or_backbone_is_loaded_anew(config_file, monkeypatch):
     logging.getLogger("sweep").setLevel(logging.INFO)
     trainer.run_sweep(make_grid(config_file, [], ["normalize=false,true", "l1=0,1"]))
     assert prepared == [False, True, False, True]
-
-
-def test_the_cells_of_a_sweep_are_the_runs_that_single_commands_make(config_file):
-    (cell,) = make_grid(config_file, [], ["l1=0"])
-    assert run_paths(cell.config, 1).folder.parts[:2] == ("logs", "l1=0")

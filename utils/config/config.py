@@ -53,13 +53,15 @@ class Config:
     se_ratio: int = _key(16, "module", "the same for the calibrator", low=1)
     l1: float = _key(0.0005, "training", "weight of the L1 penalty on all LuCA parameters")
     flow: str = _key("tosca", "module", "how adapter and calibrator are joined", choices=FLOWS)
-    epochs: int = _key(20, "training", "passes over the training images of a task", low=1)
-    batch_size: int = _key(48, "training", "images in a training step", low=1)
+    epochs: int = _key(20, "training", "passes over the training images of a task", low=1, high=100_000)
+    batch_size: int = _key(48, "training", "images in a training step", low=1, high=1_000_000)
     optimizer: str = _key("sgd", "training", "`sgd` has momentum 0.9", choices=("sgd", "adam", "adamw"))
     scheduler: str = _key("cosine", "training", "stepped once an epoch", choices=("cosine", "steplr", "constant"))
     lr: float = _key(0.025, "training", "initial learning rate", above=0)
     weight_decay: float = _key(0.0, "training", "as in torch's optimizers")
-    milestones: tuple[int, ...] = _key((10, 15), "training", "epochs at which `steplr` divides the rate by ten", low=1)
+    milestones: tuple[int, ...] = _key(
+        (10, 15), "training", "epochs at which `steplr` divides the rate by ten", low=1, high=100_000
+    )
 
     # -- this project's keys ------------------------------------------------------------------------------------
     selection: str = _key(
@@ -87,6 +89,7 @@ class Config:
         None,
         "views",
         "augmented views of each training image; by default one for each epoch; 0: the test transform",
+        high=100_000,
         recorded_as="views",
     )
     augment_seed: int | None = _key(
@@ -103,7 +106,7 @@ class Config:
         choices=("auto", "fp32", "bf16"),
     )
     feature_batch_size: int | None = _key(
-        None, "speed", "images in one forward pass; by default chosen by the device", low=1
+        None, "speed", "images in one forward pass; by default chosen by the device", low=1, high=100_000
     )
     num_workers: int | None = _key(
         None, "speed", "processes that load images; by default from the CPU count", high=10_000
@@ -261,11 +264,8 @@ def make_config(
 
 
 def _why_unknown(name: str, value: Any, model_name: str) -> str:
-    if owners := [method.name for method, key in _OWN_KEYS if key.name == name]:
-        return (
-            f"key {name!r} belongs to {' and '.join(owners)}, but model_name is {model_name!r}: remove it or set "
-            f"model_name={owners[0]}"
-        )
+    if owner := next((method.name for method, key in _OWN_KEYS if key.name == name), ""):
+        return f"key {name!r} belongs to {owner}, but model_name is {model_name!r}: remove it or set model_name={owner}"
     known = [*KEYS, *(key.name for _, key in _OWN_KEYS)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return f"unknown key {name!r} (value {value!r:.80}); the nearest known key is {near!r}"

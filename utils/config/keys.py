@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -54,7 +55,7 @@ class Key:
     doc: str
     affects: str
     low: float = 0
-    high: float = 1_000_000
+    high: float = sys.float_info.max
     above: float = -1
     choices: tuple[str, ...] = ()
     recorded_as: str | None = None
