@@ -214,15 +214,14 @@ class FolderLock:
 
     def _take(self) -> None:
         """Lock the file, waiting for whoever holds it if that is wanted."""
-        if self._taken():
-            return
-        self._file.seek(0)
-        holder = self._file.read(200).decode(errors="replace").strip() or "another process"
-        if not self.wait:
-            raise UserError(f"{self.what} is in use by {holder}; wait for it or give another folder")
-        if self.on_wait:
-            self.on_wait(holder)
         while not self._taken():
+            self._file.seek(0)
+            holder = self._file.read(200).decode(errors="replace").strip() or "another process"
+            if not self.wait:
+                raise UserError(f"{self.what} is in use by {holder}; wait for it or give another folder")
+            if self.on_wait:
+                self.on_wait(holder)
+            self.on_wait = None  # told once
             time.sleep(0.2)
 
     def _taken(self) -> bool:
