@@ -5,29 +5,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import Parser, exit_process, run_command
-from utils.config.config import Config, load_config
-from utils.config.grid import make_grid
-from utils.config.reference import methods_help
-from utils.hardware import use_full_fp32
+# python -I, PYTHONSAFEPATH and runpy leave this out; on standard input there is no file
+sys.path.insert(0, str(Path(globals().get("__file__", "main.py")).resolve().parent))
 
-DEMO = Path(__file__).resolve().parent / "exps" / "tosca_demo.json"
+from utils.cli import Parser, exit_process, run_command
+from utils.config.grid import make_grid
+from utils.config.methods import ROOT, methods_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (``utils.cli``), or 1 if --check-data finds problems."""
-    return run_command(Path(sys.argv[0]).name, lambda: _run(_parser().parse_intermixed_args(argv)), needs_output=False)
+    return run_command("main.py", lambda: _run(_parser().parse_intermixed_args(argv)), needs_output=False)
 
 
 def _parser() -> Parser:
     parser = Parser(
+        prog="main.py",
         description="Learn classes task after task on a frozen ViT. Without arguments: a demo that needs no download.",
         epilog=f"{methods_help()}\n\nAll keys: docs/config.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
-    parser.add_argument(
+    add = parser.add_argument
+    demo = ROOT / "exps" / "tosca_demo.json"
+    add("--config", type=Path, default=demo, metavar="FILE", help="experiment file, see exps/")
+    add("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
+    add(
         "--sweep",
         nargs="+",
         action="extend",
@@ -36,43 +38,41 @@ def _parser() -> Parser:
         help="run every combination of these values, each in a folder of its own; the same command again goes on; "
         "may be given several times",
     )
-    parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, stop")
-    parser.add_argument(
-        "--check-data", action="store_true", help="decode every image once and say what is wrong with the data; stop"
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many runs side by side, once the feature bank is filled (1)",
     )
-    parser.add_argument("--json", action="store_true", help="with --check-data: everything found, as JSON")
+    add("--fresh", action="store_true", help="start over; what is there is moved aside")
+    add("--dry-run", action="store_true", help="check everything, say what would be done, stop")
+    add("--check-data", action="store_true", help="decode every image once and say what is wrong with the data; stop")
+    add("--json", action="store_true", help="with --check-data: everything found, as JSON")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     """Do what the arguments say; return the exit code."""
-    grid = make_grid(args.config, args.overrides, args.sweep) if args.sweep else []
-    config = load_config(args.config, args.overrides)
+    cells = make_grid(args.config, args.overrides, args.sweep)
+    config = cells[0].config
     if args.check_data:
-        return _check_data(config, as_json=args.json)
+        from utils.data import check
+
+        findings = check.check_data(config)
+        print(check.as_json(findings) if args.json else "\n".join(check.summary(findings)))
+        return 0 if findings.good else 1
     import trainer  # after the config is known to be good: this loads PyTorch
-    from utils.logs import set_up_logging
+    from utils.hardware import use_full_fp32
+    from utils.logs import logging_to_terminal
 
-    set_up_logging()
     use_full_fp32()
-    if args.dry_run:
-        for one in [cell.config for cell in grid] or [config]:
-            trainer.dry_run(one)
-    elif grid:
-        trainer.run_sweep(grid, fresh=args.fresh)
-    else:
-        trainer.run(config, fresh=args.fresh)
+    with logging_to_terminal():
+        if args.dry_run:
+            trainer.dry_run(cells)
+        else:
+            trainer.run(cells, fresh=args.fresh, jobs=args.jobs)
     return 0
-
-
-def _check_data(config: Config, *, as_json: bool) -> int:
-    """Exit code: 0, or 1 if there are problems."""
-    from utils.data import check
-
-    findings = check.check_data(config)
-    print(check.as_json(findings) if as_json else "\n".join(check.summary(findings)))
-    return 0 if findings.good else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(globals().get("__file__", "predict.py")).resolve().parent))  # see main.py
+
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import DataError, UserError
 from utils.hardware import use_full_fp32

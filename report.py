@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(globals().get("__file__", "report.py")).resolve().parent))  # see main.py
+
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import UserError
 from utils.files import atomic_write, output_file

@@ -5,9 +5,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
+
+import torch
 
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models.api.classifier import ContinualClassifier
@@ -21,13 +23,14 @@ from utils.config.config import Config
 from utils.config.grid import SweepCell
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
+from utils.data.loader import load_ahead
 from utils.data.tasks import TaskStream, make_stream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
 from utils.features.bank import resolve_cache_dir
 from utils.features.rows import TEST_VIEW, View
-from utils.hardware import available_cpus
-from utils.logs import logging_to
-from utils.ranks import ONE_RANK, Ranks, joined_ranks
+from utils.hardware import available_cpus, use_full_fp32
+from utils.logs import logging_to, progress
+from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
 from utils.results import record, run_log
 from utils.results.tracker import Tracker, check_tracker, tracking
 from utils.runs.checkpoint import CheckpointFolder, module_name
@@ -45,8 +48,8 @@ HINT_WITHOUT_FRESH = "start the same command again without --fresh to go on"
 def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
     """Run every cell under every seed; return what the runs' JSONs hold (under torchrun, on rank 0).
 
-    All are checked before the first one starts. Of several, one whose data is missing or whose training diverges is told
-    at the end, and the others go on; what an earlier start finished is kept.
+    All are checked before the first one starts. Of several, one whose data is missing or whose training diverges is
+    told at the end, and the others go on; what an earlier start finished is kept.
 
     Args:
         cells: what to do: one config, several files, or the grid of a sweep.
@@ -107,7 +110,7 @@ def _one_by_one(todo: Todo, failed: list[str], cells: int) -> Iterator[dict[str,
 
 def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
     """Check config, data and backbone as a run does; log what would be done; write nothing but the images' hashes."""
-    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+    if world_size() > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     failed = list[str]()
     ready = _prepared(cells, ONE_RANK, failed)
@@ -329,7 +332,7 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
     return record.run_json(manifest) if manifest else None
 
 
-# -- side by side --------------------------------------------------------------------------------------------------------
+# -- side by side ------------------------------------------------------------------------------------------------------
 
 
 def side_by_side(todo: Todo, jobs: int, failed: list[str]) -> Iterator[dict[str, Any] | None]:
@@ -345,7 +348,11 @@ def side_by_side(todo: Todo, jobs: int, failed: list[str]) -> Iterator[dict[str,
         with closing(results), progress(total=len(todo), desc="Runs", unit="run") as bar:
             for (cell, _, seed), (_, found) in zip(todo, results, strict=True):
                 bar.update()
-                log.info("%s: %s", f"{cell.name}, seed {seed}".removeprefix(", "), found if isinstance(found, str) else "finished")
+                log.info(
+                    "%s: %s",
+                    f"{cell.name}, seed {seed}".removeprefix(", "),
+                    found if isinstance(found, str) else "finished",
+                )
                 if isinstance(found, str):
                     failed.append(f"{cell.name}, seed {seed}: {found}".removeprefix(", "))
                 yield None if isinstance(found, str) else found

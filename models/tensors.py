@@ -2,8 +2,8 @@
 
 ``host_values`` is the one place where Python looks at values while a learner learns or restores its state: each
 look waits for the device. Answering needs none: its shapes follow from those of its arguments. What does look (is a
-loss finite, which images are of a class, which λ is best) goes through here, so that the rest can be run without values, as
-tests do for devices that a machine lacks.
+loss finite, which images are of a class, which λ is best) goes through here, so that the rest can be run without
+values, as tests do for devices that a machine lacks.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,12 @@
-"""The frame of every command: closed and full output, any encoding, Ctrl-C twice, faults and bugs.
+"""The frame of every command: full output, any encoding, Ctrl-C twice, faults and bugs, ways to start it.
 
 Small commands run in processes of their own, since what Python does while it exits is part of the promise.
 """
 
 import errno
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -48,53 +50,16 @@ def test_output_closed_early_ends_quietly_or_is_not_needed(options, code):
     assert (process.stderr.read(), process.wait(60)) == ("", code)
 
 
-@pytest.mark.parametrize("options", ["", ", needs_output=False"])
-def test_a_full_disk_under_the_output_is_one_line_and_no_success(options):
-    program = (
-        f"{FRAME}def action():\n    print('text')\n    return 0\nexit_process(run_command('prog', action{options}))"
-    )
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.stderr == "prog: error: standard output cannot be written (No space left on device)\n"
-    assert done.returncode == 2
-
-
-@pytest.mark.parametrize(
-    ("closing", "options", "code", "said"),
-    [
-        (">&-", "", 2, "prog: error: standard output cannot be written (Bad file descriptor)\n"),
-        (">&-", ", needs_output=False", 0, "0 1 2\n"),
-        ("2>&-", "", 0, ""),
-        (">&- 2>&- <&-", ", needs_output=False", 0, ""),
-    ],
-)
-def test_streams_that_were_closed_before_the_start_are_no_traceback(tmp_path, closing, options, code, said):
-    """As by ``>&-``. A file that is opened next must not become the standard output of libraries."""
-    action = (
-        "    print('text', flush=True)\n"
-        "    import os\n"
-        "    opened = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
-        "    os.write(1, b'of a library')\n"
-        "    assert opened > 2\n"
-        "    print(0, 1, 2, file=sys.stderr)\n"
-    )
-    program = f"{FRAME}def action():\n{action}    return 0\nexit_process(run_command('prog', action{options}))"
-    command = f'exec "$0" -c "$1" "$2" {closing}'
-    done = subprocess.run(
-        ["sh", "-c", command, sys.executable, program, str(tmp_path / "data")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (code, said)
-    assert not (tmp_path / "data").exists() or (tmp_path / "data").read_bytes() == b""
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_streams_that_were_closed_before_the_start_are_no_traceback(closing):
+    program = f"{FRAME}exit_process(run_command('prog', lambda: print('text') or print(1, file=sys.stderr) or 0))"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closing}', sys.executable, program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "1\n" if closing == ">&-" else "")
 
 
 @pytest.mark.parametrize("command", ["main", "predict", "report", "utils.features"])
-def test_help_on_a_full_disk_is_no_success(command, capsys):
+def test_help_on_a_full_disk_is_no_success(command):
     program = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module({command!r}, run_name='__main__')"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -165,30 +130,35 @@ def failing(error: BaseException):
     return action
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EACCES])
-def test_what_the_machine_refuses_is_one_line(number, capsys):
-    assert run_command("prog", failing(OSError(number, "said so", "/disk/file"))) == 2
-    assert capsys.readouterr().err == "prog: error: /disk/file: said so; correct that, then start again\n"
+MEMORY = r"the memory does not suffice \(.*\); free some, .* \(batch_size, feature_batch_size, num_workers\)"
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "line"),
     [
-        MemoryError(),
-        MemoryError("9 TiB"),
-        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
-        RuntimeError("[x] can't allocate memory: 9 bytes\nmore"),
-        torch.OutOfMemoryError(),
+        (OSError(errno.EIO, "said so", "/disk/file"), "/disk/file: said so; correct that"),
+        (OSError(errno.ENOSPC, "full", "/a"), "/a: full; free space or set another folder"),
+        (OSError(errno.EROFS, "no", "/a"), "/a: no; correct the permissions or set another folder"),
+        (PermissionError(errno.EACCES, "no", "/a"), "/a: no; correct the permissions or set another folder"),
+        (OSError(errno.EMFILE, "too many", "/a"), r"/a: too many; raise the number of open files \(ulimit -n\)"),
+        (OSError(errno.ENOMEM, "none", "/a"), "/a: none; free some, .*"),
+        (RuntimeError("unable to open </x>: Too many open files (24)"), ".* raise the number of open files .*"),
+        (RuntimeError("open file failed, Permission denied: a.pth"), ".*a.pth; correct the permissions .*"),
+        (MemoryError(), MEMORY),
+        (MemoryError("9 TiB"), MEMORY),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), MEMORY),
+        (RuntimeError("[x] can't allocate memory: 9 bytes\nmore"), MEMORY),
+        (torch.OutOfMemoryError(), MEMORY),
     ],
 )
-def test_a_lack_of_memory_is_one_line(error, capsys):
+def test_what_the_machine_refuses_is_one_line_that_names_its_real_cause(error, line, capsys):
     assert run_command("prog", failing(error)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("prog: error: the memory does not suffice (")
-    assert line.endswith("or lower what takes it (batch_size, feature_batch_size, num_workers), then start again")
+    assert re.fullmatch(f"prog: error: {line}, then start again\n", said := capsys.readouterr().err), said
 
 
-@pytest.mark.parametrize("error", [OSError("no number"), FileNotFoundError(errno.ENOENT, "x"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError("no number"), FileNotFoundError(errno.ENOENT, "x"), ValueError("x"), RuntimeError("x")]
+)
 def test_a_bug_of_ours_is_no_fault_of_the_user(error):
     with pytest.raises(type(error)):
         run_command("prog", failing(error))
@@ -204,12 +174,9 @@ def test_debugging_shows_the_traceback_of_a_users_fault_too(monkeypatch, capsys)
 
 @pytest.mark.parametrize("command", [main, predict, report, features])
 def test_every_command_answers_a_mistake_in_one_line(command, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["--nonsense"])
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    assert len(lines) == 1
-    assert "--help shows the usage" in lines[0]
+    assert command.main(["--nonsense"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--help shows the usage" in line
 
 
 @pytest.mark.parametrize("start", [lambda file: main.main(["--dry-run"]), lambda file: predict.main([file])])
@@ -219,3 +186,31 @@ def test_the_commands_keep_fp32_convolutions_at_full_precision(start, tmp_path, 
     (tmp_path / "image.png").touch()
     start("image.png")
     assert torch.backends.cudnn.allow_tf32 is False
+
+
+def test_the_handlers_of_signals_go_with_the_command_whoever_called_it(monkeypatch, capsys):
+    """As in a notebook after ``%run main.py``: an interrupt must reach the notebook, not end its process."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    assert end.value.code == 0 and "usage: main.py" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+WAYS = {
+    "isolated": "{python} -I {file}",
+    "safe path": "PYTHONSAFEPATH=1 {python} {file}",
+    "standard input": "cd {root} && < {file} {python} -",
+    "isolated, standard input": "cd {root} && cat {file} | {python} -I -",
+    "runpy": """{python} -c 'import runpy; runpy.run_path("{file}", run_name="__main__")'""",
+}
+
+
+@pytest.mark.parametrize("command", ["main.py", "predict.py", "report.py"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_commands_run_however_python_was_started(tmp_path, way, command):
+    line = WAYS[way].format(python=sys.executable, root=ROOT, file=ROOT / command) + " --nonsense"
+    done = subprocess.run(line, cwd=tmp_path, shell=True, capture_output=True, text=True, check=False)
+    said = f"{command}: error: unrecognized arguments: --nonsense; {command} --help shows the usage\n"
+    assert (done.returncode, done.stderr) == (2, said)

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from docs import config_tables
 from utils.config.config import KEYS
+from utils.config.keys import UNUSED_KEYS
 from utils.config.methods import METHODS
-from utils.config.reference import affects_table, key_tables, unused_keys_table
 from utils.results.tables import glossary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,13 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_config_key_stands_in_its_page_with_its_default_and_meaning():
-    tables = key_tables()
-    named = [row.split("`")[1] for row in tables.splitlines() if row.startswith("| `")]
-    assert named == [*KEYS, *(key.name for method in METHODS.values() for key in method.keys)]
-    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert tables in page
-    assert affects_table() in page
-    assert unused_keys_table() in page
+    page = config_tables.PAGE.read_text(encoding="utf-8")
+    named = [row.split("`")[1] for row in page.splitlines() if row.startswith("| `")]
+    assert named == [*KEYS, *(key.name for method in METHODS.values() for key in method.keys), *UNUSED_KEYS]
+    assert config_tables.updated(page) == page, "run: python -m docs.config_tables"
 
 
 def test_the_glossary_is_the_programs():

@@ -5,34 +5,20 @@ Exit codes: what the command returns; 2 after a fault that the user can correct,
 """
 
 import argparse
-import errno
+import atexit
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO, cast
 
-from utils.errors import UserError, is_lack_of_memory
+from utils.errors import UserError, machine_fault
 
 DEBUG = "TOSCA_DEBUG"  # =1 in the environment: every fault shows its traceback
 HINT_GO_ON = "start the same command again to go on"
-HINT_CORRECT = "correct that, then start again"
-HINT_MEMORY = (
-    "free some, raise its limit (ulimit -v) or lower what takes it (batch_size, feature_batch_size, num_workers), then "
-    "start again"
-)
-
-# what a disk or the machine refuses, whatever the program does; every other OSError is a bug and shows its traceback
-_OF_THE_MACHINE = {
-    getattr(errno, name, None)
-    for name in (
-        *("EIO", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ESTALE", "EMFILE", "ENFILE", "ENOLCK", "ENOMEM"),
-        *("EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ETIMEDOUT", "ENODEV", "ENXIO"),
-    )
-} - {None}
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class OutputFailed(Exception):
-    """Standard output cannot be written and nothing that follows matters; raised by ``SafeOutput.write``."""
+    """Standard output cannot be written and nothing that follows matters."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,67 +41,38 @@ class Parser(argparse.ArgumentParser):
 
 
 class SafeOutput:
-    """A text stream on which writing cannot fail: no traceback, no lost line.
+    """A text stream whose failure (its reader has closed it, its disk is full) ends up in ``error``: no traceback.
 
-    A character that the stream's encoding does not have is written as an escape. After the first failure of the
-    stream itself (its reader has closed it, its disk is full) ``error`` holds that, and nothing is written any more.
-
-    Args:
-        stream: where the text goes.
-        ends_command: whether such a failure raises ``OutputFailed``.
+    After it nothing is written any more. ``ends_command``: whether it raises ``OutputFailed``, too.
     """
 
-    def __init__(self, stream: TextIO, *, ends_command: bool = False) -> None:
-        self.stream, self.ends_command = stream, ends_command
+    def __init__(self, stream: TextIO | None, *, ends_command: bool = False) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - it has no stream if started without one
+        self.ends_command = ends_command
         self.error: OSError | None = None
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # a character that the encoding does not have
 
     def write(self, text: str) -> int:
-        """Write ``text``; return its length.
-
-        Raises:
-            OutputFailed: see the class.
-        """
-        if self.error is None:
-            with self._failure_noted():
-                try:
-                    self.stream.write(text)
-                except UnicodeEncodeError:
-                    encoding = self.stream.encoding or "ascii"
-                    self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self._try(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Hand what was written to the operating system.
+        self._try(self.stream.flush)
 
-        Raises:
-            OutputFailed: see the class.
-        """
-        if self.error is None:
-            with self._failure_noted():
-                self.stream.flush()
-
-    @contextmanager
-    def _failure_noted(self) -> Iterator[None]:
+    def _try(self, act: Callable[[], object]) -> None:
         try:
-            yield
+            if self.error is None:
+                act()
         except OSError as error:
             self.error = error
-            _discard(self.stream)
+            with suppress(OSError, ValueError):  # what the stream still holds would fail once more when Python exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if self.ends_command:
                 raise OutputFailed from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def _discard(stream: TextIO) -> None:
-    """Let what ``stream`` still holds go nowhere: else Python would fail once more when it exits."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    except (OSError, ValueError):  # no file of the operating system
-        pass
 
 
 def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON, needs_output: bool = True) -> int:
@@ -128,93 +85,82 @@ def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON,
         needs_output: whether standard output is all that the command is for, so that it ends when that fails.
     """
     streams = sys.stdout, sys.stderr
-    _occupy_standard_descriptors()
-    out = SafeOutput(sys.stdout or _closed_stream(refuses=needs_output), ends_command=needs_output)
-    err = SafeOutput(sys.stderr or _closed_stream(refuses=False))
+    out, err = SafeOutput(sys.stdout, ends_command=needs_output), SafeOutput(sys.stderr)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
-        with _signals_as_exceptions():
-            leaving: SystemExit | None = None
-            try:
-                try:
-                    code = action()
-                except SystemExit as exit_request:  # of argparse: --help, or a mistake on the command line
-                    code, leaving = 0, exit_request
-                sys.stdout.flush()
-            except OutputFailed:
-                code = 1 if isinstance(out.error, BrokenPipeError) else 2
-            except Exception as error:
-                fault = fault_of(error)
-                if os.environ.get(DEBUG) == "1":
-                    traceback.print_exc()
-                print(f"{prog}: error: {fault}", file=sys.stderr)
-                code = 2
-            except KeyboardInterrupt as stop:
-                stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
-                print(f"\n{prog}: stopped; {stopped.hint or hint}", file=sys.stderr)
-                code = 128 + stopped.number
-        if out.error is not None and not isinstance(out.error, BrokenPipeError):
-            print(f"{prog}: error: standard output cannot be written ({out.error.strerror})", file=sys.stderr)
-            code = code or 2
-        sys.stderr.flush()
-        if leaving is not None and not code:
-            raise leaving
+        with signals_handled(_stop):
+            code = _code_of(prog, action, hint)
+        if out.error is not None:
+            gone = isinstance(out.error, BrokenPipeError)
+            if not gone:
+                err.write(f"{prog}: error: standard output cannot be written ({out.error.strerror})\n")
+            code = code or (int(needs_output) if gone else 2)
+        err.flush()
         return code
     finally:
         sys.stdout, sys.stderr = streams
 
 
-def _occupy_standard_descriptors() -> None:
-    """Open what whoever started the process has closed: else the next file would be where libraries print."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-
-
-def _closed_stream(*, refuses: bool) -> TextIO:
-    """What stands for a stream that whoever started the process has closed: all goes nowhere, or writing fails."""
-    return open(os.open(os.devnull, os.O_RDONLY if refuses else os.O_WRONLY), "w", encoding="utf-8")
+def _code_of(prog: str, action: Callable[[], int], hint: str) -> int:
+    """Do what a command does, say in a line what went wrong, return the exit code."""
+    try:
+        try:
+            code = action()
+        except SystemExit as leaving:  # of argparse: --help, or a mistake on the command line
+            code = int(leaving.code or 0)
+        sys.stdout.flush()
+        return code
+    except OutputFailed:
+        return 0
+    except Exception as error:
+        fault = fault_of(error)
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        print(f"{prog}: error: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        print(f"\n{prog}: stopped; {stopped.hint or hint}", file=sys.stderr)
+        return 128 + stopped.number
 
 
 def fault_of(error: Exception) -> UserError:
     """What a user is told about ``error``: itself, or what the machine refused; a bug of ours is raised again."""
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-        return UserError(f"{error.filename or 'a file'}: {error.strerror}; {HINT_CORRECT}")
-    if is_lack_of_memory(error):
-        reason = (str(error).strip().splitlines() or ["nothing says how much was asked for"])[0]
-        return UserError(f"the memory does not suffice ({reason}); {HINT_MEMORY}")
-    raise error
+    fault = error if isinstance(error, UserError) else machine_fault(error)
+    if fault is None:
+        raise error
+    return fault
+
+
+def _stop(number: int, _: object) -> None:
+    """Answer the first Ctrl-C or SIGTERM; a second one ends the process at once, without a word."""
+    _handle_signals(lambda again, _: os._exit(128 + again))
+    raise Stopped(number)
 
 
 @contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Within, the first Ctrl-C or SIGTERM raises ``Stopped``; a second one ends the process at once, without a word."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    stopping = False
-
-    def stop(number: int, _: object) -> None:
-        nonlocal stopping
-        if stopping:
-            os._exit(128 + number)
-        stopping = True
-        raise Stopped(number)
-
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
+def signals_handled(handler: Any) -> Iterator[None]:
+    """Give Ctrl-C and SIGTERM a handler for a while."""
+    before = _handle_signals(handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _handle_signals(handler: Any) -> dict[signal.Signals, Any]:
+    """Give Ctrl-C and SIGTERM a handler; return those that they had. One that is ignored stays so."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        return {}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process with ``code``; a Ctrl-C while Python shuts down ends it at once, without a word."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(code or 128 + signal.SIGINT))
+    """End the process with ``code``; a Ctrl-C while Python shuts down ends it at once, without a word.
+
+    A notebook that ran the command goes on, with the handlers that it had.
+    """
+    atexit.register(_handle_signals, lambda number, _: os._exit(code or 128 + number))
     sys.exit(code)

@@ -7,15 +7,14 @@ import json
 import os
 import re
 import socket
-import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.errors import ConfigError, UserError
-from utils.hardware import process_lives
+from utils.errors import ConfigError, UserError, remedy_of
 
 
 def atomic_write(path: Path, content: bytes | memoryview, *, flush: bool = True) -> None:
@@ -24,28 +23,21 @@ def atomic_write(path: Path, content: bytes | memoryview, *, flush: bool = True)
     Args:
         flush: False leaves the time of writing to the system, for what can be made again: after a loss of power the
             file may be empty.
-
-    Raises:
-        UserError: the disk is full, the folder cannot be written, or the name is too long; ``path`` is as before.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, partial_path(path), flush=flush) as file:
             file.write(content)
     except OSError as error:
-        hint = hint_of_limits(error) or "free space, correct the permissions or set another folder"
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); what was there is unchanged: {hint}, then start again"
+            f"{path} cannot be written ({error.strerror}); what was there is unchanged: {remedy_of(error)}, then start "
+            "again"
         ) from error
 
 
 def hint_of_limits(error: OSError) -> str:
     """What to do about an error that is a limit's of the process; empty for any other."""
-    hints = {
-        errno.EMFILE: "raise the number of open files (ulimit -n)",
-        errno.EFBIG: "raise the size of files (ulimit -f)",
-    }
-    return hints.get(error.errno or 0, "")
+    return remedy_of(error) if error.errno in (errno.EMFILE, errno.EFBIG) else ""
 
 
 def partial_path(path: Path) -> Path:
@@ -89,68 +81,35 @@ def sync_folder(folder: Path) -> None:
 def output_file(path: Path, option: str) -> Path:
     """Return the file that output to ``path`` goes to: links are followed, and nothing but a regular file is replaced.
 
-    What killed processes left of writing it is removed.
-
-    Raises:
-        UserError: a folder, device, pipe or socket is there; ``option`` is what the user calls it.
+    What killed processes left of writing it is removed. ``option`` is what the user calls it.
     """
     target = Path(os.path.realpath(path))
     with suppress(OSError):  # what cannot be removed is in nobody's way
         remove_partials(target.parent, re.escape(target.name), locked=False)
-    try:
-        mode = target.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return target
-    except OSError as error:
-        raise UserError(f"{option} {str(path)!r} cannot be used ({error.strerror}); give another file") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "a device, pipe or socket"
         raise UserError(f"{option} {str(path)!r} is {kind}; give the name of a regular file")
     return target
 
 
-def open_regular(path: Path, *, pipes: bool = False) -> io.BufferedReader:
-    """Open a regular file to read it. A device may never end, and a pipe that nobody writes to makes ``open`` wait.
-
-    Args:
-        pipes: a pipe is read too, such as a shell's ``<(command)``; one that nobody writes to is empty.
-
-    Raises:
-        OSError: as ``open``, or there is something else.
-    """
-    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - closed by the caller
-    mode = os.fstat(file.fileno()).st_mode
-    if stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode)):
-        if os.name == "posix":
-            os.set_blocking(file.fileno(), True)
-        return file
-    file.close()
-    raise OSError(errno.ENXIO, "it is a device, pipe or socket, no regular file", str(path))
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read it; raise ``OSError`` for a device or a pipe, whose content may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.ENXIO, "it is a device, pipe or socket, no regular file", str(path))
+    return open(path, "rb")
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-        OSError: as ``open_regular``.
-    """
+    """The content of a regular file."""
     with open_regular(path) as file:
         return file.read()
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with a ``~`` at its start replaced by the home folder.
-
-    Raises:
-        UserError: the home folder is not known, as in a container with a user id of its own.
-    """
+    """The path with a ``~`` at its start replaced by the home folder."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:
+    except RuntimeError:  # as in a container with a user id of its own
         raise UserError(f"{path}: the home folder at its start is not known; give the whole path") from None
 
 
@@ -163,59 +122,47 @@ def remove_partials(folder: Path, name: str, *, locked: bool = True) -> None:
         locked: whether the lock of those files is held: a partial file may else be another process's, at work. False
             leaves the files of processes that live on this machine.
     """
-    if folder.is_dir():
-        for path in folder.iterdir():
-            partial = re.fullmatch(rf"\.{name}\.(\d+)\.partial", path.name)
-            if partial and (locked or not process_lives(int(partial.groups()[-1]))):
-                path.unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        partial = re.fullmatch(rf"\.{name}\.(\d+)\.partial", path.name)
+        if partial and (locked or not _lives(int(partial.groups()[-1]))):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this number may be there, on this machine."""
+    if os.name != "posix":  # elsewhere asking might end it
+        return True
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically, laid out by ``json_lines``. NaN is not JSON: callers pass None for what is undefined."""
-    atomic_write(path, json_lines(values).encode("utf-8") + b"\n")
+    """Write JSON atomically. NaN is not JSON: callers pass None for what is undefined."""
+    atomic_write(path, json_lines(values).encode() + b"\n")
 
 
-def json_lines(values: Any, levels: int = 3) -> str:
-    """JSON whose first ``levels`` levels have a line for each item: readable, and fast to write where it is long."""
-    return _without_halves(_lines(values, levels, ""))
+def json_lines(values: Any) -> str:
+    """JSON with a line for each item."""
+    return json_text(values, indent=1)
 
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # json.dumps would make an encoder at each call
-
-
-def _lines(values: Any, levels: int, indent: str) -> str:
-    if not levels or not values or not isinstance(values, (dict, list, tuple)):
-        return _encode(values)
-    inside = indent + " "
-    if isinstance(values, dict):
-        opening, closing = "{}"
-        items = [f"{_encode(str(key))}: {_lines(value, levels - 1, inside)}" for key, value in values.items()]
-    else:
-        opening, closing = "[]"
-        items = [_lines(value, levels - 1, inside) for value in values]
-    return opening + "\n" + ",\n".join(inside + item for item in items) + "\n" + indent + closing
-
-
-def json_text(values: Any) -> str:
-    """JSON that every encoding of Unicode can write; what names that are not UTF-8 hold stands there escaped."""
-    return _without_halves(_encode(values))
-
-
-def _without_halves(text: str) -> str:
-    """Escape the halves of surrogate pairs, which stand for bytes that are not UTF-8."""
-    return re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+def json_text(values: Any, indent: int | None = None) -> str:
+    """JSON that every encoding of Unicode can write: bytes of names that are not UTF-8 stand there escaped."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -228,9 +175,7 @@ class FolderLock:
         path: the lock file.
         what: for the message, what is locked.
         wait: True waits for the holder; False raises at once.
-
-    Raises:
-        UserError: another process holds it; process and machine are named.
+        on_wait: is told who holds it before the wait begins.
     """
 
     def __init__(
@@ -239,85 +184,69 @@ class FolderLock:
         self.path, self.what, self.wait, self.on_wait = path, what, wait, on_wait
 
     def __enter__(self) -> "FolderLock":
+        act = "written"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = open(self.path, "a+b", buffering=0)
+            act = "locked"
+            self._take()
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
-            refused = f"{error.filename or self.path} cannot be written ({error.strerror})"
-            hint = hint_of_limits(error) or "correct that or set another folder"
-            raise UserError(f"{self.what} cannot be used: {refused}; {hint}") from error
-        if not self._lock(wait=False):
-            holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() if os.name == "posix" else ""
-            holder = holder or "another process"
-            if not self.wait:
-                os.close(self._handle)
-                raise UserError(f"{self.what} is in use by {holder}; wait for it or give another folder")
-            if self.on_wait:
-                self.on_wait(holder)
-            self._lock(wait=True)
-        try:
-            os.ftruncate(self._handle, 0)
-            os.lseek(self._handle, 0, os.SEEK_SET)
-            os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            os.close(self._handle)
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); free space, start again") from error
+            refused = f"{error.filename or self.path} cannot be {act} ({error.strerror})"
+            raise UserError(f"{refused}, so {self.what} cannot be used; {remedy_of(error)}") from error
         return self
 
-    def check(self) -> None:
-        """Check that the lock's file is still the one that was locked.
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # gives the lock back; the file stays, for removing it would race with another process
 
-        Raises:
-            UserError: the file, or the folder that it lies in, was removed or exchanged.
-        """
-        held = os.fstat(self._handle)
+    def check(self) -> None:
+        """Check that the lock's file is still the one that was locked, and its folder not removed or exchanged."""
         try:
-            found = os.stat(self.path)
+            same = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
         except OSError:
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            same = False
+        if not same:
             raise UserError(
                 f"{self.what} was removed or exchanged while this process was at work in it; put it back, or start the "
                 "same command again to do what is missing there"
             )
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)  # gives the lock back; the file stays, for removing it would race with another process
+    def _take(self) -> None:
+        """Lock the file, waiting for whoever holds it if that is wanted."""
+        while not self._taken():
+            self._file.seek(0)
+            holder = self._file.read(200).decode(errors="replace").strip() or "another process"
+            if not self.wait:
+                raise UserError(f"{self.what} is in use by {holder}; wait for it or give another folder")
+            if self.on_wait:
+                self.on_wait(holder)
+            self.on_wait = None  # told once
+            time.sleep(0.2)
 
-    def _lock(self, *, wait: bool) -> bool:
-        """Take an exclusive lock; False if another process has it and ``wait`` is False.
-
-        It belongs to this process alone: loader processes do not inherit it, so it ends with the process that holds it
-        even if they outlive it for a moment.
-        """
+    def _taken(self) -> bool:
+        """Take the lock if nobody has it. It belongs to this process alone: loader processes do not inherit it."""
         try:
             if sys.platform == "win32":
                 import msvcrt
 
-                os.lseek(self._handle, 1 << 20, os.SEEK_SET)  # beyond the text that names the holder
-                msvcrt.locking(self._handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+                self._file.seek(1 << 20)  # beyond the text that names the holder
+                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.lockf(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as: no locks on this file system
-                os.close(self._handle)
-                raise UserError(
-                    f"{self.path} cannot be locked ({error.strerror}), so {self.what} is not safe from others; "
-                    "set a folder on another disk"
-                ) from error
+                raise
             return False
         return True
 
 
 def human_size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+    """``count`` bytes in words, such as ``1.5 MB``."""
+    power = min(3, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 def free_name(path: Path) -> Path:
@@ -330,15 +259,12 @@ def free_name(path: Path) -> Path:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object as a dictionary; for ``object_pairs_hook``.
-
-    Raises:
-        ConfigError: a key stands twice.
-    """
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in {name for name, _ in pairs[:i]})
-        raise ConfigError(f"key {twice!r} stands twice")
+    """The pairs of a JSON object, of which no two may have one key; for ``object_pairs_hook``."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ConfigError(f"key {key!r} stands twice")
+        values[key] = value
     return values
 
 
@@ -346,28 +272,18 @@ def read_json(path: Path, kind: str = "a config", hint: str = "give --config=<fi
     """The object in a JSON file.
 
     Args:
-        path: the file, or a pipe such as a shell's ``<(command)``.
+        path: the file.
         kind: what the file should be, for messages.
         hint: what to do if it cannot be read.
-
-    Raises:
-        ConfigError: not readable, not JSON (line and column are named), not an object, or a key given twice.
     """
     try:
-        with open_regular(path, pipes=True) as file:
-            values = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; {kind} is a JSON text file") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply for {kind}") from None
+        values = json.loads(read_regular(path).decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; keep one") from None
-    except ValueError as error:  # a number with more digits than Python converts
-        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, nested too deeply, a number of too many digits
+        raise ConfigError(f"{path}: this is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {kind} is one JSON object {{...}}, got {type(values).__name__}")
     return values

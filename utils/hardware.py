@@ -1,5 +1,6 @@
 """What the machine offers: CPUs, accelerators, memory, batch sizes."""
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux shows what it allows a container
 
 
 def available_accelerator() -> "torch.device | None":
@@ -32,8 +35,13 @@ def float32_default() -> Iterator[None]:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use, by its affinity and by the quota of its container (``docker --cpus=2``)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup version 2, version 1
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            cpus = min(cpus, math.ceil(quota / period)) if quota > 0 else cpus
+    return cpus
 
 
 def total_memory() -> int | None:
@@ -60,16 +68,14 @@ def peak_bytes(device: "torch.device | None" = None) -> int:
     """
     if memory := _memory_of(device):
         return int(memory.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return 0  # the system does not say
-    if sys.platform == "linux":
-        with suppress(OSError, StopIteration):  # getrusage keeps peaks of before, and what the parent held
-            status = Path("/proc/self/status").read_text().splitlines()
-            return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
-    import resource
+    with suppress(OSError, IndexError):  # Linux; getrusage keeps peaks of before, and what the parent held
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    with suppress(ImportError):  # on Windows the system does not say
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return 0
 
 
 def _memory_of(device: "torch.device | None") -> Any:
@@ -128,16 +134,3 @@ def single_thread() -> Iterator[None]:
 def default_workers(local_ranks: int = 1) -> int:
     """Loader processes: every CPU this process may use but one, which drives the backbone; at most 16."""
     return max(0, min(available_cpus() // local_ranks - 1, 16))
-
-
-def process_lives(process: int) -> bool:
-    """Whether a process of this number is there, on this machine."""
-    if os.name != "posix":  # elsewhere asking might end it
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -4,8 +4,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -15,32 +16,51 @@ LOG_FORMAT = "%(asctime)s [%(filename)s] => %(message)s"
 FILE_ONLY = {"file_only": True}  # as ``extra`` of a log call: the line stays off the terminal
 
 
-def set_up_logging() -> None:
-    """Send log lines to standard output, but for those of the file alone (progress bars go to standard error)."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: not getattr(record, "file_only", False))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+@contextmanager
+def logging_to_terminal() -> Iterator[None]:
+    """Send log lines to standard output, but for those of the file alone (progress bars go to standard error).
+
+    All lines are kept for the next file that ``logging_to`` opens: a run says much before its log begins.
+    """
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    terminal.addFilter(lambda record: not getattr(record, "file_only", False))
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = [terminal, MemoryHandler(0)]
+    root.setLevel(logging.INFO)
     for noisy in ("timm", "huggingface_hub", "httpx", "PIL", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
 
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Also write log lines to ``path``, appending."""
+    """Also write log lines to ``path``, appending; first those that were said while no log was open."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); set log_dir to another folder") from error
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    logging.getLogger().addHandler(handler)
+    file.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    before = root.handlers
+    keeping = [handler for handler in before if isinstance(handler, MemoryHandler)]
+    root.handlers = [file, *(handler for handler in before if handler not in keeping)]
     try:
+        for handler in keeping:
+            handler.setTarget(file)
+            handler.flush()
+            handler.setTarget(None)
         yield
     finally:
-        logging.getLogger().removeHandler(handler)
+        root.handlers = before
         with suppress(OSError):  # every line is flushed when written: this error was raised then
-            handler.close()
+            file.close()
 
 
 class _LogFile(logging.FileHandler):
@@ -54,10 +74,22 @@ class _LogFile(logging.FileHandler):
         raise UserError(f"the log cannot be written ({reason}); free space or set log_dir, then start again") from error
 
 
+class _Lines:
+    """A stream for a bar where there is no terminal: each state of it is a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.flush = stream, stream.flush
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+
 def progress(iterable: Any = None, **options: Any) -> tqdm:
-    """A tqdm bar; in a file (a cluster's log) it writes a line every ten seconds instead of ten a second."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, mininterval=interval, **options)
+    """A tqdm bar; in a file (a cluster's log) it writes a line every ten seconds instead of ten states a second."""
+    if not sys.stderr.isatty():
+        options = {**options, "file": _Lines(sys.stderr), "mininterval": 10.0}
+    return tqdm(iterable, **{"file": sys.stderr, "dynamic_ncols": True, **options})
 
 
 @contextmanager

@@ -3,13 +3,20 @@
 import logging
 import os
 import pickle
+import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from utils.cli import signals_handled
 from utils.errors import UserError
+
+MEETING = timedelta(minutes=5)  # for all ranks to come
+WAITING = timedelta(days=30)  # between two barriers; a rank that dies breaks its connections, and they are noticed
+_START = "start with torchrun, or unset WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -29,23 +36,15 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here.
-
-        Raises:
-            UserError: another rank has ended.
-        """
+        """Wait until every rank is here."""
         if self.count > 1:
             import torch.distributed as dist
 
-            with _ended_rank_named():
+            with _waiting(_ENDED):
                 dist.barrier()
 
     def share(self, value: Any) -> Any:
-        """Rank 0's ``value``, on every rank.
-
-        Raises:
-            UserError: another rank has ended.
-        """
+        """Rank 0's ``value``, on every rank."""
         if self.count == 1:
             return value
         import torch
@@ -53,7 +52,7 @@ class Ranks:
 
         packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         self._sent[:] = [size := torch.tensor(len(packed))]
-        with _ended_rank_named():
+        with _waiting(_ENDED):
             dist.broadcast(size, src=0)
             if not self.first:
                 packed = torch.empty(int(size), dtype=torch.uint8)
@@ -63,17 +62,38 @@ class Ranks:
 
 
 ONE_RANK = Ranks()
+_ENDED = (
+    "another process of this torchrun has ended (what it says is above or below); start the same command again: the "
+    "features that are done stay"
+)
 
 
 @contextmanager
-def _ended_rank_named() -> Iterator[None]:
+def _waiting(message: str) -> Iterator[None]:
+    """Wait for other ranks, whose fault an error is. A signal ends the process: no handler would run meanwhile."""
     try:
-        yield
+        with signals_handled(signal.SIG_DFL):
+            yield
     except RuntimeError as error:
-        raise UserError(
-            "another process of this torchrun has ended (what it says is above or below); start the same command "
-            "again: the features that are done stay"
-        ) from error
+        raise UserError(message) from error
+
+
+def world_size() -> int:
+    """How many processes the environment says there are."""
+    return _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+
+
+def _variable(name: str) -> str:
+    if text := os.environ.get(name):
+        return text
+    raise UserError(f"one of several processes needs the environment variable {name}, which is empty; {_START}")
+
+
+def _number(name: str, below: int = 1_000_000) -> int:
+    text = _variable(name)
+    if text.isdecimal() and int(text) < below:
+        return int(text)
+    raise UserError(f"the environment variable {name} must be a whole number below {below}, got {text!r}; {_START}")
 
 
 @contextmanager
@@ -82,17 +102,26 @@ def joined_ranks() -> Iterator[Ranks]:
 
     Ranks but the first log warnings alone: else every line would stand there once for each.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    count = world_size()
+    if count <= 1:
         yield ONE_RANK
         return
+    host, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
+    ranks = Ranks(_number("RANK", count), count, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    # an extraction may take days between two barriers; a rank that dies breaks its connections, and they are noticed
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
-        local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        ranks = Ranks(dist.get_rank(), count, local_rank, local_count)
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR {host!r}, the machine of rank 0, is not known ({error.strerror}); {_START}"
+        ) from None
+    met = f"the {count} processes of WORLD_SIZE did not meet at MASTER_ADDR {host!r}, MASTER_PORT {port}"
+    with _waiting(f"{met}: one did not come within {MEETING}, or another program uses the port"):
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
+        dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=count, timeout=WAITING)
+    try:
         if not ranks.first:
             logging.getLogger().setLevel(logging.WARNING)
         yield ranks

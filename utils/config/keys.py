@@ -1,24 +1,24 @@
-"""One config key: its type and limits, how a value of it is checked, and which part of a run it touches."""
+"""One config key: its type and limits, how a value of it is checked, and which part of a run it affects."""
 
-import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 from utils.errors import ConfigError
 
 LONGEST_RANGE = 1_000  # numbers that one "a-b" may stand for
-REQUIRED: Any = dataclasses.MISSING  # the default of a key that every config must give
+REQUIRED: Any = object()  # the default of a key that every config must give
 
-# What a key may touch. Everything that depends on the kind of a key follows from this one word.
+# What a key may affect. Everything that depends on the kind of a key follows from this one word.
 AFFECTS = {
     "place": "where files lie",
     "speed": "how fast a run is, not what it computes",
-    "words": "what a run says",
+    "report": "what a run says",
     "data": "the images",
     "backbone": "the frozen features",
     "views": "the augmented views of the training images",
@@ -27,7 +27,7 @@ AFFECTS = {
     "module": "what the learned files are made for",
     "method": "which method learns",
 }
-_WITHOUT_EFFECT = ("place", "speed", "words")  # runs that differ in them alone compute the same
+_WITHOUT_EFFECT = ("place", "speed", "report")  # runs that differ in them alone compute the same
 _BEFORE_LEARNING = ("data", "backbone", "speed")  # the loaded data and backbone depend on them
 _FIXED_ONCE_SAVED = ("backbone", "module", "method")  # what is learned on top of a saved run must agree in them
 
@@ -41,10 +41,10 @@ class Key:
         kind: ``bool``, ``int``, ``float``, ``str``, one of them ``| None``, ``str | float``, or ``tuple[int, ...]``.
         default: its value where a config does not give it, or ``REQUIRED``.
         doc: its line in the documentation.
-        affects: what it touches, a word of ``AFFECTS``.
+        affects: a word of ``AFFECTS``.
         low, high: the smallest and the largest number that is allowed.
-        above: numbers must be larger than this.
-        choices: the texts that are allowed; none given: any text.
+        above: numbers must be larger than this, too.
+        choices: the texts that are allowed.
         recorded_as: the name under which the identity of a run records what was found behind the key, for example
             the weights' hash for a backbone's name; None: the identity records the key itself.
     """
@@ -54,19 +54,15 @@ class Key:
     default: Any
     doc: str
     affects: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
+    low: float = 0
+    high: float = sys.float_info.max
+    above: float = -1
     choices: tuple[str, ...] = ()
     recorded_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.affects not in AFFECTS:
             raise ValueError(f"key {self.name!r}: affects must be one of {', '.join(AFFECTS)}, got {self.affects!r}")
-
-    @property
-    def required(self) -> bool:
-        return self.default is REQUIRED
 
     @property
     def changes_the_run(self) -> bool:
@@ -92,91 +88,85 @@ class Key:
     def is_list(self) -> bool:
         return get_origin(self.kind) is tuple
 
-    @property
-    def is_text(self) -> bool:
-        """Whether every value is text, so that nothing on the command line needs reading as JSON."""
-        return self.kind is str
-
     def checked(self, value: Any) -> Any:
         """Return ``value`` as this key has it: 1 as 1.0, a list as a tuple, a plain value as a list of one.
 
         In lists of whole numbers ``"1993-1997"`` stands for all from the first to the last.
-
-        Raises:
-            ConfigError: a value of the wrong type, not among the choices, or out of range.
         """
+        if value is REQUIRED:
+            raise ConfigError(f"required key {self.name!r} is missing")
         if not self.is_list:
             return self._checked_item(value, self.kind)
         kind = get_args(self.kind)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
         if kind is int:
-            items = [number for item in items for number in self._expanded(item)]
-        return tuple(self._checked_item(str(v) if kind is str and _is_int(v) else v, kind) for v in items)
+            items = [number for item in items for number in self._numbers(item)]
+        return tuple(self._checked_item(str(i) if kind is str and type(i) is int else i, kind) for i in items)
 
-    def _expanded(self, item: Any) -> Sequence[Any]:
+    def _numbers(self, item: Any) -> Sequence[Any]:
         """The numbers of a range such as ``"1993-1997"``; anything else as it is."""
         match = re.fullmatch(r"(\d{1,12})-(\d{1,12})", item) if isinstance(item, str) else None
         if match is None:
             return [item]
-        first, last = int(match[1]), int(match[2])
-        if not first <= last < first + LONGEST_RANGE:
-            raise ConfigError(
-                f"{self.name} {item!r} is not a range: give the smaller number first, and at most {LONGEST_RANGE}"
-            )
-        return range(first, last + 1)
+        first, last = map(int, match.groups())
+        if first <= last < first + LONGEST_RANGE:
+            return range(first, last + 1)
+        raise ConfigError(f"{self.name} {item!r}: give the smaller number first, and at most {LONGEST_RANGE} numbers")
 
     def _checked_item(self, value: Any, kind: Any) -> Any:
-        options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if isinstance(value, str) and value in self.choices:
-            return value
-        if value is None and NoneType in options:
-            return None
-        types = [option for option in options if not (option is str and self.choices)]
-        if float in types and _is_int(value):
-            try:
-                value = float(value)
-            except OverflowError:
-                digits = len(str(value))
-                raise ConfigError(f"{self.name} must be a finite number, got an integer of {digits} digits") from None
+        types = [option for option in get_args(kind) or (kind,) if not (option is str and self.choices)]
+        if float in types and type(value) is int:
+            value = float(value) if abs(value) < 2**1023 else math.inf
+        listed = ["one of " + ", ".join(self.choices)] if self.choices else []
+        must_be = ""
         if type(value) not in types:
-            allowed, hint = _allowed(self.choices, types), nearest(value, self.choices)
-            raise ConfigError(f"{self.name} must be {allowed}, got {shown(value)}{hint}")
-        if isinstance(value, str) and not value.isprintable():
-            raise ConfigError(f"{self.name} must be printable text, got {shown(value)}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._check_range(value)
+            must_be = " or ".join([*listed, *map(_TYPE_WORDS.__getitem__, types)])
+        elif isinstance(value, str) and not (value.isprintable() and (value or self.default == "")):
+            must_be = "printable text and not empty"
+        elif type(value) in (int, float):
+            floor = f"above {self.above}" if self.above >= 0 else f"at least {self.low}"
+            enough = value >= self.low and value > self.above  # NaN is not
+            must_be = floor if not enough else f"at most {self.high}" if value > self.high else ""
+        if must_be and not (isinstance(value, str) and value in self.choices):
+            close = difflib.get_close_matches(value, self.choices, n=1) if isinstance(value, str) else []
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{self.name} must be {must_be}, got {value!r:.80}{hint}")
         return value
 
-    def _check_range(self, value: float) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{self.name} must be a finite number, got {value}")
-        if self.low is not None and value < self.low:
-            raise ConfigError(f"{self.name} must be at least {self.low}, got {shown(value)}")
-        if self.high is not None and value > self.high:
-            raise ConfigError(f"{self.name} must be at most {self.high}, got {shown(value)}")
-        if self.above is not None and value <= self.above:
-            raise ConfigError(f"{self.name} must be above {self.above}, got {shown(value)}")
-        if abs(value) >= 2**63:
-            raise ConfigError(f"{self.name} is out of range, got {shown(value)}")
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-def shown(value: Any) -> str:
-    """``repr`` of a value, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+# -- names that configs of the release, LAMDA-PILOT and PyCIL use, and what they mean here ----------------------------
 
+BACKBONE_ALIASES = {
+    "vit_base_patch16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+    "pretrained_vit_b16_224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "pretrained_vit_b16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+}
 
-def nearest(value: Any, names: Sequence[str]) -> str:
-    """A hint such as ``; did you mean 'tosca'?``, or nothing where no name is close."""
-    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _allowed(choices: Sequence[str], types: Sequence[type]) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    listed = ["one of " + ", ".join(choices)] if choices else []
-    return " or ".join([*listed, *(words[kind] for kind in types)])
+# keys of LAMDA-PILOT and PyCIL that configs of theirs carry: accepted, and a line in the log says what counts here
+_NO_EXEMPLARS = "no old images are kept"
+_FROZEN = "the backbone stays as it is, without prompts or adapters in it"
+UNUSED_KEYS = {
+    "memory_size": _NO_EXEMPLARS,
+    "memory_per_class": _NO_EXEMPLARS,
+    "fixed_memory": _NO_EXEMPLARS,
+    "print_forget": "forgetting is always reported",
+    "init_epoch": "the first task trains as the others do, epochs={epochs}",
+    "init_lr": "the first task trains as the others do, lr={lr}",
+    "init_milestones": "the first task trains as the others do, milestones={milestones}",
+    "init_lr_decay": "scheduler=steplr divides the rate by ten in every task",
+    "init_weight_decay": "the first task trains as the others do, weight_decay={weight_decay}",
+    "tuned_epoch": "the number of epochs is epochs={epochs}",
+    "lrate": "the learning rate is lr={lr}",
+    "lrate_decay": "scheduler=steplr divides the rate by ten",
+    "min_lr": "scheduler=cosine ends at 1e-8, as in the release",
+    "reinit_optimizer": "every task starts with a new optimizer",
+    "vpt_type": _FROZEN,
+    "prompt_token_num": _FROZEN,
+    "ffn_num": _FROZEN,
+    "use_RP": "model_name=ranpac always projects on random features",
+    "M": "model_name=ranpac has 10,000 random features",
+}

@@ -5,18 +5,17 @@ text, so that a mistake in a config is answered, and ``--help`` printed, before 
 """
 
 import ast
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from utils.config.keys import Key
-from utils.errors import ConfigError
 
-__all__ = ["DATASETS", "FLOWS", "METHODS", "SELECTIONS", "Key", "Method", "Selection", "read_methods", "read_names"]
+__all__ = ["Key"]  # for the files of models/, beside what is defined here
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Method:
         exemplars: whether it keeps training images or their features; tables say so.
         views: ``test``: it trains on the test transform; ``augmented``: on the augmented views.
         modular: whether it saves a module for each task.
-        reads: which of the shared keys it reads, by what they touch: ``training``, ``module``.
-        module: how its file is imported, such as ``models.tosca``.
+        reads: which of the shared keys it reads, by what they affect: ``training``, ``module``.
         fixed: shared keys that it does not leave open, with their value; a config gives this value or none.
+        module: the import path of its file; no declaration says it.
     """
 
     name: str
@@ -66,12 +65,6 @@ class Method:
     fixed: tuple[tuple[str, Any], ...] = ()
     module: str = ""
 
-    def __post_init__(self) -> None:
-        if self.views not in ("test", "augmented"):
-            raise ValueError(f"method {self.name!r}: views must be test or augmented, got {self.views!r}")
-        if unknown := set(self.reads) - {"training", "module"}:
-            raise ValueError(f"method {self.name!r}: reads must be of training and module, got {sorted(unknown)}")
-
     @property
     def augmented(self) -> bool:
         return self.views == "augmented"
@@ -84,118 +77,71 @@ class Method:
             return True
         return key.affects in ("training", "module") and key.affects not in self.reads
 
-    def checked_keys(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this method's own keys with their values, as given or by default.
-
-        Raises:
-            ConfigError: a key of another method, a required one that is missing, or an impossible value.
-        """
-        keys = {key.name: key for key in self.keys}
-        if foreign := [name for name in given if name not in keys]:
-            owners = [m.name for m in METHODS.values() if foreign[0] in {key.name for key in m.keys}]
-            raise ConfigError(
-                f"key {foreign[0]!r} belongs to {' and '.join(owners)}, but model_name is {self.name!r}: remove it "
-                f"or set model_name={owners[0]}"
-            )
-        if absent := [key.name for key in self.keys if key.required and key.name not in given]:
-            raise ConfigError(f"required key {absent[0]!r} of {self.name} is missing")
-        return {name: key.checked(given.get(name, key.default)) for name, key in keys.items()}
-
 
 # -- reading declarations ---------------------------------------------------------------------------------------------
 
 
-def read_methods(folder: Path) -> dict[str, Method]:
-    """The methods that the files of a folder declare: first those with modules, then the continual ones, by name.
+def read_methods(folder: Path) -> tuple[dict[str, Method], dict[str, str]]:
+    """Read what the files of a folder declare.
 
-    Raises:
-        ValueError: a declaration that is not made of literals, or two that contradict each other.
+    Returns:
+        The methods by name: first those with modules, then the continual ones. And what is wrong with the declarations
+        of other files, by the name of the file: one that cannot be read takes no other with it.
     """
-    found = [read_method(path) for path in sorted(folder.glob("*.py"))]
-    methods = sorted((m for m in found if m), key=lambda m: (not m.modular, not m.continual, m.name))
-    _check_methods(methods)
-    return {method.name: method for method in methods}
+    found: dict[str, Method] = {}
+    wrong: dict[str, str] = {}
+    for path in sorted(folder.glob("*.py")):
+        try:
+            if (method := read_method(path)) and found.setdefault(method.name, method) is not method:
+                raise ValueError(f"{found[method.name].module} declares the method {method.name!r}, too")
+        except Exception as error:  # whatever may stand in a file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            wrong[path.stem] = (
+                f"{path}: its METHOD, which is read without importing the file, is not made of literals ({reason})"
+            )
+    return dict(sorted(found.items(), key=lambda item: (not item[1].modular, not item[1].continual, item[0]))), wrong
 
 
 def read_method(path: Path) -> Method | None:
-    """The ``METHOD`` that a file declares, or None.
-
-    Raises:
-        ValueError: it is not made of literals.
-    """
+    """The ``METHOD`` that a file declares, or None. Evaluating it runs no more than importing the file would."""
     node = _assigned(path, "METHOD")
     if node is None:
         return None
-    # The names that a declaration may use. Evaluating it runs no more than importing the file would.
     names = {kind.__name__: kind for kind in (Method, Key, Selection, bool, int, float, str, tuple)}
-    try:
-        method = eval(compile(ast.Expression(node), f"<METHOD of {path.name}>", "eval"), {"__builtins__": {}, **names})
-    except NameError as error:
-        raise ValueError(
-            f"{path}: METHOD is read without importing the file, so it is made of literals: {error}"
-        ) from None
-    if not isinstance(method, Method):
-        raise ValueError(f"{path}: METHOD must be a Method, got {method!r}")
-    return dataclasses.replace(method, module=f"models.{path.stem}")
+    method: Method = eval(compile(ast.Expression(node), str(path), "eval"), {"__builtins__": {}, **names})
+    return replace(method, module=f"{path.parent.name}.{path.stem}")
 
 
 def read_names(path: Path, variable: str) -> tuple[str, ...]:
-    """The keys of a dictionary that a file defines at its top level, without importing the file.
-
-    Raises:
-        ValueError: there is no such dictionary, or its keys are no plain texts.
-    """
+    """The keys of a dictionary of plain texts that a file defines at its top level, without importing the file."""
     node = _assigned(path, variable)
-    if not isinstance(node, ast.Dict):
-        raise ValueError(f"{path}: no dictionary {variable} = {{...}} at the top level")
-    names = [key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
-    if len(names) != len(node.keys):
-        raise ValueError(f"{path}: the keys of {variable} must be plain texts: they are read without importing it")
-    return tuple(names)
+    assert isinstance(node, ast.Dict), f"{path}: no dictionary {variable} = {{...}} at the top level"
+    return tuple(ast.literal_eval(key) for key in node.keys if key)
 
 
 def _assigned(path: Path, variable: str) -> ast.expr | None:
     """The expression that a file assigns to ``variable`` at its top level."""
     text = path.read_text(encoding="utf-8")
-    if variable not in text:  # parsing takes most of the time
-        return None
-    for node in ast.parse(text, str(path)).body:
-        if isinstance(node, ast.Assign):
-            targets, value = node.targets, node.value
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets, value = [node.target], node.value
-        else:
-            continue
-        if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
-            return value
+    for node in ast.parse(text, str(path)).body if variable in text else ():  # parsing takes most of the time
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if variable in [getattr(target, "id", None) for target in targets]:
+            return getattr(node, "value", None)
     return None
 
 
-def _check_methods(methods: Sequence[Method]) -> None:
-    """Names must be unique, and one name must mean one thing wherever it stands."""
-    names = [method.name for method in methods]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two files of models/ declare the method {twice[0]!r}")
-    kinds: dict[str, Any] = {}
-    for key in (key for method in methods for key in method.keys):
-        if kinds.setdefault(key.name, key.kind) != key.kind:
-            raise ValueError(f"two methods declare the key {key.name!r} with different types; rename one")
-    declared = _declared_selections(methods)
-    for method in methods:
-        for selection in method.selections:
-            if isinstance(selection, str) and selection not in declared:
-                raise ValueError(f"method {method.name!r}: no method declares the selection {selection!r}")
+METHODS: Mapping[str, Method]
+WRONG_METHODS: Mapping[str, str]  # what is wrong with a file of models/ whose METHOD cannot be read, by its name
+METHODS, WRONG_METHODS = read_methods(ROOT / "models")
+SELECTIONS = {s.name: s for method in METHODS.values() for s in method.selections if isinstance(s, Selection)}
+FLOWS = read_names(ROOT / "backbone" / "luca.py", "FLOWS")
+DATASETS = read_names(ROOT / "utils" / "data" / "datasets.py", "DATASETS")
 
 
-def _declared_selections(methods: Sequence[Method]) -> dict[str, Selection]:
-    declared: dict[str, Selection] = {}
-    for selection in (s for method in methods for s in method.selections if isinstance(s, Selection)):
-        if declared.setdefault(selection.name, selection) != selection:
-            raise ValueError(f"two methods declare the selection {selection.name!r} differently; refer to it by name")
-    return declared
-
-
-METHODS: Mapping[str, Method] = read_methods(_ROOT / "models")
-SELECTIONS: Mapping[str, Selection] = _declared_selections(list(METHODS.values()))
-FLOWS = read_names(_ROOT / "backbone" / "luca.py", "FLOWS")
-DATASETS = read_names(_ROOT / "utils" / "data" / "datasets.py", "DATASETS")
+def methods_help() -> str:
+    """Return the methods and their own keys, a line each, for ``--help``."""
+    width = max(map(len, METHODS), default=0)
+    lines = ["methods (model_name=...):"]
+    for method in METHODS.values():
+        lines.append(f"  {method.name:{width}}  {method.doc}")
+        lines += [f"  {'':{width}}  {key.name}={json.dumps(key.default)}: {key.doc}" for key in method.keys]
+    return "\n".join([*lines, *(f"  {wrong}" for wrong in WRONG_METHODS.values())])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.config import Config
-from utils.config.grid import Cell
+from utils.config.grid import SweepCell
 from utils.config.methods import SELECTIONS
 from utils.data.tasks import Task, TaskStream
 from utils.logs import FILE_ONLY
@@ -172,7 +172,7 @@ def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def log_sweep(cells: Sequence[Cell], runs: Sequence[dict[str, Any]], done: int) -> None:
+def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]], done: int) -> None:
     """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
     selection = cells[0].config.selection
     sections, _ = make_sections([Run(run) for run in runs])
