@@ -1,6 +1,7 @@
 """Train and evaluate TOSCA or a baseline: python main.py --config=exps/tosca_cifar.json [key=value ...]"""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,11 +69,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_data(config: Config, *, as_json: bool) -> int:
     """Exit code: 0, or 1 if there are problems."""
-    from utils.data import check
+    from utils.data.check import check_data, summary
 
-    findings = check.check_data(config)
-    print(check.as_json(findings) if as_json else "\n".join(check.summary(findings)))
-    return 0 if findings.good else 1
+    found = check_data(config)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(summary(found)))
+    return 0 if found["good"] else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Images to the pixels of their views. Loader processes run this: it needs no PyTorch, so they start at once."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +12,6 @@ from utils.data.splits import Dataset, ImageFiles, Split
 from utils.data.transforms import Draws, Transforms, test_pixels, train_pixels
 from utils.errors import DataError
 from utils.features.arrays import TEST_VIEW, View, ViewRow
-from utils.files import sha256_of_file
 from utils.ranks import ONE_RANK, Ranks
 
 LOADED_TOGETHER = 16  # views in what a loader hands over at a time, if one image has not more
@@ -25,7 +26,7 @@ class ViewsJob:
         images: these images alone.
         rows: which they are in their split.
         views: for each image, its missing views, each with its random numbers (None: the test view).
-        contents: for each image, the SHA-256 of the file that was looked at when the run began; None if unknown.
+        stats: for each image, size and modification time of the file when the run began; None if unknown.
         size: side of the square that the backbone sees.
     """
 
@@ -33,7 +34,7 @@ class ViewsJob:
     images: Split
     rows: list[int]
     views: list[list[tuple[int, Draws | None]]]
-    contents: list[bytes] | None
+    stats: np.ndarray | None
     size: int
 
     @property
@@ -55,25 +56,25 @@ def load_views(job: ViewsJob) -> np.ndarray:
     filled = 0
     for index, views in enumerate(job.views):
         image = job.images.load(index)
-        if job.contents is not None and isinstance(job.images, ImageFiles):
-            _check_unchanged(job.images, index, job.contents[index])
+        if job.stats is not None and isinstance(job.images, ImageFiles):
+            _check_unchanged(job.images.path(index), job.stats[index])
         for _, draws in views:
             pixels[filled] = test_pixels(image, job.size) if draws is None else train_pixels(image, job.size, draws)
             filled += 1
     return pixels
 
 
-def _check_unchanged(images: ImageFiles, index: int, content: bytes) -> None:
-    """Look at a file again after it was decoded: its bytes name its rows, so they must be these."""
-    path = images.path(index)
+def _check_unchanged(path: Path, stats: np.ndarray) -> None:
+    """Look at a file again after it was decoded: its content names its rows, so it must be the one that was hashed."""
     try:
-        unchanged = bytes.fromhex(sha256_of_file(path)) == content
+        found = os.stat(path)
+        unchanged = [found.st_size, found.st_mtime_ns] == stats.tolist()
     except OSError:
         unchanged = False
     if not unchanged:
         raise DataError(
-            f"{path} was changed while the run was at work (its content is not what it was at the start); start again "
-            "when the images stay as they are: what is done stays"
+            f"{path} was changed while the run was at work (its size or time is not what it was at the start); start "
+            "again when the images stay as they are: what is done stays"
         )
 
 
@@ -101,7 +102,7 @@ class MissingViews:
         ranks: Ranks = ONE_RANK,
     ) -> None:
         self._data, self._transforms, self._missing, self.count = data, transforms, missing, 0
-        self._contents = fingerprints.contents if fingerprints is not None else {}
+        self._stats = fingerprints.stats if fingerprints is not None else {}
         self.work: list[tuple[str, np.ndarray]] = []
         for split in sorted({split for split, _ in missing}):
             lacking = np.sum([rows for (s, _), rows in missing.items() if s == split], axis=0)  # views of each image
@@ -128,6 +129,6 @@ class MissingViews:
             lacking = [view for (s, view), missing in self._missing.items() if s == name and missing[row]]
             key = split.keys[row]
             views.append([(v, None if v == TEST_VIEW else self._transforms.draws(key, v)) for v in lacking])
-        contents = self._contents.get(name)
-        known = None if contents is None else [contents[row].tobytes() for row in rows.tolist()]
+        stats = self._stats.get(name)
+        known = None if stats is None else stats[rows]
         return ViewsJob(name, split.subset(rows), rows.tolist(), views, known, self._transforms.size)
