@@ -1,6 +1,7 @@
 """Train and evaluate TOSCA or a baseline: python main.py --config=exps/tosca_cifar.json [key=value ...]"""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,11 +58,11 @@ def _run(args: argparse.Namespace) -> int:
     cells = make_grid(args.config, args.overrides, args.sweep)
     config = cells[0].config
     if args.check_data:
-        from utils.data import check
+        from utils.data.check import check_data, summary
 
-        findings = check.check_data(config)
-        print(check.as_json(findings) if args.json else "\n".join(check.summary(findings)))
-        return 0 if findings.good else 1
+        found = check_data(config)
+        print(json.dumps(found, indent=1) if args.json else "\n".join(summary(found)))
+        return 0 if found["good"] else 1
     import trainer  # after the config is known to be good: this loads PyTorch
     from utils.hardware import use_full_fp32
     from utils.logs import logging_to_terminal

@@ -31,6 +31,7 @@ from models.api.classifier import ContinualClassifier  # noqa: E402
 from models.api.predictor import Known  # noqa: E402
 from models.tosca import TOSCA  # noqa: E402
 from utils.config.config import Config, make_config  # noqa: E402
+from utils.config.grid import SweepCell  # noqa: E402
 from utils.hardware import default_batch_size  # noqa: E402
 from utils.runs.manifest import RunManifest, TaskRecord  # noqa: E402
 
@@ -129,7 +130,7 @@ def _save_demo(config: Config, checkpoint: Path) -> None:
 
     folder = checkpoint.parent
     here = dataclasses.replace(config, checkpoint_dir=str(checkpoint), log_dir=str(folder / "logs"), cache_dir="none")
-    trainer.run(here)
+    trainer.run([SweepCell("", here)])
 
 
 def main() -> None:

@@ -1,303 +1,170 @@
 """Is the data what it should be? Every image decoded once; nothing is written and nothing heavy is imported."""
 
 import hashlib
-import multiprocessing
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from utils.config.config import Config
-from utils.data.class_folders import class_folders
-from utils.data.datasets import DATASETS, list_class_folders, load_dataset
-from utils.data.folders import (
-    Unused,
-    both_test_folders,
-    count_stray_files,
-    data_folder,
-    list_images,
-    split_folders,
-)
-from utils.data.images import MAX_PIXELS, decode, kinds_of_file
-from utils.data.modes import UnreadableImage, kind_sentences
-from utils.data.splits import Dataset, ImageFiles
-from utils.errors import DataError
-from utils.files import json_lines
+from utils.data.datasets import DATASETS, data_folder, list_class_folders, load_dataset
+from utils.data.folders import Listing, list_folders
+from utils.data.images import MAX_PIXELS, UnreadableImage, decode, kind_sentences, kinds_of_file
+from utils.data.loader import load_ahead
 from utils.hardware import available_cpus
 from utils.logs import progress
 from utils.words import counted
 
-POOL_FROM = 1000  # images; below, starting processes takes longer than the scan
+PROCESSES_FROM = 1000  # images; below, starting processes takes longer than the scan
 SHOWN = 10  # findings of one kind in the summary; the JSON has all
-
-
-BLOCK = 1024  # images that are handed out at a time, so that Ctrl-C has little to wait for
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image file to be decoded."""
-
-    split: str
-    label: str
-    path: Path
-    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """One image: ``place`` is its file or number, ``content`` the SHA-256 of its pixels, None if unreadable."""
+    """One image, not decoded yet while there is neither ``content`` nor ``error``.
+
+    Attributes:
+        place: its file, or where there is none, its name.
+        content: the SHA-256 of its pixels.
+        kinds: which kinds of picture it is of that 8-bit RGB does not hold in full.
+    """
 
     split: str
     label: str
     place: str
-    content: str | None
-    size: tuple[int, int]
-    error: str = ""
+    max_pixels: int = MAX_PIXELS
+    content: str = ""
+    size: tuple[int, int] = (0, 0)
     kinds: tuple[str, ...] = ()
+    error: str = ""
 
 
-@dataclass
-class Findings:
-    """What the scan found. ``problems`` make the exit code 1; ``warnings`` do not.
+def check_data(config: Config) -> dict[str, Any]:
+    """Scan the data that ``config`` names; ``problems`` make it not ``good``, ``warnings`` do not. JSON-ready.
 
-    Attributes:
-        images: for each split the number of images by class (in domain data by ``<domain>/<class>``).
-        problems: kind -> one sentence each.
-        sizes: ``(width, height)`` -> images.
-        kinds: of pictures that 8-bit RGB does not hold in full -> images.
-        unused: split -> what is in its folders and is no image of a class.
+    In domain data a class is ``<domain>/<class>``. ``unused`` is what lies in the folders and is no image of a class.
     """
-
-    dataset: str
-    images: dict[str, dict[str, int]] = field(default_factory=lambda: {"train": {}, "test": {}})
-    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    warnings: list[str] = field(default_factory=list)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    unused: dict[str, Unused] = field(default_factory=lambda: {"train": Unused(), "test": Unused()})
-
-    @property
-    def good(self) -> bool:
-        return not any(self.problems.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "dataset": self.dataset,
-            "good": self.good,
-            "classes": {split: len(counts) for split, counts in self.images.items()},
-            "images": {split: sum(counts.values()) for split, counts in self.images.items()},
-            "images_by_class": self.images,
-            "smallest_class": {split: _extreme(counts, min) for split, counts in self.images.items()},
-            "largest_class": {split: _extreme(counts, max) for split, counts in self.images.items()},
-            "sizes": [{"width": w, "height": h, "images": n} for (w, h), n in sorted(self.sizes.items())],
-            "kinds": dict(self.kinds),
-            "unused": {split: dict(sorted(unused.counts.items())) for split, unused in self.unused.items()},
-            "problems": {kind: found for kind, found in self.problems.items() if found},
-            "warnings": self.warnings,
-        }
-
-
-def check_data(config: Config, workers: int | None = None) -> Findings:
-    """Scan the data that ``config`` names.
-
-    Args:
-        workers: processes; by default every CPU this process may use, and one for little data.
-
-    Raises:
-        DataError: there is no data where the config says.
-    """
-    findings = Findings(config.dataset)
-    if DATASETS[config.dataset].list_images is list_class_folders:
-        scanned = _scan_folders(config, findings, workers)
+    source, problems, warnings = DATASETS[config.dataset], defaultdict[str, list[str]](list), list[str]()
+    counts: dict[str, dict[str, int]] = {"train": {}, "test": {}}
+    unused: dict[str, dict[str, int]] = {"train": {}, "test": {}}
+    if source.list_images is list_class_folders:
+        listing = list_folders(data_folder(config), config)
+        problems["folders"] += listing.problems
+        warnings += listing.notes
+        counts = {split: dict.fromkeys(map(_label, found), 0) for split, found in listing.files.items()}
+        unused = {split: dict(sorted(found.counts.items())) for split, found in listing.unused.items()}
+        images = _in_folders(listing, config.max_pixels or MAX_PIXELS)
     else:
-        scanned = _scan_listed(load_dataset(config))
-    by_content: dict[str, list[Scanned]] = defaultdict(list)
-    for image in scanned:
-        counts = findings.images[image.split]
-        counts[image.label] = counts.get(image.label, 0) + 1
-        findings.kinds.update(image.kinds)
-        if image.content is None:
-            findings.problems["unreadable"].append(f"{image.place}: {image.error}")
+        images = _in_memory(config)
+    sizes, kinds, same = Counter[tuple[int, int]](), Counter[str](), defaultdict[str, list[Scanned]](list)
+    for image in images:
+        counts[image.split][image.label] = counts[image.split].get(image.label, 0) + 1
+        kinds.update(image.kinds)
+        if image.error:
+            problems["unreadable"].append(f"{image.place}: {image.error}")
         else:
-            findings.sizes[image.size] += 1
-            by_content[image.content].append(image)
-    for same in by_content.values():
-        _judge_copies(same, findings)
-    _compare_counts(findings, config)
-    _compare_sizes(findings, config)
-    findings.warnings += kind_sentences(findings.kinds.elements())
-    for split, unused in findings.unused.items():
-        if sentence := unused.sentence():
-            findings.warnings.append(f"not used of the {split} split: {sentence}")
-    return findings
+            sizes[image.size] += 1
+            same[image.content].append(image)
+    for copies in same.values():
+        if len(copies) > 1:
+            problems[_kind_of_copies(copies)].append(" = ".join(image.place for image in copies))
+    totals = {split: sum(of_class.values()) for split, of_class in counts.items()}
+    if warning := source.other_counts(config, len(counts["train"]), totals["train"], totals["test"]):
+        warnings.append(warning)
+    if small := sum(number for size, number in sizes.items() if min(size) < config.image_size):
+        warnings.append(f"smaller than image_size {config.image_size}, so enlarged: {counted(small, 'image')}")
+    problems = {kind: found for kind, found in problems.items() if found}
+    return {
+        "dataset": config.dataset,
+        "good": not problems,
+        "classes": {split: len(of_class) for split, of_class in counts.items()},
+        "images": totals,
+        "images_by_class": counts,
+        "smallest_class": {split: _extreme(min, of_class) for split, of_class in counts.items()},
+        "largest_class": {split: _extreme(max, of_class) for split, of_class in counts.items()},
+        "sizes": [{"width": w, "height": h, "images": number} for (w, h), number in sorted(sizes.items())],
+        "kinds": dict(kinds),
+        "unused": unused,
+        "problems": problems,
+        "warnings": warnings + kind_sentences(kinds.elements()),
+    }
 
 
-def _judge_copies(same: Sequence[Scanned], findings: Findings) -> None:
-    """Images of equal pixels: in both splits they spoil the test; in one they are counted twice."""
-    splits = {image.split for image in same}
-    if len(splits) == 2:
-        findings.problems["in both train and test"].append(" = ".join(image.place for image in same))
-    elif len(same) > 1:
-        labels = sorted({image.label for image in same})
-        kind = "duplicates" if len(labels) == 1 else "duplicates under different classes"
-        findings.problems[kind].append(" = ".join(image.place for image in same))
+def _in_folders(listing: Listing, max_pixels: int) -> Iterator[Scanned]:
+    images = [
+        Scanned(split, _label(group), str(listing.roots[split] / file), max_pixels)
+        for split, found in listing.files.items()
+        for group, files in found.items()
+        for file in files
+    ]
+    workers = available_cpus() if len(images) >= PROCESSES_FROM else 1
+    scanned = load_ahead(scan, images, workers=workers, ahead=64 * workers, processes=workers > 1)
+    return (found for _, found in progress(scanned, total=len(images), desc="Images", unit="img"))
 
 
-def _compare_counts(findings: Findings, config: Config) -> None:
-    expected = DATASETS[config.dataset].expected
-    train, test = (findings.images[split] for split in ("train", "test"))
-    found = (len(train), sum(train.values()), sum(test.values()))
-    if expected and found != expected and config.continue_from is None:
-        findings.warnings.append(
-            f"{found[0]} classes, {found[1]} train and {found[2]} test images; the split that LAMDA-PILOT publishes "
-            f"has {expected[0]}, {expected[1]} and {expected[2]}: numbers will not be comparable with published ones"
-        )
+def _label(group: tuple[str, str]) -> str:
+    return "/".join(filter(None, group))
 
 
-def _compare_sizes(findings: Findings, config: Config) -> None:
-    small = sum(n for size, n in findings.sizes.items() if min(size) < config.image_size)
-    if small:
-        findings.warnings.append(f"smaller than image_size {config.image_size}, so enlarged: {counted(small, 'image')}")
-
-
-# -- scanning ---------------------------------------------------------------------------------------------------------
-
-
-def scan_all(items: Sequence[Item], pool: Executor | None) -> Iterator[Scanned]:
-    """Decode every one of ``items``, in order, in the threads or processes of ``pool``; None: in this one."""
-    if pool is None:
-        yield from map(scan, items)
-        return
-    for start in range(0, len(items), BLOCK):
-        yield from pool.map(scan, items[start : start + BLOCK], chunksize=32)
-
-
-def scan(item: Item) -> Scanned:
+def scan(image: Scanned) -> Scanned:
     """Decode one file."""
-    place = str(item.path)
+    path = Path(image.place)
     try:
-        image = decode(item.path, item.max_pixels)
+        return _with_pixels(replace(image, kinds=tuple(kinds_of_file(path) or ())), decode(path, image.max_pixels))
     except UnreadableImage as error:
-        return Scanned(item.split, item.label, place, None, (0, 0), str(error))
-    kinds = tuple(kinds_of_file(item.path))
-    return Scanned(item.split, item.label, place, _content(image), image.size, kinds=kinds)
+        return replace(image, error=str(error))
 
 
-def _scan_folders(config: Config, findings: Findings, workers: int | None) -> list[Scanned]:
-    """Every image below train/ and test/; what is wrong with the folders goes to ``findings``."""
-    items: list[Item] = []
-    known: dict[str, str] = {}
-    root = data_folder(config)
-    if both := both_test_folders(root):
-        findings.warnings.append(both)
-    for split, split_root in zip(("train", "test"), split_folders(root), strict=True):
-        try:
-            labels = (
-                _domain_labels(split_root, known) if config.scenario == "domain" else class_folders(split_root, known)
-            )
-        except DataError as error:
-            findings.problems["folders"].append(str(error))
-            continue
-        known = labels
-        if not labels:
-            findings.problems["folders"].append(f"{split_root} holds no class folders")
-        count_stray_files(split_root, findings.unused[split])
-        for label, folder in labels.items():
-            files = list_images(split_root, folder, findings.unused[split])
-            findings.images[split][label] = 0
-            if not files:
-                findings.problems["folders"].append(f"{split_root / folder} holds no image")
-            items += [Item(split, label, split_root / file, config.max_pixels or MAX_PIXELS) for file in files]
-    train, test = (findings.images[split].keys() for split in ("train", "test"))
-    findings.problems["folders"] += [f"{label} is in train but not in test" for label in sorted(train - test)]
-    if config.continue_from is None:  # else these are what the saved run has learned
-        findings.problems["folders"] += [f"{label} is in test but not in train" for label in sorted(test - train)]
-    workers = workers or (available_cpus() if len(items) >= POOL_FROM else 1)
-    # spawned, not forked: a caller may have threads
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawned) if workers > 1 else nullcontext() as pool:
-        return list(progress(scan_all(items, pool), total=len(items), desc="Images", unit="img"))
-
-
-def _domain_labels(root: Path, known: Collection[str]) -> dict[str, str]:
-    """``<domain>/<class>`` -> its folder below ``root``."""
-    labels: dict[str, str] = {}
-    for domain, folder in class_folders(root, {label.partition("/")[0] for label in known}).items():
-        classes = [label.partition("/")[2] for label in known if label.startswith(f"{domain}/")]
-        for name, below in class_folders(root / folder, classes).items():
-            labels[f"{domain}/{name}"] = f"{folder}/{below}"
-    return labels
-
-
-def _scan_listed(data: Dataset) -> list[Scanned]:
-    """Every image of a data set that lists its images in a way of its own."""
-    scanned = []
+def _in_memory(config: Config) -> Iterator[Scanned]:
+    """Every image of a data set that is no folder of images."""
+    data = load_dataset(config)
     for name in ("train", "test"):
         split = data.split(name)
-        for index, number in enumerate(split.labels.tolist()):
-            label = data.class_names[number]
-            if isinstance(split, ImageFiles):
-                scanned.append(scan(Item(name, label, split.path(index), split.max_pixels)))
-            else:
-                image = split.load(index)
-                place = f"{name} image {split.keys[index]}"
-                scanned.append(Scanned(name, label, place, _content(image), image.size))
-    return scanned
+        for index, label in enumerate(split.labels.tolist()):
+            image = Scanned(name, data.class_names[label], f"{name} image {split.keys[index]}")
+            yield _with_pixels(image, split.load(index))
 
 
-def _content(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+def _with_pixels(image: Scanned, pixels: Image.Image) -> Scanned:
+    content = hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
+    return replace(image, content=content, size=pixels.size)
 
 
-# -- telling ----------------------------------------------------------------------------------------------------------
+def _kind_of_copies(copies: Iterable[Scanned]) -> str:
+    """Images of equal pixels: in both splits they spoil the test; in one they are counted twice."""
+    if len({image.split for image in copies}) == 2:
+        return "in both train and test"
+    return "duplicates" if len({image.label for image in copies}) == 1 else "duplicates under different classes"
 
 
-def _extreme(counts: dict[str, int], choose: Any) -> dict[str, Any] | None:
-    if not counts:
-        return None
-    name = choose(counts, key=lambda label: counts[label])
-    return {"class": name, "images": counts[name]}
+def _extreme(choose: Any, of_class: dict[str, int]) -> dict[str, Any] | None:
+    return {"class": (name := choose(of_class, key=of_class.get)), "images": of_class[name]} if of_class else None
 
 
-def summary(findings: Findings) -> list[str]:
-    """For people."""
-    facts = findings.as_dict()
-    lines = [f"{findings.dataset}"]
+def summary(facts: dict[str, Any]) -> list[str]:
+    """What ``check_data`` found, for people."""
+    lines = [facts["dataset"]]
     for split in ("train", "test"):
         images, classes = counted(facts["images"][split], "image"), counted(facts["classes"][split], "class")
-        line = f"  {split:5}  {images} of {classes}"
-        small, large = facts["smallest_class"][split], facts["largest_class"][split]
-        if small:
-            line += f"; smallest {small['class']} ({small['images']}), largest {large['class']} ({large['images']})"
-        lines.append(line)
-    if findings.sizes:
-        lines.append(f"  sizes  {_size_line(findings.sizes)}")
+        lines.append(f"  {split:5}  {images} of {classes}")
+        if small := facts["smallest_class"][split]:
+            large = facts["largest_class"][split]
+            lines[-1] += (
+                f"; smallest {small['class']} ({small['images']}), largest {large['class']} ({large['images']})"
+            )
+    if sizes := sorted(facts["sizes"], key=lambda size: size["width"] * size["height"]):
+        words = [f"{size['width']}×{size['height']}" for size in sizes]
+        most, often = max((size["images"], word) for size, word in zip(sizes, words, strict=True))
+        several = f"{words[0]} to {words[-1]}; most often {often} ({most})"
+        lines.append(f"  sizes  {several if len(words) > 1 else f'all {often}'}")
     for kind, found in facts["problems"].items():
         lines.append(f"problem: {kind} ({len(found)})")
         lines += [f"  {sentence}" for sentence in found[:SHOWN]]
         if len(found) > SHOWN:
             lines.append(f"  … and {len(found) - SHOWN} more (--json has all)")
-    lines += [f"warning: {sentence}" for sentence in findings.warnings]
-    lines.append("no problem found" if findings.good else counted(sum(map(len, facts["problems"].values())), "problem"))
-    return lines
-
-
-def _size_line(sizes: Counter[tuple[int, int]]) -> str:
-    (w, h), most = sizes.most_common(1)[0]
-    if len(sizes) == 1:
-        return f"all {w}×{h}"
-    by_area = sorted(sizes, key=lambda size: size[0] * size[1])
-    ends = " to ".join(f"{a}×{b}" for a, b in (by_area[0], by_area[-1]))
-    return f"{ends}; most often {w}×{h} ({most})"
-
-
-def as_json(findings: Findings) -> str:
-    """All that was found, as JSON."""
-    return json_lines(findings.as_dict())
+    lines += [f"warning: {sentence}" for sentence in facts["warnings"]]
+    number = sum(map(len, facts["problems"].values()))
+    return [*lines, counted(number, "problem") if number else "no problem found"]

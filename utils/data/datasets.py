@@ -1,54 +1,99 @@
 """Which data sets there are, and how each lists its images."""
 
+import hashlib
 import logging
+import os
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from utils.config.config import Config
-from utils.data.class_folders import domain_folder, image_folder
-from utils.data.folders import data_folder
-from utils.data.images import MAX_PIXELS
-from utils.data.splits import Dataset, ImageArray
+from utils.data.splits import LAYOUT, Dataset, ImageArray
 from utils.errors import DataError
+from utils.files import expanded
 
 log = logging.getLogger(__name__)
 
 DIGITS = Path(__file__).resolve().parents[2] / "assets" / "digits.npz"
 
 
-def load_dataset(config: Config) -> Dataset:
-    """The data that ``config`` names. Files are listed, not yet decoded.
+CIFAR_MD5 = {  # of the files in cifar-100-python/; pickles of any other content are not opened
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 
-    Raises:
-        DataError: a folder, a class or an image that is missing where one must be; the expected layout is shown.
-    """
+
+def load_dataset(config: Config) -> Dataset:
+    """The data that ``config`` names. Files are listed, not yet decoded."""
     source = DATASETS[config.dataset]
     data = source.list_images(config)
-    if source.expected and config.continue_from is None:
-        _warn_about_counts(data, source.expected)
+    if warning := source.other_counts(config, len(data.class_names), len(data.train), len(data.test)):
+        log.warning("%s has %s", data.name, warning)
     return data
+
+
+def data_folder(config: Config) -> Path:
+    """``data_path``, else ``$TOSCA_DATA/<dataset>``; for CIFAR-100, which is downloaded, else ``data/``."""
+    if config.data_path is not None:
+        return expanded(config.data_path)
+    if root := os.environ.get("TOSCA_DATA"):
+        return expanded(root) / config.dataset
+    if config.dataset == "cifar224":
+        return Path("data")
+    raise DataError(
+        f"dataset {config.dataset!r} needs its folder: set data_path=<folder>, or the environment variable TOSCA_DATA "
+        f"to the folder that holds {config.dataset}/; {LAYOUT}"
+    )
 
 
 def list_class_folders(config: Config) -> Dataset:
     """``train/<class>/`` and ``test/<class>/``, or in domain-incremental runs ``train/<domain>/<class>/``."""
-    root, continues = data_folder(config), config.continue_from is not None
-    max_pixels = config.max_pixels or MAX_PIXELS
-    if config.scenario == "domain":
-        return domain_folder(root, continues=continues, max_pixels=max_pixels)
-    return image_folder(config.dataset, root, continues=continues, max_pixels=max_pixels)
+    from utils.data.folders import load_folders
+
+    return load_folders(data_folder(config), config)
 
 
 def _cifar100(config: Config) -> Dataset:
+    root = data_folder(config)
+    found = _cifar_files(root)
+    if found is None:
+        _download_cifar(root)
+        found = _cifar_files(root)
+    assert found is not None  # torchvision has compared the same hashes
+    splits = [ImageArray(_cifar_pixels(found[name]["data"]), found[name]["fine_labels"]) for name in ("train", "test")]
+    return Dataset("cifar224", splits[0], splits[1], tuple(found["meta"]["fine_label_names"]))
+
+
+def _cifar_files(root: Path) -> dict[str, Any] | None:
+    """What the files of CIFAR-100 hold; None if one is not there as it was published."""
+    contents = {}
+    for name, md5 in CIFAR_MD5.items():
+        try:
+            contents[name] = (root / "cifar-100-python" / name).read_bytes()
+        except OSError:
+            return None
+        if hashlib.md5(contents[name], usedforsecurity=False).hexdigest() != md5:
+            return None
+    return {name: pickle.loads(content, encoding="latin1") for name, content in contents.items()}
+
+
+def _cifar_pixels(rows: np.ndarray) -> np.ndarray:
+    """``(images, 3072)``, channel after channel -> ``(images, 32, 32, 3)``."""
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def _download_cifar(root: Path) -> None:
     from torchvision.datasets import CIFAR100
 
-    root = data_folder(config)
     was_there = root.exists()
     try:
-        splits = [CIFAR100(str(root), train=train, download=True) for train in (True, False)]
+        CIFAR100(str(root), download=True)
     except Exception as error:
         if not was_there:
             with suppress(OSError):  # torchvision makes the folder first; one that holds something stays
@@ -57,8 +102,6 @@ def _cifar100(config: Config) -> Dataset:
             f"CIFAR-100 is not in {str(root)!r} and cannot be downloaded ({type(error).__name__}: {error}); put "
             "cifar-100-python.tar.gz (or the folder cifar-100-python/) there, or set data_path to where it is"
         ) from error
-    train, test = (ImageArray(split.data, split.targets) for split in splits)
-    return Dataset("cifar224", train, test, tuple(splits[0].classes))
 
 
 def _digits(_: Config) -> Dataset:
@@ -74,18 +117,6 @@ def _digits(_: Config) -> Dataset:
     return Dataset("digits", train, test, tuple(str(digit) for digit in range(10)))
 
 
-def _warn_about_counts(data: Dataset, expected: tuple[int, int, int]) -> None:
-    found = (len(data.class_names), len(data.train), len(data.test))
-    if found != expected:
-        log.warning(
-            "%s has %d classes, %d train and %d test images; the split that LAMDA-PILOT publishes has %d, %d and %d: "
-            "numbers will not be comparable with published ones",
-            data.name,
-            *found,
-            *expected,
-        )
-
-
 @dataclass(frozen=True)
 class Source:
     """How a data set lists its images.
@@ -97,6 +128,16 @@ class Source:
 
     list_images: Callable[[Config], Dataset]
     expected: tuple[int, int, int] | None = None
+
+    def other_counts(self, config: Config, *found: int) -> str:
+        """What to warn of where ``found`` are other counts than expected; empty where there is nothing to say."""
+        if self.expected in (None, found) or config.continue_from is not None:
+            return ""
+        counts = "{} classes, {} train and {} test images".format
+        return (
+            f"{counts(*found)}; the split that LAMDA-PILOT publishes has {counts(*self.expected)}: numbers will not be "
+            "comparable with published ones"
+        )
 
 
 # The names are read without importing this file (utils/config/methods.py): plain texts. The counts are those of the

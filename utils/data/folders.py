@@ -1,18 +1,25 @@
-"""Folders of images: walked in one way, whatever they are for."""
+"""Images in folders: ``train/<class>/`` and ``test/<class>/``, or with a level of domains above the classes.
 
+One walk finds them for a run, for the data check and for predictions.
+"""
+
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
+import numpy as np
+
 from utils.config.config import Config
-from utils.data.images import image_suffixes, is_image
+from utils.data.images import MAX_PIXELS, image_suffixes, kinds_of_file
+from utils.data.names import by_normal_name, spelled_as
+from utils.data.splits import LAYOUT, Dataset, ImageFiles
 from utils.errors import DataError
-from utils.files import expanded
 
-LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
-
+log = logging.getLogger(__name__)
 
 DOMAIN_LAYOUT = "expected <folder>/train/<domain>/<class>/<images> and the same domains and classes below test/"
 
@@ -46,42 +53,78 @@ class Unused:
 # -- walking ----------------------------------------------------------------------------------------------------------
 
 
-def is_system_name(name: str) -> bool:
-    """Whether a file or folder belongs to the machine, not to the data."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+class Walk:
+    """One look at folders that enters none twice, wherever links lead.
 
-
-def walk(folder: Path, unused: Unused) -> Iterator[tuple[str, bool]]:
-    """All images below ``folder``, relative to it, sorted within each folder; each with whether it is a regular file.
-
-    An image has a suffix that Pillow decodes, in any letter case; a file without suffix is looked into. A folder that
-    links lead to twice is walked once.
-
-    Raises:
-        DataError: a folder cannot be read.
+    Attributes:
+        unused: what was found and is no image of it.
     """
-    yield from _walk(folder, "", unused, set())
+
+    def __init__(self, unused: Unused) -> None:
+        self.unused = unused
+        self._entered: set[tuple[int, int]] = set()
+
+    def enter(self, folder: Path) -> bool:
+        """Whether ``folder`` was not entered before; from now on it was."""
+        with _named(folder):
+            found = os.stat(folder)
+        new = (found.st_dev, found.st_ino) not in self._entered
+        self._entered.add((found.st_dev, found.st_ino))
+        if not new:
+            self.unused.counts["folder(s) that a link leads to again"] += 1
+        return new
+
+    def entries(self, folder: Path) -> list["os.DirEntry[str]"]:
+        """What lies directly in ``folder``, sorted, but for what belongs to the machine; images there are counted."""
+        with _named(folder), os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+            passed_over = {e.name for e in entries if e.is_dir() and _is_of_system(e.name)}
+        for name in sorted(passed_over):
+            for _, _, files in os.walk(folder / name):
+                for file in files:
+                    if _suffix(file) in image_suffixes():
+                        self.unused.add(file, f"in folders named {name!r}")
+        return [entry for entry in entries if not _is_of_system(entry.name)]
+
+    def subfolders(self, root: Path) -> list[str]:
+        """Names of the folders directly below; files there belong to no class and are counted."""
+        entries = self.entries(root)
+        for entry in entries:
+            if not entry.is_dir():
+                self.unused.add(entry.name, "beside the folders")
+        return [entry.name for entry in entries if entry.is_dir()]
+
+    def images(self, root: Path, below: str = "") -> Iterator[tuple[str, bool]]:
+        """All images below ``<root>/<below>``, relative to ``root``; each with whether it is a regular file.
+
+        An image has a suffix that Pillow decodes, in any letter case; a file without suffix is looked into. They come
+        sorted within each folder.
+        """
+        for entry in self.entries(root / below):
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir():
+                if self.enter(root / name):
+                    yield from self.images(root, name)
+                continue
+            suffix, regular = _suffix(name), entry.is_file()
+            if suffix in image_suffixes() or (not suffix and regular and kinds_of_file(root / name) is not None):
+                yield name, regular
+            else:
+                self.unused.add(name)
 
 
-def _walk(root: Path, below: str, unused: Unused, visited: set[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
-    folder = root / below
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Within, the file system is asked about ``folder``; its refusal names what it refuses."""
     try:
-        identity = os.stat(folder)
-        if (identity.st_dev, identity.st_ino) in visited:
-            return
-        visited.add((identity.st_dev, identity.st_ino))
-        with os.scandir(folder) as found:
-            entries = sorted((e.name, e.is_dir(), e) for e in found if not is_system_name(e.name))
-        regular = {name: entry.is_file() for name, is_folder, entry in entries if not is_folder}
+        yield
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be read ({error.strerror}); correct or remove it") from None
-    for name, is_folder, _ in entries:
-        if is_folder:
-            yield from _walk(root, f"{below}{name}/", unused, visited)
-        elif _suffix(name) in image_suffixes() or (not _suffix(name) and regular[name] and is_image(folder / name)):
-            yield f"{below}{name}", regular[name]
-        else:
-            unused.add(name)
+
+
+def _is_of_system(name: str) -> bool:
+    """Whether a file or folder belongs to the machine, not to the data."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _suffix(name: str) -> str:
@@ -96,83 +139,155 @@ def find_images(paths: Iterable[Path], unused: Unused | None = None) -> Iterator
     """
     for path in paths:
         if path.is_dir():
-            yield from (path / name for name, _ in walk(path, unused or Unused()))
+            walk = Walk(unused or Unused())
+            walk.enter(path)
+            yield from (path / name for name, _ in walk.images(path))
         else:
             yield path
-
-
-def list_images(root: Path, name: str, unused: Unused) -> list[str]:
-    """Image files below ``<root>/<name>``, relative to ``root``, sorted.
-
-    Raises:
-        DataError: something is named like an image but is no file.
-    """
-    files = []
-    for file, regular in walk(root / name, unused):
-        if not regular:  # reading a pipe would never end
-            raise DataError(f"{root / name / file} is not a file (a broken link, a pipe or a device); remove it")
-        files.append(f"{name}/{file}")
-    return sorted(files)
 
 
 # -- what a data folder holds -----------------------------------------------------------------------------------------
 
 
-def data_folder(config: Config) -> Path:
-    """``data_path``, else ``$TOSCA_DATA/<dataset>``; for CIFAR-100, which is downloaded, else ``data/``."""
-    if config.data_path is not None:
-        return Path(config.data_path).expanduser()
-    if root := os.environ.get("TOSCA_DATA"):
-        return expanded(root) / config.dataset
-    if config.dataset == "cifar224":
-        return Path("data")
-    raise DataError(
-        f"dataset {config.dataset!r} needs its folder: set data_path=<folder>, or the environment variable TOSCA_DATA "
-        f"to the folder that holds {config.dataset}/; {LAYOUT}"
-    )
+@dataclass
+class Listing:
+    """What a data folder holds, whether or not a run can use it.
 
-
-def split_folders(root: Path) -> tuple[Path, Path]:
-    """``<root>/train`` and ``<root>/test`` (or ``val``).
-
-    Raises:
-        DataError: one of them does not exist; what there is in its place is named.
+    Attributes:
+        roots: the folder of each split.
+        files: split -> (domain, class) -> image files, relative to the split's folder, sorted; the domain may be "".
+        problems: why no run can use it, one sentence each; what to do, where that is not the layout, behind ``; ``.
+        notes: what else a user should know.
     """
+
+    roots: dict[str, Path]
+    files: dict[str, dict[tuple[str, str], list[str]]] = field(default_factory=lambda: {"train": {}, "test": {}})
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unused: dict[str, Unused] = field(default_factory=lambda: {"train": Unused(), "test": Unused()})
+
+
+def list_folders(root: Path, config: Config) -> Listing:
+    """Every image below ``root``, and whatever is wrong with the folders."""
+    listing = Listing(_split_folders(root))
+    if (root / "test").is_dir() and (root / "val").is_dir():
+        listing.notes.append(f"{root} has test/ and val/: test/ is used, val/ is not")
+    for split in listing.roots:
+        _list_split(listing, split, root, domains=config.scenario == "domain")
+    _compare_splits(listing, continues=config.continue_from is not None)
+    for split, unused in listing.unused.items():
+        if sentence := unused.sentence():
+            listing.notes.append(f"not used of the {split} split: {sentence}")
+    return listing
+
+
+def load_folders(root: Path, config: Config) -> Dataset:
+    """The images below ``root`` as a data set; the first problem ends it.
+
+    Classes and domains that the test split alone has, as a continued run may, are counted last.
+    """
+    listing, by_domain = list_folders(root, config), config.scenario == "domain"
+    for problem in listing.problems:
+        raise DataError(problem if "; " in problem else f"{problem}; {DOMAIN_LAYOUT if by_domain else LAYOUT}")
+    for note in listing.notes:
+        log.info("Data: %s", note)
+    train, test = listing.files["train"], listing.files["test"]
+    classes = _numbered([*sorted(name for _, name in train), *sorted(name for _, name in test)])
+    domains = _numbered([domain for domain, _ in (*train, *test)])
+    splits, domain_numbers = {}, {}
+    for split, found in listing.files.items():
+        groups = sorted((domains[domain], classes[name], files) for (domain, name), files in found.items())
+        counts = [len(files) for _, _, files in groups]
+        labels = np.repeat([label for _, label, _ in groups], counts)
+        all_files = [file for _, _, files in groups for file in files]
+        splits[split] = ImageFiles(listing.roots[split], all_files, labels, config.max_pixels or MAX_PIXELS)
+        domain_numbers[split] = np.repeat([domain for domain, _, _ in groups], counts)
+    data = Dataset(config.dataset, splits["train"], splits["test"], tuple(classes))
+    if not by_domain:
+        return data
+    of_train, of_test = domain_numbers["train"], domain_numbers["test"]
+    return replace(data, domain_names=tuple(domains), train_domains=of_train, test_domains=of_test)
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """Each name once, with its number."""
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """``<root>/train`` and ``<root>/test`` (or ``val``); where one does not exist, the error says what there is."""
     if not root.is_dir():
         raise DataError(f"data folder {str(root)!r} does not exist; {LAYOUT}")
-    train = root / "train"
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    for folder in (train, test):
+    for folder in (root / "train", test):
         if not folder.is_dir():
-            raise DataError(f"{str(folder)!r} does not exist; found {_entries(root)}; {LAYOUT}")
-    return train, test
+            names = [entry.name for entry in Walk(Unused()).entries(root)]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            found = ", ".join(names[:8]) + more or "nothing there"
+            raise DataError(f"{str(folder)!r} does not exist; found {found}; {LAYOUT}")
+    return {"train": root / "train", "test": test}
 
 
-def both_test_folders(root: Path) -> str:
-    """A sentence where ``test/`` stands beside ``val/``, else empty."""
-    both = (root / "test").is_dir() and (root / "val").is_dir()
-    return f"{root} has test/ and val/: test/ is used, val/ is not" if both else ""
-
-
-def subfolders(root: Path) -> list[str]:
-    """Names of the folders directly below, sorted, without hidden ones and those of the machine."""
+def _list_split(listing: Listing, split: str, root: Path, *, domains: bool) -> None:
+    """List the images of one split; names are spelled as in what is listed already."""
+    split_root, unused, files = listing.roots[split], listing.unused[split], listing.files[split]
+    walk = Walk(unused)
     try:
-        with os.scandir(root) as found:
-            return sorted(e.name for e in found if e.is_dir() and not is_system_name(e.name))
-    except OSError as error:
-        raise DataError(f"{error.filename or root} cannot be read ({error.strerror}); {LAYOUT}") from None
+        walk.enter(root)  # a link back to what lies above the classes brings no images
+        walk.enter(split_root)
+        above = _folders(walk, split_root, "domain", [d for d, _ in listing.files["train"]]) if domains else {"": ""}
+        folders: dict[tuple[str, str], str] = {}
+        for domain, below in above.items():
+            known = [name for _, name in (*listing.files["train"], *folders)]
+            for name, folder in _folders(walk, split_root / below, "class", known).items():
+                folders[domain, name] = f"{below}/{folder}" if below else folder
+        # all are entered before the first is walked: a link from one class to another never takes that one's images
+        entered = {group: walk.enter(split_root / folder) for group, folder in folders.items()}
+    except DataError as error:
+        listing.problems.append(str(error))
+        return
+    for group, folder in folders.items():
+        before = unused.counts.copy()
+        files[group] = _list_class(listing, split_root, walk.images(split_root, folder)) if entered[group] else []
+        if not files[group]:
+            found = Unused(unused.counts - before).sentence()
+            listing.problems.append(
+                f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'}; "
+                "remove the folder or add images (such as .jpg or .png)"
+            )
 
 
-def count_stray_files(root: Path, unused: Unused) -> None:
-    """Count the files directly in ``root``, which belong to no class."""
-    with os.scandir(root) as found:
-        for entry in found:
-            if not entry.is_dir() and not is_system_name(entry.name):
-                unused.add(entry.name, "beside the folders")
+def _folders(walk: Walk, folder: Path, what: str, known: Iterable[str]) -> dict[str, str]:
+    """Name -> its folder directly below; names that look the same are one, spelled as in ``known``."""
+    found = by_normal_name(walk.subfolders(folder), str(folder))
+    if not found:
+        raise DataError(f"{folder} holds no {what} folders")
+    spelled = spelled_as(found, tuple(dict.fromkeys(known)), what, str(folder))
+    return {spelled[name]: below for name, below in found.items()}
 
 
-def _entries(root: Path, shown: int = 8) -> str:
-    """What a folder holds, in a few words."""
-    names = sorted(name for name in os.listdir(root) if not is_system_name(name))
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more if names else "nothing there"
+def _list_class(listing: Listing, split_root: Path, images: Iterator[tuple[str, bool]]) -> list[str]:
+    files = []
+    try:
+        for name, regular in images:
+            files.append(name)
+            if not regular:  # reading a pipe would never end
+                what = f"{split_root / name} is not a file (a broken link, a pipe or a device)"
+                listing.problems.append(f"{what}; remove it")
+    except DataError as error:
+        listing.problems.append(str(error))
+    return sorted(files)
+
+
+def _compare_splits(listing: Listing, *, continues: bool) -> None:
+    """Both splits have the same classes; on top of a saved run the test split may have those that it has learned."""
+    for one, other in (("test", "train"), ("train", "test")):
+        domains = {domain for domain, _ in listing.files[other]}
+        lacking: dict[str, None] = {}
+        for domain, name in listing.files[one].keys() - listing.files[other].keys():
+            if not (continues and one == "test" and (not domain or domain not in domains)):
+                of = f" of domain {domain!r}" if domain else ""
+                lacking[f"class {name!r}{of}" if domain in domains else f"domain {domain!r}"] = None
+        if domains:  # else that split is a problem of its own
+            where = f"is in {listing.roots[one]} but not in {listing.roots[other]}"
+            listing.problems += [f"{what} {where}" for what in sorted(lacking)]

@@ -1,88 +1,77 @@
-"""Decoding: a file as an 8-bit RGB image, or one kind of error. ``docs/data.md`` has the table of all modes."""
+"""A file as an 8-bit RGB image, or one kind of error. ``docs/data.md`` has the table of all of Pillow's modes."""
 
 import io
-import os
-import stat
-import struct
-from collections.abc import Iterator
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
-from utils.data.modes import UnreadableImage, correct_planes, kinds_of, raw_mode_of, to_rgb
 from utils.errors import DataError
-from utils.files import sha256_of_file
+from utils.files import open_regular, sha256_of_file
+from utils.words import counted
 
 HINT_REPLACE = "replace or remove what is named, then start again: what is done stays"
 MAX_PIXELS = 178_956_970  # Pillow refuses more as a possible decompression bomb
+WHITE = (255, 255, 255)  # what a transparent picture is laid on, as a page shows it
 
 COMMON_FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG")  # tried first, as Pillow does
 # Pillow knows these by their first bytes but decodes none of them itself; EPS would start Ghostscript, a program
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_REMARKS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})  # chunks without pixels; Pillow limits their size
+
+# What is not, or not fully, in the 8-bit RGB image, by kind: said once with the number of images
+KINDS = {
+    "alpha": "with transparency: laid on white",
+    "deep": "with more than 8 bits a channel: scaled to 8",
+    "cmyk": "in CMYK: converted by formula, without colour profile",
+    "frames": "with several pictures in the file: the first is used",
+    "rotated": "that EXIF asks to turn or mirror when shown: it is not done, as in the release",
+}
+
+# Pillow warns of odd remarks in a file without naming the file; pixels that lack are an error, which names it
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+
+
+class UnreadableImage(DataError):
+    """Why a file is no image, in a few words; the caller names the file."""
+
 
 # -- reading files ----------------------------------------------------------------------------------------------------
 
 
 def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A file as an 8-bit RGB image. Whatever a damaged file makes a decoder trip over is one kind of error.
+    """A file as an 8-bit RGB image; ``UnreadableImage`` where it is missing, damaged, too large or of no known scale.
 
     EXIF rotation and colour profiles are not applied, as in the release. Of several pictures the first counts.
-
-    Raises:
-        UnreadableImage: the file is missing, no image, too large, or of a kind that no 8-bit image stands for.
     """
-    with _one_kind_of_error():
-        image, raw_mode = read_image(path, max_pixels)
-    return to_rgb(image, raw_mode)
+    with _one_kind_of_error(), open_regular(path) as file:
+        image = _loaded(_identified(file, max_pixels))
+    return _to_rgb(image)
 
 
 def decode_file(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An open file, or anything that reads like one, by the same rules as a file's path.
-
-    Raises:
-        UnreadableImage: as ``decode``.
-    """
-    with _one_kind_of_error(), _identified(io.BytesIO(file.read()), max_pixels) as image:
-        raw_mode = raw_mode_of(image)
-        image.load()
-    return to_rgb(image, raw_mode)
+    """An open file, or anything that reads like one, by the same rules as a file's path."""
+    with _one_kind_of_error():
+        image = _loaded(_identified(io.BytesIO(file.read()), max_pixels))
+    return _to_rgb(image)
 
 
 def rgb_of(image: Image.Image) -> Image.Image:
-    """A Pillow image, loaded or just opened, as an 8-bit RGB image by the same rules as a file.
-
-    Raises:
-        UnreadableImage: as ``decode``.
-    """
+    """A Pillow image, loaded or just opened, as an 8-bit RGB image by the same rules as a file."""
     with _one_kind_of_error():
-        correct_planes(image)
-        raw_mode = raw_mode_of(image)
-        image.load()
-    return to_rgb(image, raw_mode)
-
-
-@contextmanager
-def _one_kind_of_error() -> Iterator[None]:
-    """Within, a decoder works on a file: a damaged one makes decoders raise nearly anything."""
-    try:
-        yield
-    except (MemoryError, UnreadableImage):
-        raise
-    except Exception as error:
-        raise UnreadableImage(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+        _loaded(image)
+    return _to_rgb(image)
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The file as an RGB image.
-
-    Raises:
-        DataError: it is missing, or not an image that can be read; the file is named.
-    """
+    """The file as an RGB image; an error names the file."""
     try:
         return decode(path, max_pixels)
     except UnreadableImage as error:
@@ -91,31 +80,31 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{path} is not a readable image ({error})") from None
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
-    """The first picture of a file as Pillow decodes it, with the name of the layout that its pixels had in the file."""
-    _check_regular(path)
-    with open(path, "rb") as file, _identified(file, max_pixels) as image:
-        raw_mode = raw_mode_of(image)
-        image.load()
-        return image, raw_mode
-
-
-def is_image(path: Path) -> bool:
-    """Whether the file's content begins as an image does; nothing is decoded."""
+def kinds_of_file(path: Path) -> list[str] | None:
+    """Which ``KINDS`` a file is of, from its header alone; None if it does not begin as an image does."""
     try:
-        _check_regular(path)
-        with open(path, "rb") as file, _identified(file, None):
-            return True
-    except Exception:  # as above: nearly anything
-        return False
+        with open_regular(path) as file:
+            return _kinds_of(_identified(file, None))
+    except Exception:  # a damaged file makes decoders raise nearly anything
+        return None
 
 
-def _check_regular(path: Path) -> None:
-    """Reading a pipe or a device may never end."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-        raise UnreadableImage(f"{kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+def content_of_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes; behind it, after a colon, the kinds of picture that it is, if any (``KINDS``)."""
+    return ":".join([sha256_of_file(path), *filter(None, [",".join(kinds_of_file(path) or ())])])
+
+
+@contextmanager
+def _one_kind_of_error() -> Iterator[None]:
+    """Within, a decoder works on a file: a damaged one makes decoders raise nearly anything."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except MemoryError as error:
+        raise UnreadableImage("there is too little memory to decode it") from error
+    except Exception as error:
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
@@ -127,12 +116,6 @@ def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
         image = Image.open(file, formats=decoded_formats())
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{error} Set max_pixels to a higher number if the file can be trusted") from error
-    except ValueError:
-        file.seek(0)
-        if file.read(8) != PNG_SIGNATURE:
-            raise
-        image = Image.open(io.BytesIO(_png_without_remarks(file)), formats=("PNG",))
-    correct_planes(image)
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise UnreadableImage(
@@ -142,21 +125,31 @@ def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
     return image
 
 
-def _png_without_remarks(file: BinaryIO) -> bytes:
-    """The PNG without texts and colour profile, whose size Pillow limits; read from behind the signature."""
-    kept = [PNG_SIGNATURE]
-    while len(head := file.read(8)) == 8:
-        length, name = struct.unpack(">I4s", head)
-        body = file.read(length + 4)  # with its checksum
-        if name not in PNG_REMARKS:
-            kept += [head, body]
-    return b"".join(kept)
+def _loaded(image: Image.Image) -> Image.Image:
+    """The same image with its pixels decoded; two kinds are refused of which Pillow (13.0) makes wrong pixels."""
+    parts = _parts(image)
+    planes = any(decoder == "raw" and arguments[0] in list("RGBACMYK") for decoder, arguments in parts)
+    if image.format == "TIFF" and planes and _tiff_tag(image, 258) == 16:
+        raise UnreadableImage("a TIFF of 16 bits, channel after channel; save it compressed, or pixel after pixel")
+    key = image.info.get("transparency")
+    if isinstance(key, (int, tuple)) and image.mode in ("1", "L", "RGB"):
+        stored = next((arguments[0] for _, arguments in parts if isinstance(arguments[0], str)), image.mode)
+        if image.mode == "1" or stored != image.mode or np.max(key) > 255:
+            raise UnreadableImage(
+                "a colour stands for transparent, in other than 8 bits; save it with an alpha channel"
+            )
+    image.load()
+    return image
 
 
 @cache
 def decoded_formats() -> tuple[str, ...]:
     """The formats that the installed Pillow decodes by itself."""
     Image.init()
+    from PIL import PngImagePlugin
+
+    # a text or colour profile of more than a megabyte makes no picture unreadable; Pillow's limit for all texts stays
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     others = sorted(Image.OPEN.keys() - NOT_DECODED - set(COMMON_FORMATS))
     return (*COMMON_FORMATS, *others)
 
@@ -168,19 +161,94 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
-# -- contents ---------------------------------------------------------------------------------------------------------
+# -- to 8-bit RGB -----------------------------------------------------------------------------------------------------
 
 
-def content_of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes; behind it, after a colon, the kinds of picture that it is, if any (``KINDS``)."""
-    return ":".join([sha256_of_file(path), *filter(None, [",".join(kinds_of_file(path))])])
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded Pillow image in 8-bit RGB."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _levels_to_rgb(image)
+    if not _has_alpha(image):
+        return image.convert("RGB")
+    straight = image.convert("LA") if image.mode == "La" else image  # premultiplied grey converts to this alone
+    rgba = straight.convert("RGBA")
+    page = Image.new("RGB", image.size, WHITE)
+    page.paste(rgba, mask=rgba.getchannel("A"))
+    return page
 
 
-def kinds_of_file(path: Path) -> list[str]:
-    """Which ``KINDS`` a file is of, from its header; none if it is no image (decoding it says so)."""
-    try:
-        _check_regular(path)
-        with open(path, "rb") as file, _identified(file, None) as image:
-            return kinds_of(image)
-    except Exception:  # a damaged file makes decoders raise nearly anything
-        return []
+def _has_alpha(image: Image.Image) -> bool:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return True
+    return image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+
+
+def _levels_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits; what has another scale, or none that its file names, is refused."""
+    if not _is_deep(image) or _tiff_tag(image, 258) not in (None, 16) or _tiff_tag(image, 262) == 0:
+        what = f"mode {image.mode}: no grey of 16 bits in which 65535 is white"
+        raise UnreadableImage(f"{what}; save it with 8 or 16 bits")
+    values = np.asarray(image).astype(np.float64)
+    levels = np.rint(np.clip(values / 65535, 0, 1) * 255).astype(np.uint8)
+    if isinstance(key := image.info.get("transparency"), int):
+        levels[values == key] = 255
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    value: Any = getattr(image, "tag_v2", {}).get(tag)
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else None
+
+
+def _parts(image: Image.Image) -> list[tuple[str, tuple[Any, ...]]]:
+    """The decoder of each part of the file, with its arguments; empty once the image is loaded."""
+    parts = getattr(image, "tile", [])
+    return [(part[0], part[3] if isinstance(part[3], tuple) and part[3] else (part[3],)) for part in parts]
+
+
+# -- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def _kinds_of(image: Image.Image) -> list[str]:
+    """Which ``KINDS`` an image is of; its pixels are not decoded."""
+    kinds = {
+        "alpha": _has_alpha(image),
+        "deep": _is_deep(image),
+        "cmyk": image.mode == "CMYK",
+        "frames": _has_frames(image),
+        "rotated": _exif_orientation(image) not in (0, 1),
+    }
+    return [kind for kind, holds in kinds.items() if holds]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file holds more than 8 bits a channel; Pillow's mode says so for grey alone."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return True
+    return any(
+        name == "SGI16" or ";16" in str(arguments[0]) or (name.startswith("ppm") and arguments[1] > 255)
+        for name, arguments in _parts(image)
+    )
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:  # some formats read on to the second picture to know
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    exif = Image.Exif()
+    try:  # not image.getexif(), which decodes a PNG's pixels to look behind them
+        exif.load(image.info.get("exif", b""))
+        return int(exif.get(0x0112, 1))
+    except Exception:
+        return 1
+
+
+def kind_sentences(kinds: Iterable[str]) -> list[str]:
+    """One sentence for each kind among ``kinds`` (one word an image and kind), with how many images are of it."""
+    counts = Counter(kinds)
+    return [f"{counted(counts[kind], 'image')} {said}" for kind, said in KINDS.items() if counts[kind]]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.images import HINT_REPLACE, MAX_PIXELS, decode
-from utils.data.modes import UnreadableImage
+from utils.data.images import HINT_REPLACE, MAX_PIXELS, UnreadableImage, decode
 from utils.errors import DataError
+
+LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
 
 
 class Split:
@@ -28,11 +29,7 @@ class Split:
         return len(self.labels)
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB.
-
-        Raises:
-            DataError: it cannot be read; file and class are named.
-        """
+        """The image in RGB; an error names file and class."""
         raise NotImplementedError
 
     def subset(self, rows: np.ndarray) -> "Split":
@@ -55,11 +52,7 @@ class ImageFiles(Split):
     """
 
     def __init__(
-        self,
-        root: Path,
-        files: Sequence[str],
-        labels: Sequence[int] | np.ndarray,
-        max_pixels: int = MAX_PIXELS,
+        self, root: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.root, self.keys, self.labels = root, tuple(files), np.asarray(labels, dtype=np.int64)
         self.max_pixels = max_pixels

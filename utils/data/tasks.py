@@ -83,11 +83,7 @@ class LearnedClasses:
         return [range(end - size, end) for size, end in zip(self.task_sizes, ends, strict=True)]
 
     def with_task(self, names: Sequence[str], domain: str | None = None) -> "LearnedClasses":
-        """After one more task with the classes ``names``; with ``domain``, they may be known ones.
-
-        Raises:
-            DataError: a class name, or the domain's, is known already.
-        """
+        """After one more task with the classes ``names``; with ``domain``, they may be known ones."""
         if domain is None:
             check_new_names(names, self)
         elif normal_name(domain) in map(normal_name, self.domains):
@@ -108,11 +104,7 @@ class LearnedClasses:
 
 
 def check_new_names(names: Sequence[str], learned: LearnedClasses) -> None:
-    """Classes of a class-incremental task must be new.
-
-    Raises:
-        DataError: one is known; the ways out are named.
-    """
+    """Classes of a class-incremental task must be new."""
     learned_names = set(map(normal_name, learned.class_names))
     if known := [name for name in names if normal_name(name) in learned_names]:
         raise DataError(
@@ -133,11 +125,7 @@ def class_order(n_classes: int, *, shuffle: bool, seed: int) -> np.ndarray:
 
 
 def task_sizes(n_classes: int, init_cls: int, increment: int) -> list[int]:
-    """Classes of each task: ``init_cls``, then ``increment`` at a time, the rest in the last.
-
-    Raises:
-        ConfigError: more classes in the first task than there are.
-    """
+    """Classes of each task: ``init_cls``, then ``increment`` at a time, the rest in the last."""
     if init_cls > n_classes:
         raise ConfigError(f"init_cls {init_cls} is above the number of classes in the data, {n_classes}")
     sizes = [init_cls]
@@ -151,84 +139,76 @@ def make_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasse
 
     With ``learned`` the tasks of a saved run come first. They have no training images; their test images are those
     that ``data`` has of their classes (or domains).
-
-    Raises:
-        ConfigError: tasks that the data cannot fill. DataError: names that repeat, or that nothing teaches.
     """
+    by_domain = config.scenario == "domain"
     learned = learned or LearnedClasses()
-    if config.scenario == "domain":
-        return _domain_stream(_named_as_learned(data, learned, domains=True), config, seed, learned)
-    return _class_stream(_named_as_learned(data, learned, domains=False), config, seed, learned)
+    data = _named_as_learned(data, learned, domains=by_domain)
+    learned = (_with_domains if by_domain else _with_classes)(data, config, seed, learned)
+    rank = _places(data.class_names, learned.class_names, "class")  # label -> place in the learned order
+    train, test = rank[data.train.labels], rank[data.test.labels]
+    of_train, of_test, first = train, test, np.zeros(len(learned.task_sizes), dtype=np.int64)
+    if by_domain:  # classes recur: a class of a domain has the label domain · count + class
+        assert data.train_domains is not None and data.test_domains is not None  # so the loader lists domain data
+        first = np.arange(len(learned.domains)) * len(learned.class_names)
+        label = first[_places(data.domain_names, learned.domains, "domain")]
+        of_train, of_test = label[data.train_domains] + train, label[data.test_domains] + test
+    train_images, test_images, tasks = _Images(of_train), _Images(of_test), []
+    for index, rows in enumerate(learned.task_rows):
+        classes = learned.row_class[rows]
+        learn, ask = (images.labelled(first[index] + classes) for images in (train_images, test_images))
+        train_rows = rows.start + np.searchsorted(classes, train[learn])
+        tasks.append(Task(index, rows, learn, train_rows, ask, test[ask]))
+    return TaskStream(tuple(tasks), learned.class_names, learned.row_class, learned.domains)
 
 
 def _named_as_learned(data: Dataset, learned: LearnedClasses, *, domains: bool) -> Dataset:
-    """``data`` with known names spelled as the saved run does; classes that a class-incremental run learns are new."""
-    new = set() if domains else _numbers_in(data.train.labels)
-    known = [name for number, name in enumerate(data.class_names) if number not in new]
-    spelled = spelled_as(known, learned.class_names, "class", "the data")
-    class_names = tuple(spelled.get(name, name) for name in data.class_names)
-    if not domains or data.train_domains is None:
-        return replace(data, class_names=class_names)
-    new = _numbers_in(data.train_domains)
-    known = [name for number, name in enumerate(data.domain_names) if number not in new]
-    spelled = spelled_as(known, learned.domains, "domain", "the data")
-    return replace(data, class_names=class_names, domain_names=tuple(spelled.get(n, n) for n in data.domain_names))
+    """``data`` with known names spelled as the saved run does; what a run learns anew keeps its own spelling."""
+
+    def named(names: Sequence[str], known: Sequence[str], what: str, new: np.ndarray | None) -> tuple[str, ...]:
+        fresh = set() if new is None else set(_numbers_in(new).tolist())
+        old = [name for number, name in enumerate(names) if number not in fresh]
+        spelled = spelled_as(old, known, what, "the data")
+        return tuple(spelled.get(name, name) for name in names)
+
+    classes = named(data.class_names, learned.class_names, "class", None if domains else data.train.labels)
+    domain_names = named(data.domain_names, learned.domains, "domain", data.train_domains) if domains else ()
+    return replace(data, class_names=classes, domain_names=domain_names)
 
 
-def _numbers_in(labels: np.ndarray) -> set[int]:
-    """Which numbers occur. ``np.unique`` would say it too, but imports masked arrays, a fifth of a second."""
-    return set(np.flatnonzero(np.bincount(labels)).tolist())
+def _numbers_in(labels: np.ndarray) -> np.ndarray:
+    """Which numbers occur, sorted: as ``np.unique``, which imports masked arrays, a fifth of a second."""
+    return np.flatnonzero(np.bincount(labels))
 
 
-def _class_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
+def _with_classes(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> LearnedClasses:
+    """What the run will have learned in the end: a few new classes a task."""
     if learned.domains:
         raise ConfigError("the saved run is domain-incremental: continue it with scenario=domain")
-    new = _with_training_images(data.train.labels, len(data.class_names), learned)
-    order = new[class_order(len(new), shuffle=config.shuffle, seed=seed)]
-    new_names = [data.class_names[c] for c in order]
+    new_names = _in_order(data.class_names, data.train.labels, config, seed, learned)
     check_new_names(new_names, learned)
-    class_names = (*learned.class_names, *new_names)
-    rank = _places(data.class_names, class_names, "class")  # label -> place in the learned order
-    train, test = rank[data.train.labels], rank[data.test.labels]
-    of_train, of_test = _Images(train), _Images(test)
-    tasks: list[Task] = []
-    for rows in learned.task_rows:
-        images = of_test.labelled(learned.row_class[rows])
-        tasks.append(_old_task(len(tasks), rows, images, test[images]))
-    first = learned.rows
     assert config.init_cls is not None and config.increment is not None  # the config has checked it
-    for size in task_sizes(len(order), config.init_cls, config.increment):
-        rows = range(first, first + size)
-        first += size
-        train_images, test_images = of_train.labelled(rows), of_test.labelled(rows)
-        tasks.append(Task(len(tasks), rows, train_images, train[train_images], test_images, test[test_images]))
-    return TaskStream(tuple(tasks), class_names, np.arange(len(class_names)))
+    sizes = (*learned.task_sizes, *task_sizes(len(new_names), config.init_cls, config.increment))
+    return LearnedClasses((*learned.class_names, *new_names), np.arange(sum(sizes)), sizes)
 
 
-def _domain_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> TaskStream:
-    """One task a domain; new classes are numbered in sorted order, domains are shuffled by the seed."""
-    assert data.train_domains is not None and data.test_domains is not None  # so the loader lists domain data
-    new = _with_training_images(data.train_domains, len(data.domain_names), learned)
-    order = new[class_order(len(new), shuffle=config.shuffle, seed=seed)]
-    class_names = learned.class_names + tuple(name for name in data.class_names if name not in learned.class_names)
-    rank = _places(data.class_names, class_names, "class")
-    for domain in (data.domain_names[number] for number in order):
-        classes = np.unique(rank[data.train.labels[data.train_domains == data.domain_names.index(domain)]])
-        learned = replace(learned, class_names=class_names).with_task([class_names[c] for c in classes], domain)
-    domain_task = _places(data.domain_names, learned.domains, "domain")
-    train_task, test_task = domain_task[data.train_domains], domain_task[data.test_domains]
-    train, test = rank[data.train.labels], rank[data.test.labels]
-    tasks, count = [], len(class_names)  # a class of a domain has the label domain · count + class
-    of_train, of_test = _Images(train_task * count + train), _Images(test_task * count + test)
-    for index, rows in enumerate(learned.task_rows):
-        classes = learned.row_class[rows]
-        train_images, test_images = (of.labelled(index * count + classes) for of in (of_train, of_test))
-        if not len(train_images):
-            tasks.append(_old_task(index, rows, test_images, test[test_images]))
-            continue
-        train_rows = rows.start + np.searchsorted(classes, train[train_images])
-        tasks.append(Task(index, rows, train_images, train_rows, test_images, test[test_images]))
-    return TaskStream(tuple(tasks), class_names, learned.row_class, learned.domains)
+def _with_domains(data: Dataset, config: Config, seed: int, learned: LearnedClasses) -> LearnedClasses:
+    """What the run will have learned in the end: one domain a task; new classes are numbered in sorted order."""
+    assert data.train_domains is not None
+    known = set(learned.class_names)
+    learned = replace(learned, class_names=(*learned.class_names, *(n for n in data.class_names if n not in known)))
+    for domain in _in_order(data.domain_names, data.train_domains, config, seed, learned):
+        labels = data.train.labels[data.train_domains == data.domain_names.index(domain)]
+        places = _places(data.class_names, learned.class_names, "class")[_numbers_in(labels)]
+        learned = learned.with_task([learned.class_names[place] for place in sorted(places.tolist())], domain)
+    return learned
+
+
+def _in_order(
+    names: Sequence[str], of_train: np.ndarray, config: Config, seed: int, learned: LearnedClasses
+) -> list[str]:
+    """The classes or domains to be learned, shuffled by the seed: all; on top of a saved run, those with images."""
+    new = _numbers_in(of_train) if learned.rows else np.arange(len(names))
+    return [names[number] for number in new[class_order(len(new), shuffle=config.shuffle, seed=seed)].tolist()]
 
 
 def next_task(learned: LearnedClasses, new_row: np.ndarray, new_rows: int) -> Task:
@@ -236,17 +216,6 @@ def next_task(learned: LearnedClasses, new_row: np.ndarray, new_rows: int) -> Ta
     rows = range(learned.rows, learned.rows + new_rows)
     train, nothing = np.argsort(new_row, kind="stable"), np.empty(0, dtype=np.int64)
     return Task(len(learned.task_sizes), rows, train, rows.start + new_row[train], nothing, nothing)
-
-
-def _old_task(index: int, rows: range, images: np.ndarray, classes: np.ndarray) -> Task:
-    """A task of the saved run: nothing to learn, and what there is of its test images."""
-    nothing = np.empty(0, dtype=np.int64)
-    return Task(index, rows, nothing, nothing, images, classes)
-
-
-def _with_training_images(labels: np.ndarray, count: int, learned: LearnedClasses) -> np.ndarray:
-    """Which of ``count`` classes or domains are to be learned: all; on top of a saved run, those with images."""
-    return np.unique(labels) if learned.rows else np.arange(count)
 
 
 def _places(names: Sequence[str], order: Sequence[str], what: str) -> np.ndarray:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SCALE, RATIO = (0.05, 1.0), (3 / 4, 4 / 3)  # of a crop: its part of the image's area, its width by its height
 ATTEMPTS = 10  # to find a crop that lies within the image
+THIN = 16  # an enlarged picture that is so much longer than wide is never made as a whole
 WORDS = 2 * ATTEMPTS + 3  # numbers of the generator that the last attempt, its place and the flip need
 
 
@@ -72,8 +73,38 @@ def test_pixels(image: Image.Image, size: int) -> np.ndarray:
     short = int(256 / 224 * size)
     to = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     left, top = round((to[0] - size) / 2), round((to[1] - size) / 2)
+    if max(to) > max(THIN * short, width, height):
+        return _middle_of_thin(image, size, to, left, top)
     resized = image.resize(to, Image.Resampling.BICUBIC)
     return _channels_first(resized.crop((left, top, left + size, top + size)))
+
+
+def _middle_of_thin(image: Image.Image, size: int, to: tuple[int, int], left: int, top: int) -> np.ndarray:
+    """The same pixels without the whole enlarged picture, which takes gigabytes where one side is very short.
+
+    Pillow enlarges along the width, then along the height, and cannot do so for a part alone without other rounding:
+    the long side is done here in its fixed point (``Resample.c``). Four pixels, never at an end, give one.
+    """
+    wide = to[0] > to[1]
+    if wide:
+        image, to, left, top = image.transpose(Image.Transpose.TRANSPOSE), to[::-1], top, left
+
+    def widened(strip: Image.Image) -> Image.Image:
+        resized = strip.resize((to[0], strip.height), Image.Resampling.BICUBIC)
+        return resized.crop((left, 0, left + size, strip.height))
+
+    centers = (np.arange(top, top + size)[:, None] + 0.5) * (image.height / to[1])
+    taps = (centers - 1.5).astype(int) + np.arange(4)
+    x = np.abs(taps - centers + 0.5)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
+    weights = weights / weights.cumsum(axis=1)[:, 3:] * (1 << 22)  # summed in Pillow's order
+    fixed = np.trunc(weights + np.copysign(0.5, weights)).astype(int)
+    first = int(taps[0, 0])
+    strip = image.crop((0, first, image.width, int(taps[-1, 3]) + 1))
+    lines = np.asarray(strip if wide else widened(strip))[taps - first]  # (size, 4, pixels across, 3)
+    levels = ((fixed[:, :, None, None] * lines).sum(axis=1) + (1 << 21) >> 22).clip(0, 255).astype(np.uint8)
+    view = Image.fromarray(levels)
+    return _channels_first(widened(view).transpose(Image.Transpose.TRANSPOSE) if wide else view)
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
