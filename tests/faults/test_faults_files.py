@@ -20,6 +20,7 @@ import pytest
 import main
 import predict
 import report
+from models.tosca import TOSCA
 from tests.conftest import fork
 from utils import files
 from utils.errors import UserError
@@ -50,7 +51,7 @@ def test_a_write_that_ends_half_way_leaves_the_old_file_and_no_litter(tmp_path, 
     path.write_bytes(b"old")
     half_then(monkeypatch, error)
     expected, words = (
-        (UserError, r"file cannot be written .*was there is unchanged") if error is NO_SPACE else (type(error), "")
+        (UserError, r"file cannot be written .*was there is unchanged") if error is NO_SPACE else (type(error), None)
     )
     with pytest.raises(expected, match=words):
         atomic_write(path, b"new, but only half")
@@ -131,6 +132,15 @@ def test_a_module_of_another_run_is_not_taken_for_ours(half, tmp_path):
 def test_a_damaged_file_of_a_finished_run_is_told_too(finished):
     flip_a_bit(finished.checkpoints / "task1.pth")
     assert "task1.pth is damaged" in finished().error
+
+
+def test_lack_of_memory_while_a_run_is_loaded_is_not_called_damage(half, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(TOSCA, "load_state_dict", refuse)
+    error = half().error
+    assert "the memory does not suffice" in error and "--fresh" not in error
 
 
 def test_a_damaged_result_file_is_moved_aside_and_written_again(half, undisturbed):

@@ -143,16 +143,6 @@ def test_another_run_moves_the_first_aside_and_says_where(half, tree, key):
     assert tree(aside) == before
 
 
-def test_other_images_are_another_run(half, tree, data, tmp_path, make_folder):
-    before = tree(half.checkpoints)
-    other = make_folder(tmp_path / "other", classes=6, train=2, test=2)
-    ending = half(data_path=str(other))
-    assert ending.code == 0
-    assert "images_sha256 differ" in ending.out
-    (aside,) = half.folder.glob("tosca.*")
-    assert tree(aside) == before
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_run_that_stops_at_a_broken_image_leaves_the_run_in_its_folder(
     finished, tree, make_folder, tmp_path, in_place
@@ -186,21 +176,16 @@ def test_another_run_that_is_stopped_in_its_extraction_counts_what_it_computed(f
     assert json.loads(newest.read_bytes())["backbone_forwards"] == 12 * (1 + 1) + 12  # each once: train twice, test
 
 
-def test_files_of_the_release_are_moved_aside_too(run, tree):
+def test_files_of_the_release_are_moved_aside_and_those_that_only_look_like_ours_stay(run, tree):
     run.checkpoints.mkdir()
     (run.checkpoints / "task0.pth").write_bytes(b"another run's")
-    (run.checkpoints / "task_notes.pth").write_bytes(b"mine")
+    others = ("task_notes.pth", "classifier_best.pth", "results.jsonl.txt")
+    for name in others:
+        (run.checkpoints / name).write_bytes(b"mine")
     assert run().code == 0
     (aside,) = run.folder.glob("tosca.*")
     assert tree(aside) == {"task0.pth": b"another run's"}
-    assert (run.checkpoints / "task_notes.pth").read_bytes() == b"mine"
-
-
-def test_a_file_that_only_looks_like_ours_is_never_removed(run):
-    run.checkpoints.mkdir()
-    (run.checkpoints / "classifier_best.pth").write_bytes(b"mine")
-    assert run().code == 0
-    assert (run.checkpoints / "classifier_best.pth").read_bytes() == b"mine"
+    assert [(run.checkpoints / name).read_bytes() for name in others] == [b"mine"] * 3
 
 
 @pytest.mark.parametrize("call", [1, 2, 4])

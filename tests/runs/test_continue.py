@@ -8,7 +8,7 @@ import torch
 import trainer
 from utils.data.tasks import LearnedClasses
 from utils.errors import DataError, NumericError
-from utils.runs.checkpoint import MANIFEST, CheckpointFolder
+from utils.runs.checkpoint import CheckpointFolder
 
 
 def split_folder(source, folder, train, test):
@@ -216,14 +216,6 @@ def test_stopped_after_a_task_it_goes_on(go_on, run_main, whole, first, tmp_path
     uninterrupted = go_on(**{**keys, "base": first.checkpoints}, checkpoint_dir=str(tmp_path / "other"))
     assert_same_tensors(resumed.checkpoints, uninterrupted.checkpoints)
     assert comparable(resumed.json()) == comparable(uninterrupted.json())
-
-
-def test_killed_while_the_base_is_copied_it_starts_again(go_on, whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointFolder, "write_manifest", lambda *_: (_ for _ in ()).throw(NumericError("stopped")))
-        assert go_on().code == 2
-    assert not (tmp_path / "tosca" / MANIFEST).exists()
-    assert_same_tensors(go_on().checkpoints, whole.checkpoints)
 
 
 def test_another_run_in_the_folder_is_moved_aside(go_on, run_main, whole, tmp_path):

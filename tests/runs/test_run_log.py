@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from utils.runs.paths import run_paths
-from utils.words import counted, fixed
+from utils.words import fixed
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +112,6 @@ def test_one_task_is_said_in_the_singular(run_main, make_folder, tmp_path, capsy
     assert "1 task," in said
     assert "1 tasks" not in said
     assert "-0.0" not in said
-
-
-@pytest.mark.parametrize(
-    ("number", "noun", "text"), [(1, "task", "1 task"), (0, "task", "0 tasks"), (2, "class", "2 classes")]
-)
-def test_nouns_are_counted(number, noun, text):
-    assert counted(number, noun) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(-0.04, "0.0"), (-0.06, "-0.1"), (12.345, "12.3"), (-0.0, "0.0")])
-def test_what_rounds_to_zero_has_no_sign(value, text):
-    assert fixed(value, 1) == text
 
 
 def test_names_of_files_are_fit_for_every_system():
