@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.config import Config
-from utils.features.rows import TEST_VIEW, View
 from utils.features.bank import FeatureBank, resolve_cache_dir
+from utils.features.rows import TEST_VIEW, View
 from utils.files import human_size
 from utils.runs.checkpoint import MANIFEST, classifier_name, evaluation_name, module_name
 from utils.runs.paths import WRITTEN_WHOLE, run_paths
