@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.faults.loader_faults import die_at_the_ninth, fail
-from utils.data import loader
 from utils.features import extraction
 from utils.features.bank import FeatureBank
 
@@ -108,15 +107,6 @@ def test_more_loaders_than_cpus_are_a_warning(run, monkeypatch):
     assert ending.code == 0
     assert "num_workers 3 is above the 2 CPUs" in ending.out
     assert "is above" not in run(num_workers=2).out
-
-
-def test_loaders_that_cannot_be_started_are_one_line(run, tmp_path, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(loader.subprocess, "Popen", refuse)
-    error = run(num_workers=2, cache_dir=str(tmp_path / "bank")).error
-    assert "cannot be started (Resource temporarily unavailable); lower num_workers" in error
 
 
 def test_a_run_with_loader_processes_never_forks(run, monkeypatch, tmp_path):

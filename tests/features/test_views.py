@@ -56,12 +56,6 @@ def test_where_no_attempt_fits_an_image_of_fitting_ratio_is_taken_whole(coin: in
     assert crop_and_flip(draws, 36, 36) == ((0, 0, 36, 36), flip)
 
 
-def test_a_view_leaves_the_global_generator_alone() -> None:
-    before = torch.random.get_rng_state()
-    Transforms(8, 0).view(Image.new("RGB", (9, 9)), "key", 0)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_a_loader_process_needs_no_pytorch() -> None:
     """Importing it would cost each of them seconds and some hundred megabytes."""
     assert imported("utils.features.views, utils.data.loader") & {"torch", "multiprocessing"} == set()
