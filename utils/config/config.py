@@ -106,7 +106,11 @@ class Config:
         choices=("auto", "fp32", "bf16"),
     )
     feature_batch_size: int | None = _key(
-        None, "speed", "images in one forward pass; by default chosen by the device", low=1, high=100_000
+        None,
+        "speed",
+        "images in one forward pass, by default chosen by the device; another number may change the last bits",
+        low=1,
+        high=100_000,
     )
     num_workers: int | None = _key(
         None, "speed", "processes that load images; by default from the CPU count", high=10_000
