@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,38 +10,31 @@ from typing import Any, cast
 
 import torch
 
-from backbone.vit import Backbone, load_backbone, resolve_device
+from backbone.vit import Backbone
 from models.api.classifier import ContinualClassifier
 from models.api.predictor import Known
-from models.base import training_features
 from models.cost import CostMeter
 from models.evaluation import BankTask, evaluate
+from models.preparation import prepare, wanted_features
 from utils import module
-from utils.cli import Stopped, fault_of
+from utils.cli import fault_of
 from utils.config.config import Config
 from utils.config.grid import SweepCell
-from utils.data.datasets import load_dataset
-from utils.data.fingerprints import fingerprint_splits
 from utils.data.loader import load_ahead
-from utils.data.tasks import TaskStream, make_stream
+from utils.data.tasks import TaskStream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
-from utils.features.bank import resolve_cache_dir
-from utils.features.rows import TEST_VIEW, View
-from utils.hardware import available_cpus, use_full_fp32
+from utils.hardware import use_full_fp32
 from utils.logs import logging_to, progress
 from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
 from utils.results import record, run_log
-from utils.results.tracker import Tracker, check_tracker, tracking
+from utils.results.tracker import Tracker, tracking
 from utils.runs.checkpoint import CheckpointFolder, module_name
 from utils.runs.manifest import RunManifest
 from utils.runs.paths import RunPaths, run_paths
-from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, report_belongs_to, start_over
+from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, report_belongs_to, started_over
 from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
-
-HINT_LEAVE_OUT_FRESH = "leave out --fresh then, which would start over"
-HINT_WITHOUT_FRESH = "start the same command again without --fresh to go on"
 
 
 def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
@@ -59,7 +51,7 @@ def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> li
     runs, failed, done = list[dict[str, Any]](), list[str](), 0
     with joined_ranks() as ranks:
         ready = _prepared(cells, ranks, failed)
-        with _started_over([setup.config for _, setup in ready] if fresh else [], ranks):
+        with started_over([setup.config for _, setup in ready] if fresh and ranks.first else []):
             todo = []
             for cell, setup in ready:
                 for seed in setup.config.seed:
@@ -121,71 +113,6 @@ def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} cannot start: {'; '.join(failed)}")
     return planned
-
-
-@contextmanager
-def _started_over(configs: Sequence[Config], ranks: Ranks) -> Iterator[None]:
-    """Move all that earlier starts of ``configs`` left aside first; whoever stops it then goes on without --fresh."""
-    for config in configs if ranks.first else ():
-        for seed in config.seed:
-            start_over(config, seed)
-    try:
-        yield
-    except Exception as error:
-        fault = fault_of(error)
-        if configs and fault.goes_on:
-            fault.args = (f"{fault}; {HINT_LEAVE_OUT_FRESH}",)
-        if fault is error:
-            raise
-        raise fault from error
-    except KeyboardInterrupt as stop:
-        if not configs:
-            raise
-        raise Stopped(stop.number if isinstance(stop, Stopped) else signal.SIGINT, HINT_WITHOUT_FRESH) from None
-
-
-# -- from a config to a run that can begin --------------------------------------------------------------------------
-
-
-def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
-    """Data, backbone and the saved run that is continued, cheap checks first; nothing is written.
-
-    Args:
-        before: another run's, whose data and backbone serve where they are the same.
-    """
-    shared = before if before is not None and config.shares_backbone_with(before.config) else None
-    check_tracker(config)
-    device = shared.backbone.device if shared else resolve_device(config, ranks.local_rank, ranks.count)
-    data = shared.data if shared else load_dataset(config)
-    if config.continue_from is None:
-        make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
-    elif not config.method.continual:
-        raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
-    if config.num_workers is not None and config.num_workers > available_cpus():
-        log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
-    backbone = shared.backbone if shared else load_backbone(config, device)
-    for name in ("mlp_ratio", "se_ratio"):
-        if getattr(config, name) > backbone.feature_dim:
-            width = f"the feature width {backbone.feature_dim} of {backbone.name}"
-            raise ConfigError(f"{name} {getattr(config, name)} is above {width}")
-    if shared:
-        fingerprints = shared.fingerprints
-    else:
-        found = fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None
-        fingerprints = ranks.share(found)
-    setup = Setup(config, data, backbone, fingerprints, ranks)
-    if config.continue_from is None:
-        return setup
-    continuing, seed = module("utils.runs.continuing"), config.seed[0]
-    base = continuing.find_saved_run(config, lambda sha256: setup.identity_on(sha256, seed)) if ranks.first else None
-    setup = replace(setup, base=ranks.share(base))
-    continuing.tests_old(setup.base, setup.stream(seed))
-    return setup
-
-
-def wanted_features(config: Config) -> list[View]:
-    """Every (split, view) that a run reads."""
-    return [("test", TEST_VIEW), *training_features(config)]
 
 
 # -- one seed ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from PIL import Image
 import trainer
 from benchmarks.images import machine
 from benchmarks.pages import add_write_option, exponent, publish
-from trainer import prepare, wanted_features
+from models.preparation import prepare, wanted_features
 from utils.config.config import make_config
 from utils.hardware import single_thread
 from utils.ranks import ONE_RANK

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.answers import all_answers
 from models.base import make_learner
 from models.evaluation import BankTask
+from models.preparation import prepare, wanted_features
 from models.streaming.lda import StreamingLDA
 from models.tosca import TOSCA
-from trainer import prepare, wanted_features
 from utils.cli import run_command
 from utils.config.config import Config, load_config
 from utils.data.tasks import Task, make_stream

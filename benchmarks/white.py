@@ -24,12 +24,12 @@ from benchmarks.answers import all_answers
 from models.base import Learner, TaskData
 from models.evaluation import BankTask
 from models.ncm_lda import NcmLda
+from models.preparation import prepare, wanted_features
 from models.ranpac import RanPAC
 from models.streaming.lda import StreamingLDA
 from models.streaming.whitening import Whitening
 from models.tosca_white import WhiteTOSCA
 from models.training import Epoch, shuffled_epochs
-from trainer import prepare, wanted_features
 from utils.cli import run_command
 from utils.config.config import Config, load_config
 from utils.data.tasks import Task

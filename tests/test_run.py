@@ -378,14 +378,16 @@ def test_overrides_may_stand_anywhere(tmp_path, monkeypatch, arguments):
     path = tmp_path / "exp.json"
     path.write_text('{"dataset": "digits", "init_cls": 2, "increment": 2, "backbone_type": "glyphs_vit"}')
     seen = []
-    monkeypatch.setattr("trainer.run", lambda config, fresh: seen.append((config.epochs, config.lr, fresh)))
+    monkeypatch.setattr("trainer.run", lambda cells, fresh, jobs: seen.append((cells[0].config, fresh, jobs)))
     assert main.main([argument.format(config=f"--config={path}") for argument in arguments]) == 0
-    assert seen == [(1, 0.5, "--fresh" in arguments)]
+    assert [(config.epochs, config.lr, fresh, jobs) for config, fresh, jobs in seen] == [
+        (1, 0.5, "--fresh" in arguments, 1)
+    ]
 
 
 def test_without_arguments_the_demo_runs(monkeypatch):
     seen = []
-    monkeypatch.setattr("trainer.run", lambda config, fresh: seen.append(config))
+    monkeypatch.setattr("trainer.run", lambda cells, fresh, jobs: seen.append(cells[0].config))
     assert main.main([]) == 0
     assert (seen[0].dataset, seen[0].backbone_type, seen[0].selection) == ("digits", "glyphs_vit", "sample")
 

@@ -24,15 +24,15 @@ sys.setprofile(profile)
 import logging
 import main
 
-class Stop(logging.Handler):
-    def emit(self, record):
-        if record.getMessage().startswith("Task 1 of"):
-            sys.setprofile(None)
-            print(json.dumps(sorted(entered)), flush=True)
-            os._exit(0)
+def record(*args, **keys):
+    made = logging.LogRecord(*args, **keys)
+    if made.getMessage().startswith("Task 1 of"):
+        sys.setprofile(None)
+        print(json.dumps(sorted(entered)), flush=True)
+        os._exit(0)
+    return made
 
-real = logging.basicConfig
-logging.basicConfig = lambda **keys: real(**{**keys, "handlers": [*keys["handlers"], Stop()]})
+logging.setLogRecordFactory(record)
 sys.exit(main.main(sys.argv[1:]))
 """
 

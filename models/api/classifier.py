@@ -169,7 +169,7 @@ class ContinualClassifier(Predictor):
             For every selection ``top1``, ``top5``, ``per_task`` (None for a task without images) and, with modules,
             ``selection_accuracy``, all in percent. ``batch`` looks at 48 images at a time (docs/selection.md).
         """
-        self._check_learned()
+        self.check_learned()
         sources, learned = sources_of(images), self._known.learned
         given = checked_labels(labels, len(sources))
         if not sources:
@@ -214,7 +214,7 @@ class ContinualClassifier(Predictor):
 
         What another run has there is moved aside, never overwritten; where it went, is returned.
         """
-        self._check_learned()
+        self.check_learned()
         checkpoint = CheckpointFolder(expanded(folder))
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()

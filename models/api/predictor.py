@@ -243,12 +243,12 @@ class Predictor:
             domains=known.learned.domains,
         )
 
-    def _check_learned(self) -> None:
+    def check_learned(self) -> None:
         if not self.tasks:
             raise CheckpointError("nothing is learned yet: call learn(images, labels) first")
 
     def _checked(self, selection: str | None, top_k: int) -> str:
-        self._check_learned()
+        self.check_learned()
         if top_k < 1:
             raise DataError(f"top_k must be at least 1, got {top_k}")
         if selection is not None:

@@ -266,7 +266,7 @@ def test_an_input_output_error_that_nothing_foresaw_is_one_line(run, monkeypatch
     def broken(_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "/dev/disk")
 
-    monkeypatch.setattr("trainer.load_dataset", broken)
+    monkeypatch.setattr("models.preparation.load_dataset", broken)
     assert run().error.endswith("/dev/disk: Input/output error; correct that, then start again")
 
 

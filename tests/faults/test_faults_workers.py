@@ -102,7 +102,7 @@ def test_a_broken_image_in_a_loader_names_file_and_class(run, data, tmp_path, wo
 
 
 def test_more_loaders_than_cpus_are_a_warning(run, monkeypatch):
-    monkeypatch.setattr("trainer.available_cpus", lambda: 2)
+    monkeypatch.setattr("models.preparation.available_cpus", lambda: 2)
     ending = run(num_workers=3)
     assert ending.code == 0
     assert "num_workers 3 is above the 2 CPUs" in ending.out

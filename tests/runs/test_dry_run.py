@@ -16,6 +16,11 @@ def folder(tmp_path: Path, make_folder: FolderMaker) -> Path:
     return make_folder(tmp_path / "images")
 
 
+def planned(config: Config) -> dict[str, Any]:
+    (plan,) = dry_run([SweepCell("", config)])
+    return plan
+
+
 def _config(folder: Path, **keys: object):
     out = folder.parent / "out"
     own = {"checkpoint_dir": str(out / "tosca"), "log_dir": str(out / "logs"), "cache_dir": str(out / "cache")}
@@ -24,17 +29,17 @@ def _config(folder: Path, **keys: object):
 
 def test_it_counts_what_is_missing_over_all_seeds(folder: Path) -> None:
     once = 24 + 18  # the test transform, of training and of test images
-    assert dry_run(_config(folder))["forwards"] == once + 2 * 24
-    assert dry_run(_config(folder, seed=[1, 2, 3]))["forwards"] == once + 3 * 2 * 24
-    assert dry_run(_config(folder, seed=[1, 2, 3], augment_seed=1))["forwards"] == once + 2 * 24
-    assert dry_run(_config(folder, seed=[1, 2], cache_dir="none"))["forwards"] == 2 * (once + 2 * 24)
-    plan = dry_run(_config(folder, seed=[1, 2]))
+    assert planned(_config(folder))["forwards"] == once + 2 * 24
+    assert planned(_config(folder, seed=[1, 2, 3]))["forwards"] == once + 3 * 2 * 24
+    assert planned(_config(folder, seed=[1, 2, 3], augment_seed=1))["forwards"] == once + 2 * 24
+    assert planned(_config(folder, seed=[1, 2], cache_dir="none"))["forwards"] == 2 * (once + 2 * 24)
+    plan = planned(_config(folder, seed=[1, 2]))
     assert plan["bytes"] == plan["forwards"] * 192 * 4 and plan["seconds"] > 0
 
 
 def test_it_writes_only_the_memory_of_hashes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        dry_run(_config(folder))
+        planned(_config(folder))
     written = [path for path in (folder.parent / "out").rglob("*") if path.is_file()]
     assert [path.parent.name for path in written] in ([], ["hashes"])
     assert "task 3: 2 classes" in caplog.text and "8 training and 6 test images" in caplog.text
@@ -47,14 +52,14 @@ def test_after_a_run_nothing_is_missing_and_its_files_are_those_named(
     keys = {"data_path": str(folder), "cache_dir": str(folder.parent / "cache")}
     out = folder.parent / "out"
     own = {**keys, "checkpoint_dir": str(out / "tosca"), "log_dir": str(out / "logs")}
-    plan = dry_run(tiny_config(**own))
+    plan = planned(tiny_config(**own))
     run = run_main(out, **keys)
     assert run.json()["backbone_forwards"] == plan["forwards"]
     files = {Path(path) for path in plan["files"]}
     written = {path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")}
     assert written - files == {out / "config.json"}
     assert {path.suffix for path in files - written} <= {".png"}  # needs matplotlib
-    again = dry_run(tiny_config(**own))
+    again = planned(tiny_config(**own))
     assert again["forwards"] == again["bytes"] == 0 and again["seconds"] is None
 
 

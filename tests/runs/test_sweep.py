@@ -11,6 +11,7 @@ import pytest
 
 import main
 import trainer
+from models import preparation
 from tests.conftest import curves_drawn, fork
 from utils.config.grid import make_grid
 from utils.errors import ConfigError, NumericError
@@ -91,7 +92,11 @@ CELLS = ["flow=calibrator,l1=0", "flow=calibrator,l1=0.001", "flow=tosca,l1=0", 
 
 def written(folder: Path) -> dict[str, int]:
     """When each file of the runs was written last; locks, which are taken every time, apart."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name)
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".lock" not in path.name and path.parent.name != "hashes"
+    )
     return {str(path): path.stat().st_mtime_ns for path in files if path.name != "config.json"}
 
 
@@ -101,7 +106,7 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
     keys = {"data_path": str(digit_folder), "cache_dir": str(tmp_path / "bank"), "epochs": 1, "seed": [1, 2]}
     keys |= {"augment_seed": 0}
     loads, learned = [], []
-    load, run_seed = trainer.load_backbone, trainer.run_seed
+    load, run_seed = preparation.load_backbone, trainer.run_seed
 
     def stop_at_the_fourth(setup, seed):
         if len(learned) == 3:
@@ -109,7 +114,7 @@ def test_a_sweep_stops_resumes_finishes_and_then_has_nothing_to_do(
         learned.append(setup.config.flow)
         return run_seed(setup, seed)
 
-    monkeypatch.setattr(trainer, "load_backbone", lambda *args: loads.append(1) or load(*args))
+    monkeypatch.setattr(preparation, "load_backbone", lambda *args: loads.append(1) or load(*args))
     monkeypatch.setattr(trainer, "run_seed", stop_at_the_fourth)
     assert run_main(tmp_path, *GRID, **keys).code == 130
     assert len(loads) == 1  # all cells share one backbone
@@ -228,7 +233,7 @@ def test_a_cell_that_diverges_does_not_stop_the_others(digit_folder, run_main, t
     monkeypatch.setattr(trainer, "run_seed", diverge)
     outcome = run_main(tmp_path, "--sweep", "lr=5,0.025", data_path=str(digit_folder), epochs=1)
     assert outcome.code == 2
-    assert "1 of 2 runs diverged: lr=5, seed 1993: loss is nan" in capsys.readouterr().err
+    assert "1 of 2 runs are missing: lr=5, seed 1993: loss is nan" in capsys.readouterr().err
     (cell,) = [folder for folder in (tmp_path / "logs").iterdir() if list(folder.rglob("*.json"))]
     assert cell.name == "lr=0.025"
 
@@ -236,12 +241,14 @@ def test_a_cell_that_diverges_does_not_stop_the_others(digit_folder, run_main, t
 def test_other_data_or_backbone_is_loaded_anew(config_file, monkeypatch):
     prepared = []
 
-    def prepare(config, ranks, loaded=None):
-        prepared.append(loaded is not None)
+    def prepare(config, ranks, before=None):
+        prepared.append(before is not None and config.shares_backbone_with(before.config))
         return trainer.Setup(config, None, None, {}, ranks)
 
     monkeypatch.setattr(trainer, "prepare", prepare)
     monkeypatch.setattr(trainer, "run_seed", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "_finished", lambda *_: None)
+    monkeypatch.setattr(trainer.run_log, "log_sweep", lambda *_: None)
     logging.getLogger("sweep").setLevel(logging.INFO)
-    trainer.run_sweep(make_grid(config_file, [], ["normalize=false,true", "l1=0,1"]))
+    trainer.run(make_grid(config_file, [], ["normalize=false,true", "l1=0,1"]))
     assert prepared == [False, True, False, True]

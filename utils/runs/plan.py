@@ -96,3 +96,13 @@ def _files(setup: Setup, seed: int) -> list[Path]:
     modules = [module_name(task) for task in range(tasks)] if setup.config.method.modular else []
     names = (*modules, RESULTS, classifier_name(tasks - 1), MANIFEST)
     return [*(folder / name for name in names), *(paths.file(suffix) for suffix in (".log", *WRITTEN_WHOLE))]
+
+
+def log_total(planned: Sequence[dict[str, Any]]) -> None:
+    """Log what several runs need together."""
+    forwards, size = (sum(of[name] for of in planned) for name in ("forwards", "bytes"))
+    seconds = sum(of["seconds"] or 0 for of in planned)
+    log.info(
+        "All together: %d forward passes, %s of disk, about %s for the forward passes",
+        *(forwards, human_size(size), timedelta(seconds=round(seconds))),
+    )

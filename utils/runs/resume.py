@@ -2,12 +2,14 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from utils.cli import Stopped, fault_of
 from utils.config.config import Config
 from utils.errors import ConfigError
 from utils.files import FolderLock, read_json, remove_partials
@@ -110,6 +112,30 @@ def start_over(config: Config, seed: int) -> None:
         if in_place is None or in_place.base is not None:
             _move_aside(checkpoint)
         _move_report_aside(paths)
+
+
+@contextmanager
+def started_over(configs: Sequence[Config]) -> Iterator[None]:
+    """Move all that earlier starts of ``configs`` left aside first; whoever stops it then goes on without --fresh."""
+    for config in configs:
+        for seed in config.seed:
+            start_over(config, seed)
+    try:
+        yield
+    except Exception as error:
+        fault = fault_of(error)
+        if configs and fault.goes_on:
+            fault.args = (f"{fault}; leave out --fresh then, which would start over",)
+        if fault is error:
+            raise
+        raise fault from error
+    except KeyboardInterrupt as stop:
+        if not configs:
+            raise
+        raise Stopped(
+            stop.number if isinstance(stop, Stopped) else signal.SIGINT,
+            "start the same command again without --fresh to go on",
+        ) from None
 
 
 def _move_aside(checkpoint: CheckpointFolder) -> None:
