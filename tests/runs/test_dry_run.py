@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import FolderMaker, Outcome, tiny_config
 from trainer import dry_run
+from utils.config.config import Config
+from utils.config.grid import SweepCell
 
 
 @pytest.fixture
