@@ -159,7 +159,7 @@ def test_a_finished_run_predicts_from_its_files_alone(finished_run):
     learner = TOSCA(tiny_config(), 192, torch.device("cpu"), 1993)
     learner.load_state_dict(state, modules)
     features = torch.randn(4, 192, generator=torch.Generator().manual_seed(1))
-    assert learner.predict(features)["sample"].scores.shape == (4, 6)
+    assert learner.answer(features).scores.shape == (4, 6)
     for task, module in enumerate(modules):
         assert {f"backbone.tosca.{name}" for name in module} == SHAPES.keys()
         # no more than the module: torch.save of a view would write the tensor of all tasks behind it

@@ -74,7 +74,7 @@ def test_a_mistake_is_told_before_anything_starts(config_file, overrides, sweep_
 
 
 def test_the_command_line_gives_all_that_is_swept_and_overridden(config_file, monkeypatch):
-    monkeypatch.setattr(trainer, "run_sweep", lambda cells, fresh: seen.extend(cells))
+    monkeypatch.setattr(trainer, "run", lambda cells, **_: seen.extend(cells))
     monkeypatch.setattr(trainer, "run", lambda config, fresh: seen.append(config))
     seen: list[Any] = []
     flags = ["--sweep", "flow=tosca,tosca_r", "--sweep", "l1=0", "lr=1,2", "seed=3"]

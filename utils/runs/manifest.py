@@ -154,14 +154,15 @@ class RunManifest:
     def with_task(self, record: TaskRecord, **changes: Any) -> "RunManifest":
         """The manifest after one more task, with other attributes changed by name."""
         done = len(self.tasks) + 1 == len(self.task_sizes)
+        if not done and len(self.tasks) >= FEW_TASKS:
+            record = replace(record, confusion={})
         status = "finished" if done else "running"
         return replace(self, tasks=(*self.tasks, record), status=status, **changes)
 
     def tested(self, record: TaskRecord) -> "RunManifest":
         """The manifest with what a test after the newest task gave."""
-        confusion = record.confusion if self.shows_all else {}
-        newest = replace(self.tasks[-1], results=record.results, confusion=confusion, entropy=record.entropy)
-        return replace(self, tasks=(*self.tasks[:-1], newest))
+        tested = {name: getattr(record, name) for name in ("results", "confusion", "entropy")}
+        return replace(self, tasks=self.tasks[:-1], status="running").with_task(replace(self.tasks[-1], **tested))
 
     def with_last_results(self, details: dict[str, dict[str, Any]], cost: dict[str, float]) -> "RunManifest":
         """The manifest with what only the end of a run can tell: details of its last task, and its cost."""
