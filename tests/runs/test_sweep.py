@@ -75,13 +75,12 @@ def test_a_mistake_is_told_before_anything_starts(config_file, overrides, sweep_
 
 def test_the_command_line_gives_all_that_is_swept_and_overridden(config_file, monkeypatch):
     monkeypatch.setattr(trainer, "run", lambda cells, **_: seen.extend(cells))
-    monkeypatch.setattr(trainer, "run", lambda config, fresh: seen.append(config))
     seen: list[Any] = []
     flags = ["--sweep", "flow=tosca,tosca_r", "--sweep", "l1=0", "lr=1,2", "seed=3"]
     assert main.main([f"--config={config_file}", *flags]) == 0
     assert [cell.name for cell in seen][0::3] == ["flow=tosca,l1=0,lr=1", "flow=tosca_r,l1=0,lr=2"]
     assert main.main([f"--config={config_file}", "--sweep", "seed=3,4"]) == 0  # nothing is swept: a run as any other
-    assert seen[-1].seed == (3, 4)
+    assert seen[-1].config.seed == (3, 4)
 
 
 # -- a real sweep -----------------------------------------------------------------------------------------------------
