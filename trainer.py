@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+from backbone.vit import Backbone
 from models import load_learner
 from models.base import Learner
 from models.cost import CostMeter
@@ -173,7 +174,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, manifest: RunManifest)
         if manifest.finished:
             answers = tested.predictions(setup.data.test.keys, stream.class_names)
             write_predictions(outputs.paths.file(".npz"), answers)
-            manifest = manifest.with_last_results(answers.details(), meter.summary(manifest, backbone))
+            manifest = manifest.with_last_results(answers.details(), meter.summary(manifest, cast(Backbone, backbone)))
         outputs.check_folders()
         manifest = checkpoint.commit(manifest, learner.state_dict(), learner.module_state(task.index), task.index)
         run = _report_task(config, outputs, stream, manifest)

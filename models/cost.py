@@ -7,27 +7,19 @@ published*: the whole backbone runs for each training image in each epoch and on
 module at inference.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from backbone.classifier import CosineClassifier
-from backbone.create import create_model
+from backbone.flops import FlopCounter, count_flops, quickest_ms
 from backbone.luca import LuCA, make_luca
+from backbone.vit import Backbone
 from models.base import Learner
 from models.training import train
 from utils.config.config import Config
 from utils.data.tasks import Task, TaskStream
-from utils.errors import BackboneError
-from utils.features.extraction import FeatureExtractor
 from utils.hardware import forget_peak, peak_bytes
 from utils.results.cost import (
     AS_PUBLISHED,
@@ -41,66 +33,6 @@ from utils.results.cost import (
     TRAINABLE,
 )
 from utils.runs.manifest import RunManifest
-
-_REPEATS = 3  # one image is answered so often; the median counts
-
-
-class FlopCounter(TorchDispatchMode):
-    """Adds up ``torch.utils.flop_counter``'s formulas for every operation within, backward passes included.
-
-    It differs from torch's ``FlopCounterMode`` in that it keeps one total alone, which costs a tenth of the time.
-
-    Attributes:
-        total: FLOPs so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-        self._composite: dict[Any, bool] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is None and self._is_composite(func):  # such as linear, in inference mode
-            with self:
-                return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
-
-    def _is_composite(self, func: Any) -> bool:
-        if func not in self._composite:
-            self._composite[func] = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-        return self._composite[func]
-
-
-def count_flops(work: Callable[[], object]) -> int:
-    """Return the FLOPs of ``work``."""
-    # the fused attention of some devices is an operation without a formula: it would count nothing
-    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
-        work()
-    return int(counter.total)
-
-
-@cache
-def whole_forward_flops(name: str, image_size: int) -> int:
-    """Return the FLOPs of one image through the whole timm model of that name; shapes alone are computed, no numbers.
-
-    Raises:
-        BackboneError: the model cannot be built.
-    """
-    try:
-        with torch.device("meta"):
-            model = create_model(name, image_size)
-    except BackboneError:  # some versions of timm compute numbers while they build
-        model = create_model(name, image_size, drawn=False).to("meta")
-    with torch.device("meta"), torch.no_grad():
-        return count_flops(lambda: model.eval()(torch.empty(1, 3, image_size, image_size)))
-
 
 # -- learning ---------------------------------------------------------------------------------------------------------
 
@@ -170,18 +102,15 @@ class CostMeter:
             self.counted[LEARNER] += counter.total / 1e9
         self.counted[PEAK_MB] = max(self.counted[PEAK_MB], peak_bytes(device) / 2**20)
 
-    def summary(self, manifest: RunManifest, backbone: FeatureExtractor) -> dict[str, float]:
+    def summary(self, manifest: RunManifest, backbone: Backbone) -> dict[str, float]:
         """Return the columns of the table, after the last task."""
-        learner, image_size = self.learner, self.config.image_size
+        learner = self.learner
         parameters = manifest.tasks[-1].parameters
         modules = learner.tasks if learner.module_state(0) is not None else 1
-        image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-        feature = backbone(image)
-        forward = count_flops(lambda: backbone(image)) / 1e9
-        whole = self._whole_forward(backbone.name, forward)
+        feature = torch.zeros(1, learner.dim, device=learner.device)
+        forward, whole, forward_ms = backbone.flops / 1e9, backbone.whole_flops / 1e9, backbone.forward_ms
         answering = count_flops(lambda: learner.answer(feature)) / 1e9
-        forward_ms = milliseconds(lambda: backbone(image), backbone.device)
-        answer_ms = milliseconds(lambda: learner.answer(feature), backbone.device)
+        answer_ms = quickest_ms(lambda: learner.answer(feature), backbone.device)
         own_tasks = [task for task in self.stream.tasks if len(task.train)]  # not those of a run that is continued
         counted, epochs, augmented = dict(self.counted), self.config.epochs, self.config.method.augmented
         if augmented:
@@ -200,22 +129,3 @@ class CostMeter:
             TRAIN + AS_PUBLISHED: counted[LEARNER] + whole * passes,
             LEARNER: counted[LEARNER],
         }
-
-    def _whole_forward(self, name: str, own: float) -> float:
-        """GFLOPs of the whole backbone; those of this run's own forward where the model cannot be built by its name."""
-        try:
-            return whole_forward_flops(name, self.config.image_size) / 1e9
-        except BackboneError:
-            return own
-
-
-def milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of ``work``, after one time that does not count."""
-    times = []
-    for _ in range(1 + _REPEATS):
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) * 1000

@@ -34,7 +34,7 @@ from utils.data.splits import Dataset, Split
 from utils.data.tasks import TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.arrays import TEST_VIEW
-from utils.features.bank import FeatureBank
+from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
@@ -218,7 +218,7 @@ class ContinualClassifier(Predictor):
 
 def _load_same_backbone(config: Config, manifest: RunManifest, device: torch.device) -> Backbone:
     try:
-        backbone = load_backbone(config, device)
+        backbone = load_backbone(config, device, resolve_cache_dir(config.cache_dir))
     except BackboneError as error:
         if config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None

@@ -63,7 +63,7 @@ def test_a_vit_forward_worked_by_hand():
 
 
 def spent_forward(precision: str) -> int:
-    backbone = Backbone(tiny_vit(), name="x", device=torch.device("cpu"), precision=precision, normalize=False)
+    backbone = Backbone.of(tiny_vit(), name="x", device=torch.device("cpu"), precision=precision, normalize=False)
     return count_flops(lambda: backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
 
 
