@@ -1,46 +1,30 @@
-"""Which timm model a name means, and building it: from its name, the model hub or the repository's own small ViT."""
+"""Which timm model a name means, and building it: from its name, the model hub or this repository's own small ViT."""
 
-import socket
+import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
-import timm
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.forward import TimmModel
+from backbone.weights import Remarks, load_weights
+from utils.config.config import Config
 from utils.errors import BackboneError
+from utils.files import expanded
 from utils.seeds import fixed_seed
 
-HUB_SECONDS = 3.0  # how long the model hub may take to accept a connection before it counts as out of reach
-
-
-def with_tag(name: str) -> str:
-    """``name`` with the pre-training tag that timm takes where none is given: which weights those are, in words."""
-    cfg = None if "." in name else timm.models.get_pretrained_cfg(name)
-    return f"{name}.{cfg.tag}" if cfg is not None and cfg.tag else name
-
-
 # The small ViT that ships with the repository, for a first run without a model hub (assets/README.md).
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUNDLED: dict[str, dict[str, Any]] = {
+_BUNDLED = {"glyphs_vit": Path(__file__).resolve().parent.parent / "assets" / "glyphs_vit.safetensors"}
+_BUILDS = {
     "glyphs_vit": {
-        "weights": _ASSETS / "glyphs_vit.safetensors",
-        "build": {
-            "model_name": "vit_tiny_patch16_224",
-            "patch_size": 8,
-            "embed_dim": 128,
-            "depth": 4,
-            "num_heads": 4,
-        },
+        "model_name": "vit_tiny_patch16_224",
+        "patch_size": 8,
+        "embed_dim": 128,
+        "depth": 4,
+        "num_heads": 4,
     }
 }
-
 
 # What a pooling of timm reads, in words.
 POOLINGS = {
@@ -52,17 +36,48 @@ POOLINGS = {
     "map": "attention pooling over all patch tokens",
     "prr": "attention pooling over all tokens",
 }
+HEADS_OWN = "timm's head"  # of architectures that pool in their own way
+
+
+def load_model(config: Config) -> tuple[str, TimmModel, Remarks]:
+    """Build the ViT that ``config`` names, load its weights, freeze it; return its resolved name with it."""
+    name, remarks = resolve_name(config.backbone_name), Remarks()
+    path = weights_file(config)
+    if path is not None:
+        model = create_model(name, config.image_size)
+        load_weights(model, path, remarks)
+    elif config.pretrained:
+        name = with_tag(name)
+        model = create_model(name, config.image_size, pretrained=True)
+        _remark_training(model, name, config, remarks)
+    else:
+        model = create_model(name, config.image_size)
+    if not hasattr(model, "forward_head"):
+        raise BackboneError(f"backbone_type {config.backbone_type!r} has no forward_head(); choose a timm ViT")
+    return name, model.eval().requires_grad_(False), remarks
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def _without_timm(name: str) -> str:
+    """``timm/NAME`` and ``hf-hub:timm/NAME`` are timm's own ``NAME``."""
+    return name.replace("hf_hub:", "hf-hub:", 1).removeprefix("hf-hub:").removeprefix("timm/")
+
+
+def weights_file(config: Config) -> Path | None:
+    """The local file that the weights come from, if any: that of the config, or the one that ships with the project."""
+    if config.backbone_weights:
+        return expanded(config.backbone_weights)
+    return _BUNDLED.get(_without_timm(config.backbone_name)) if config.pretrained else None
 
 
 def resolve_name(given: str) -> str:
-    """The name to build: ``timm/NAME`` and ``hf-hub:timm/NAME`` are timm's own ``NAME``; other hub names stay.
+    """The name to build: timm's own where there is one; names of other users of the hub stay."""
+    import timm
 
-    Raises:
-        BackboneError: no timm model has this name; names that are near are listed.
-    """
-    name = given.replace("hf_hub:", "hf-hub:", 1)
-    own = name.removeprefix("hf-hub:").removeprefix("timm/")
-    if own in BUNDLED or (own != name and timm.is_model(own.partition(".")[0])):
+    name, own = given.replace("hf_hub:", "hf-hub:", 1), _without_timm(given)
+    if own in _BUNDLED or (own != name and timm.is_model(own.partition(".")[0])):
         return own
     if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name.partition(".")[0]):
         return name
@@ -74,55 +89,59 @@ def resolve_name(given: str) -> str:
     )
 
 
-def create_model(name: str, image_size: int, pretrained: bool = False, *, drawn: bool = True) -> TimmModel:
-    """Build the timm model ``name`` without its classification head.
+def with_tag(name: str) -> str:
+    """``name`` with the pre-training tag that timm takes where none is given: which weights those are, in words."""
+    import timm
+
+    cfg = None if "." in name else timm.models.get_pretrained_cfg(name)
+    return f"{name}.{cfg.tag}" if cfg is not None and cfg.tag else name
+
+
+def source_files(model: TimmModel, config: Config) -> list[Path]:
+    """The files whose change would mean other weights: a local file, a local folder's, or the hub cache's commit."""
+    if (path := weights_file(config)) is not None:
+        return [path.resolve()]
+    if config.backbone_name.startswith("local-dir:"):
+        return sorted(path.resolve() for path in Path(config.backbone_name[10:]).iterdir() if path.is_file())
+    commit = _hub_cache(str(model.pretrained_cfg.get("hf_hub_id") or "")) / "refs" / "main"
+    return [commit] if config.pretrained and commit.is_file() else []
+
+
+def _hub_cache(repository: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repository.partition('@')[0].replace('/', '--')}"
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def create_model(name: str, image_size: int, pretrained: bool = False) -> TimmModel:
+    """Build the timm model ``name``, resolved, without its classification head, for images of ``image_size`` pixels.
 
     Args:
-        name: of the model, resolved.
-        image_size: side of its images in pixels.
-        pretrained: fetch the weights that timm names.
-        drawn: let weights begin with random numbers; else they are zeros, for others that are loaded over them.
-
-    Raises:
-        BackboneError: weights that cannot be had, or an image size that does not fit.
+        pretrained: fetch the weights that timm names; else they are random, the same in every run.
     """
-    build = BUNDLED[name]["build"] if name in BUNDLED else {"model_name": name}
-    # a random ViT (pretrained: false) is the same one in every run
-    beginning = nullcontext() if drawn and not pretrained else _Undrawn()  # type: ignore[no-untyped-call]
-    with fixed_seed(0), beginning, _quiet(), _short_of_the_hub(name, pretrained):
-        try:
-            model = _build({**build, "pretrained": pretrained, "num_classes": 0}, image_size)
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if name.startswith("hf-hub:") or (pretrained and not name.startswith("local-dir:")):
-                raise BackboneError(
-                    f"the weights of {name!r} cannot be had from the model hub ({type(error).__name__}: {first}). "
-                    "Two ways out: run once on a machine with internet and copy its hub cache here (HF_HOME), or "
-                    "download the weights and set backbone_weights=<file>.pth, .safetensors or .npz"
-                ) from error
-            if name.startswith("local-dir:"):
-                raise BackboneError(f"backbone_type {name!r} cannot be loaded ({first})") from error
-            raise BackboneError(f"{name!r} cannot be built for image_size {image_size}: {first}") from error
+    build = {**_BUILDS.get(name, {"model_name": name}), "pretrained": pretrained, "num_classes": 0}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # whatever the caller's project works in: the weights are float32
+    try:
+        with fixed_seed(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = _build(build, image_size)
+    except Exception as error:
+        raise _cannot_build(name, image_size, pretrained, error) from error
+    finally:
+        torch.set_default_dtype(default)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is not None and min(grid) < 1:
         raise BackboneError(f"image_size {image_size} is smaller than one patch of {name!r}")
     return model
 
 
-class _Undrawn(TorchDispatchMode):
-    """Zeros in place of random numbers: to draw those of a ViT-B/16 takes a second at each start."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
-            return args[0].zero_()
-        if func is torch.ops.aten.erfinv_.default:  # of 0 it is 0; truncated normal numbers come by way of it
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def _build(options: dict[str, Any], image_size: int) -> TimmModel:
+    import timm
+
     try:
         return timm.create_model(**options, img_size=image_size)
     except TypeError as error:
@@ -131,49 +150,54 @@ def _build(options: dict[str, Any], image_size: int) -> TimmModel:
         return timm.create_model(**options)  # takes any size
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _cannot_build(name: str, image_size: int, pretrained: bool, error: Exception) -> BackboneError:
+    """What a user is told: the reason that the hub's client or timm gave, and what helps against that."""
+    reason, kinds = _reason_of(error), {kind.__name__ for kind in type(error).__mro__}
+    repository = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"timm/{name}"
+    if name.startswith("local-dir:"):
+        return BackboneError(f"backbone_type {name!r} cannot be loaded ({reason})")
+    if kinds & {"GatedRepoError", "RepositoryNotFoundError"}:
+        return BackboneError(
+            f"the model hub does not give {repository} to this account: see that the name is right, ask for access on "
+            f"https://huggingface.co/{repository} where it is gated or private, and log in with: hf auth login"
+        )
+    if kinds & {"SafetensorError", "UnpicklingError", "EOFError"} or "PytorchStreamReader" in reason:
+        return BackboneError(
+            f"the file of {name!r} in the hub's cache is damaged or was not downloaded to its end ({reason}): delete "
+            f"{_hub_cache(repository)} and start again, which fetches it anew"
+        )
+    of_hub = "OSError" in kinds or type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2")
+    if of_hub and (pretrained or name.startswith("hf-hub:")):
+        return BackboneError(
+            f"the weights of {name!r} cannot be had from the model hub ({type(error).__name__}: {reason}). "
+            "Two ways out: run once on a machine with internet and copy its hub cache here (HF_HOME), or "
+            "download the weights and set backbone_weights=<file>.pth, .safetensors or .npz"
+        )
+    return BackboneError(f"{name!r} cannot be built for image_size {image_size}: {reason}")
 
 
-@contextmanager
-def _short_of_the_hub(name: str, pretrained: bool) -> Iterator[None]:
-    """Let the hub's client look into its cache alone where the hub does not answer: its own retries take a minute."""
-    from huggingface_hub import constants
-
-    local = name in BUNDLED or name.startswith("local-dir:") or not (pretrained or name.startswith("hf-hub:"))
-    if local or constants.HF_HUB_OFFLINE or _answers(constants.ENDPOINT):
-        yield
-        return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = False
+def _reason_of(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _answers(endpoint: str) -> bool:
-    """Whether a connection to ``endpoint``, or to the proxy on the way to it, opens within ``HUB_SECONDS``."""
-    target = urlsplit(endpoint)
-    proxy = getproxies().get(target.scheme)
-    if proxy and not proxy_bypass(target.hostname or ""):
-        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    try:
-        address = (target.hostname or "", target.port or (80 if target.scheme == "http" else 443))
-        socket.create_connection(address, timeout=HUB_SECONDS).close()
-    except (OSError, ValueError):
-        return False
-    return True
+def _remark_training(model: TimmModel, name: str, config: Config, remarks: Remarks) -> None:
+    """Say where the weights' own configuration names other pixels or another size than this run has."""
+    cfg = model.pretrained_cfg
+    mean, std = tuple(cfg.get("mean") or (0.0,)), tuple(cfg.get("std") or (1.0,))
+    if not config.normalize and (any(mean) or any(value != 1 for value in std)):
+        trained = f"{name} was trained on pixels with mean {mean} and std {std}"
+        remarks.append((logging.INFO, f"{trained}; normalize=true gives it those"))
+    size = tuple(cfg.get("input_size") or ())[-1:]
+    if getattr(model, "pos_embed", None) is not None and size not in ((), (config.image_size,)):
+        text = f"{name} was trained at {size[0]} px: timm resampled its positions to image_size {config.image_size}"
+        remarks.append((logging.INFO, text))
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
 
 
 def choose_pooling(model: TimmModel, pooling: str, name: str) -> str:
-    """Let ``model`` read what the key ``pooling`` says; return the name of what it reads.
-
-    Raises:
-        BackboneError: the class token is asked for where there is none, or the model cannot be read in that way.
-    """
+    """Let ``model`` read what the key ``pooling`` says; return the name of what it reads."""
     own = pooling_of(model)
     if pooling in ("auto", own):
         return own
@@ -189,8 +213,8 @@ def choose_pooling(model: TimmModel, pooling: str, name: str) -> str:
 
 
 def pooling_of(model: TimmModel) -> str:
-    """What timm's head reads, as timm names it; of other architectures, ``timm's head``."""
+    """What timm's head reads, as timm names it; of other architectures, ``HEADS_OWN``."""
     pooling = getattr(model, "global_pool", None)
     if not isinstance(pooling, str) or not pooling:
-        return "timm's head"
+        return HEADS_OWN
     return "token+distillation" if pooling == "token" and getattr(model, "dist_token", None) is not None else pooling

@@ -5,17 +5,21 @@ algebra, whose leading terms are added here (Golub and Van Loan, "Matrix Computa
 triangular systems, 5.2.2 QR with Q formed, 8.3.3 symmetric eigenvalues with vectors).
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+TRIES = 5  # of a piece of work that is timed: the quickest counts, since load on the machine only adds
+SECONDS = 0.5  # after which no further try begins
 _ACTIVE: ContextVar["FlopCounter | None"] = ContextVar("active FLOP counter", default=None)
 
 
@@ -101,6 +105,30 @@ def count_flops(work: Callable[[], object]) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
         work()
     return int(counter.total)
+
+
+def whole_forward_flops(model: nn.Module, image_size: int) -> int:
+    """Return the FLOPs of one image through all of a timm model; shapes alone are computed, no numbers."""
+    shapes = {
+        name: torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with torch.no_grad():
+        return count_flops(lambda: torch.func.functional_call(model, shapes, (image,)))
+
+
+def quickest_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Return the milliseconds of the quickest of some tries of ``work``, after one that does not count."""
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 2 or (len(times) <= TRIES and time.perf_counter() - begun < SECONDS):
+        started = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:]) * 1000
 
 
 @contextmanager

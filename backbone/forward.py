@@ -1,6 +1,6 @@
 """The forward pass of a frozen timm ViT: ``(images, 3, S, S)`` uint8 in, ``(images, dim)`` float32 features out.
 
-Three ways, each an ``nn.Module`` that can be compiled and exported:
+Three ways, each an ``nn.Module`` that can be exported:
 
 * ``PlainFeatures``: timm's own path for any model; in bf16 under autocast.
 * ``ClassTokenFeatures``: fp32, a plain ViT read at its class token; the last block is computed for that token alone.
@@ -9,18 +9,17 @@ Three ways, each an ``nn.Module`` that can be compiled and exported:
   converted once, where a product reads it.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-
-from backbone.half import HALF, drop_key_bias, fold_scale, use_half_products
+from torch.utils.flop_counter import register_flop_formula
 
 TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
+HALF = torch.bfloat16
 
 
 def make_features(model: TimmModel, *, precision: str, normalize: bool) -> "Features":
@@ -35,23 +34,51 @@ def make_features(model: TimmModel, *, precision: str, normalize: bool) -> "Feat
 
 
 def is_plain_vit(model: TimmModel) -> bool:
-    """Whether ``model`` is a ViT of unchanged pre-norm blocks, pooled without parameters of the pooling's own."""
-    if type(model) is not VisionTransformer or getattr(model, "attn_pool", None) is not None or not len(model.blocks):
-        return False
-    return model.global_pool in ("token", "avg", "avgmax", "max") and all(_is_plain_block(b) for b in model.blocks)
+    """Whether ``model`` is a ViT of unchanged patches and pre-norm blocks, pooled without parameters of its own."""
+    return (
+        _is_vit(model)
+        and model.global_pool in ("token", "avg", "avgmax", "max")
+        and all(_is_plain_block(block) for block in model.blocks)
+        and _is_plain_embedding(model)
+    )
 
 
 def supports_cls_only(model: TimmModel) -> bool:
     """Whether ``cls_features`` computes exactly what ``plain_features`` does: a plain ViT read at its class token."""
-    if type(model) is not VisionTransformer or model.cls_token is None or model.global_pool != "token":
-        return False
-    if getattr(model, "attn_pool", None) is not None or len(model.blocks) == 0:
-        return False
-    return _is_plain_block(model.blocks[-1])
+    return (
+        _is_vit(model)
+        and model.cls_token is not None
+        and model.global_pool == "token"
+        and _is_plain_block(model.blocks[-1])
+    )
+
+
+def _is_vit(model: TimmModel) -> bool:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return type(model) is VisionTransformer and getattr(model, "attn_pool", None) is None and len(model.blocks) > 0
 
 
 def _is_plain_block(block: TimmModel) -> bool:
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block
+
     return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+
+
+def _is_plain_embedding(model: TimmModel) -> bool:
+    from timm.layers.patch_embed import PatchEmbed
+
+    patch = model.patch_embed
+    return (
+        type(patch) is PatchEmbed
+        and isinstance(patch.norm, nn.Identity)
+        and not patch.dynamic_img_pad
+        and not model.dynamic_img_size
+        and model.pos_embed is not None  # without positions versions of timm differ in what becomes of the class token
+        and patch.proj.kernel_size == patch.proj.stride
+        and patch.proj.padding == (0, 0)
+    )
 
 
 def plain_features(model: TimmModel, pixels: Tensor) -> Tensor:
@@ -66,19 +93,13 @@ def cls_features(model: TimmModel, pixels: Tensor) -> Tensor:
     """
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # (images, tokens, dim)
     x = model.blocks[:-1](x)
-    x = cls_block(model.blocks[-1], x, torch.float32)
+    x = cls_block(model.blocks[-1], x)
     return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
 
 
-def cls_block(block: TimmModel, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The class token's output of a timm ``Block``: ``(images, tokens, dim) -> (images, 1, dim)``.
-
-    Args:
-        block: its attention and MLP have weights of ``dtype``, its norms those of ``x``.
-        x: the residual stream.
-        dtype: of the products.
-    """
-    attn, y = block.attn, block.norm1(x).to(dtype)
+def cls_block(block: TimmModel, x: Tensor) -> Tensor:
+    """The class token's output of a timm ``Block``: ``(images, tokens, dim) -> (images, 1, dim)``."""
+    attn, y = block.attn, block.norm1(x)
     width = attn.num_heads * attn.head_dim
     weight, bias = attn.qkv.weight, attn.qkv.bias
 
@@ -92,7 +113,7 @@ def cls_block(block: TimmModel, x: Tensor, dtype: torch.dtype) -> Tensor:
     v = heads(y, slice(2 * width, 3 * width))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x).to(dtype))))
+    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
 
 
 def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
@@ -177,109 +198,125 @@ class ClassTokenFeatures(Features):
 class ProductFeatures(Features):
     """bf16 products around an fp32 residual stream, without autocast.
 
-    What a frozen model allows is done once. Layer scales go into the weights of the product before them, and the
-    scaling of pixels into the patch embedding; so a patch enters its product as whole numbers, pixel - 128, which
-    bf16 holds exactly, in one pass over the image. The bias of the keys is dropped: it adds the same number to all
-    logits of a query, which softmax ignores, but large biases cost the keys their last bits. Read at its class token,
-    the last block has so little to multiply that it stays fp32.
+    What a frozen model allows is done once. The scaling of pixels goes into the patch embedding; so a patch enters its
+    product as whole numbers, pixel - 128, which bf16 holds exactly. The bias of the keys is dropped: it adds the same
+    number to all logits of a query, which softmax ignores, but large biases cost the keys their last bits. Read at its
+    class token, the last block has so little to multiply that it stays fp32.
     """
 
-    numerics: ClassVar[str] = (
-        "bf16-products-3"  # part of a bank's identity: rows differ in their last bits from those of autocast
-    )
+    numerics: ClassVar[str] = "bf16-products-4"  # part of a bank's identity: autocast gives other last bits
 
     def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
-        self.model, self.embed = model, _embedding(model, normalize=normalize)
+        self.model, self.embed = model, PatchProduct(model, normalize=normalize)
         self.cls_only = supports_cls_only(model)
-        self.last_in_fp32 = self.cls_only and isinstance(model.blocks[-1].attn.k_norm, nn.Identity)
-        for block in model.blocks[:-1] if self.last_in_fp32 else model.blocks:
-            drop_key_bias(block.attn)
-            fold_scale(block, "ls1", block.attn.proj)
-            fold_scale(block, "ls2", getattr(block.mlp, "fc2", None))
+        self.last_block = pooled_cls_block if isinstance(model.blocks[-1].attn.k_norm, nn.Identity) else cls_block
         for block in model.blocks[:-1] if self.cls_only else model.blocks:
+            drop_key_bias(block.attn)
             use_half_products(block.attn)
             use_half_products(block.mlp)
-        if self.cls_only and not self.last_in_fp32:  # whose products ``cls_block`` takes apart
-            model.blocks[-1].attn.to(HALF)
-            model.blocks[-1].mlp.to(HALF)
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
-        x = model.norm_pre(self.embed(images))  # (images, tokens, dim) float32, as the residual stream stays
+        x = model.norm_pre(self.embed(model, images))  # (images, tokens, dim) float32, as the residual stream stays
         for block in model.blocks[:-1] if self.cls_only else model.blocks:
             x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
             x = x.add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
-        if self.last_in_fp32:
-            x = pooled_cls_block(model.blocks[-1], x)
-        elif self.cls_only:
-            x = cls_block(model.blocks[-1], x, HALF)
+        if self.cls_only:
+            x = self.last_block(model.blocks[-1], x)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
 
 
-def _embedding(model: TimmModel, *, normalize: bool) -> nn.Module:
-    patch = model.patch_embed
-    simple = (
-        type(patch) is PatchEmbed
-        and isinstance(patch.norm, nn.Identity)
-        and not patch.dynamic_img_pad
-        and patch.img_size is not None
-        and model.pos_embed is not None  # without positions versions of timm differ in what becomes of the class token
-        and patch.proj.kernel_size == patch.proj.stride
-        and patch.proj.padding == (0, 0)
-    )
-    return PatchProduct(model, normalize=normalize) if simple else AnyEmbedding(model, normalize=normalize)
-
-
-class AnyEmbedding(nn.Module):
-    """timm's own embedding of any kind, such as a ResNet's stem, under autocast."""
-
-    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
-        super().__init__()
-        self.pixels, self.model = Pixels(model, normalize=normalize), model
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, HALF):
-            patches = self.model.patch_embed(self.pixels(images))
-        return cast(Tensor, self.model._pos_embed(patches.float()))
-
-
 class PatchProduct(nn.Module):
-    """Patches, class and register tokens with their positions: uint8 -> ``(images, tokens, dim)`` float32."""
+    """Patches and all tokens with their positions: ``(images, 3, S, S)`` uint8 -> ``(images, tokens, dim)`` float32."""
 
-    weight: Tensor  # (dim, 3 * patch * patch) bf16
+    weight: Tensor  # (dim, 3, patch, patch) bf16
     rest: Tensor  # the same shape: what bf16 could not hold of the weight, itself bf16
-    prefix: Tensor  # (1, class and register tokens, dim)
-    position: Tensor  # (1, patches, dim), the patch embedding's bias included
+    bias: Tensor  # (dim, 1, 1) float32, of a patch whose pixels are all 128
 
     def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
-        patch, pixels = model.patch_embed, Pixels(model, normalize=normalize)
-        self.patch, self.grid, self.image = patch.patch_size, patch.grid_size, patch.img_size
-        zero, one = (pixels(torch.full((1, 3, 1, 1), value, dtype=torch.uint8)) for value in (128, 129))
-        weight = patch.proj.weight.float()
-        bias = (weight * zero).sum(dim=(1, 2, 3))  # of a patch whose pixels are all 128
-        if patch.proj.bias is not None:
-            bias = bias + patch.proj.bias
-        step = pixels.std.new_tensor(255).reciprocal() / (pixels.std if normalize else torch.ones_like(one))
-        tokens = [t for t in (model.cls_token, model.reg_token) if t is not None]
-        prefix = torch.cat(tokens, dim=1) if tokens else weight.new_zeros(1, 0, len(weight))
-        position = model.pos_embed
-        if not model.no_embed_class:
-            count = prefix.shape[1]
-            prefix, position = prefix + position[:, :count], position[:, count:]
-        exact = (weight * step).flatten(1)
+        pixels, patch = Pixels(model, normalize=normalize), model.patch_embed.proj
+        dark, light = (pixels(torch.full((1, 3, 1, 1), value, dtype=torch.uint8)) for value in (128, 255))
+        weight = patch.weight.detach().float()
+        bias = (weight * dark).sum(dim=(1, 2, 3))
+        exact = weight * ((light - dark) / 127)
         self.register_buffer("weight", exact.to(HALF), persistent=False)
         self.register_buffer("rest", (exact - self.weight.float()).to(HALF), persistent=False)
-        self.register_buffer("prefix", prefix.detach().clone(), persistent=False)
-        self.register_buffer("position", (position + bias).detach().clone(), persistent=False)
+        bias = bias if patch.bias is None else bias + patch.bias.detach()
+        self.register_buffer("bias", bias[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[-2:]) != tuple(self.image):
-            raise ValueError(f"the backbone takes images of {self.image} pixels, got {tuple(images.shape[-2:])}")
-        (rows, columns), (height, width) = self.grid, self.patch
-        centred = images[..., : rows * height, : columns * width].to(HALF).sub_(128)
-        patches = centred.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))  # (n, 3, rows, h, columns, w)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (images, patches, 3 * h * w)
-        tokens = F.linear(patches, self.weight) + (F.linear(patches, self.rest) + self.position)
-        return torch.cat([self.prefix.expand(len(images), -1, -1), tokens], dim=1)
+    def forward(self, model: TimmModel, images: Tensor) -> Tensor:
+        patch = model.patch_embed
+        if tuple(images.shape[-2:]) != tuple(patch.img_size):
+            raise ValueError(f"the backbone takes images of {patch.img_size} pixels, got {tuple(images.shape[-2:])}")
+        centred, stride = images.to(HALF).sub_(128), patch.proj.stride  # whole numbers, which bf16 holds exactly
+        rounded = F.conv2d(centred, self.weight, stride=stride)
+        patches = rounded + (F.conv2d(centred, self.rest, stride=stride) + self.bias)  # (images, dim, rows, columns)
+        return cast(Tensor, model._pos_embed(patches.flatten(2).transpose(1, 2)))
+
+
+# -- products in bf16 --------------------------------------------------------------------------------------------------
+
+
+class HalfProduct(nn.Module):
+    """A linear layer with bf16 weights and an fp32 bias, ``gelu`` behind it if that is not empty.
+
+    On a CPU oneDNN adds the bias and applies GELU to the product's own fp32 sums: the result is rounded once, and no
+    pass over it follows. Other devices, and exported programs, use PyTorch's operations, whose bias is
+    bf16 and which round before GELU as well.
+
+    Attributes:
+        gelu: "" for none, else the ``approximate`` of ``nn.GELU``.
+    """
+
+    weight: Tensor  # (outputs, inputs) bf16
+    bias: Tensor | None  # (outputs,) float32
+    rounded: Tensor | None  # the same in bf16
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.gelu = ""
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("weight", linear.weight.detach().to(HALF))
+        self.register_buffer("bias", bias)
+        self.register_buffer("rounded", None if bias is None else bias.to(HALF))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and ONEDNN_IN_BF16 and not torch.compiler.is_compiling():
+            name = "gelu" if self.gelu else "none"
+            return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], self.gelu))
+        y = F.linear(x, self.weight, self.rounded)
+        return F.gelu(y, approximate=self.gelu) if self.gelu else y
+
+
+# whether PyTorch was built with oneDNN, and this CPU has what its bf16 needs
+ONEDNN_IN_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+if ONEDNN_IN_BF16:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _product_flops(x_shape: Sequence[int], w_shape: Sequence[int], *_: object, **__: object) -> int:
+        """Two for each multiply-add, as of any product: torch's counter has no formula for this operation."""
+        return 2 * prod(x_shape) * w_shape[0]
+
+
+def use_half_products(part: nn.Module) -> None:
+    """Let an attention or an MLP compute in bf16."""
+    from timm.layers.mlp import Mlp
+
+    for module in list(part.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, HalfProduct(child))
+    for parameter in part.parameters():  # of norms; a product has none
+        parameter.data = parameter.data.to(HALF)
+    if type(part) is Mlp and isinstance(part.fc1, HalfProduct) and type(part.act) is nn.GELU:
+        part.fc1.gelu, part.act = part.act.approximate, nn.Identity()
+
+
+def drop_key_bias(attn: Any) -> None:
+    """Set the bias of an attention's keys to zero, where nothing normalises them: softmax ignores it."""
+    if attn.qkv.bias is not None and isinstance(attn.k_norm, nn.Identity):
+        width = attn.num_heads * attn.head_dim
+        attn.qkv.bias.data[width : 2 * width] = 0

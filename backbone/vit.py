@@ -1,64 +1,146 @@
 """The frozen timm ViT: uint8 images in, final features out. It is loaded once and never trained."""
 
 import hashlib
+import json
 import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backbone.create import BUNDLED, POOLINGS, choose_pooling, create_model, pooling_of, resolve_name, with_tag
-from backbone.flops import count_flops
-from backbone.forward import TimmModel, make_features
-from backbone.weights import load_weights
+from backbone.create import HEADS_OWN, POOLINGS, choose_pooling, load_model, pooling_of, source_files, weights_file
+from backbone.flops import count_flops, quickest_ms, whole_forward_flops
+from backbone.forward import Features, ProductFeatures, TimmModel, make_features
+from backbone.weights import Remarks
 from utils.config.config import Config
-from utils.errors import BackboneError
+from utils.errors import BackboneError, UserError
+from utils.files import atomic_write
 from utils.hardware import available_accelerator
 
 log = logging.getLogger(__name__)
 
+if hasattr(os, "register_at_fork"):  # PyTorch's threads do not come along into a forked process: it would wait for them
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
+
+@dataclass(eq=False)
 class Backbone:
-    """Images to features, by one frozen ViT on one device at one precision.
+    """Images to features, by one frozen ViT on one device at one precision; it may be built when it is first called.
 
     Attributes:
         name: the resolved timm name.
         weights_sha256: over names, shapes and values of all weights as loaded (after any resizing of positions).
         feature_dim: width of a feature.
+        parameters: how many numbers all weights are.
         precision: ``fp32`` or ``bf16``.
-        features: the forward pass, an ``nn.Module``; calling the backbone calls it.
         pooling: what a feature is, as timm names it: ``token`` for the class token, ``avg``, ``map`` …
         variant: what else a feature's bits depend on, part of the identity of banks and runs. It is empty for fp32
-            and for models that run under autocast, both read as timm's head does, so that their banks stay valid.
+            and for models that run under autocast, both read as timm's head does.
+        image_size: side of its images in pixels.
+        remarks: what is said where it is loaded.
+        sources: files whose change would mean other weights.
+        cost: FLOPs of one image here, FLOPs through the whole timm model, and milliseconds here; None: not measured.
+        build: makes the same backbone, ready.
+        ready: the forward pass, once it is built.
     """
 
-    def __init__(
-        self,
+    name: str
+    weights_sha256: str
+    feature_dim: int
+    parameters: int
+    precision: str
+    normalize: bool
+    pooling: str
+    variant: dict[str, str]
+    device: torch.device
+    image_size: int = 224
+    remarks: Remarks = field(default_factory=list)
+    sources: list[Path] = field(default_factory=list)
+    cost: tuple[int, int, float] | None = None
+    build: "Callable[[], Backbone] | None" = None
+    ready: Features | None = None
+    _building: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(
+        cls,
         model: TimmModel,
         *,
-        name: str,
         device: torch.device,
         precision: str,
         normalize: bool,
         pooling: str = "token",
-        default_pooling: str | None = None,
-    ) -> None:
-        self.name, self.device, self.precision, self.normalize = name, device, precision, normalize
-        self.feature_dim: int = model.num_features if not hasattr(model, "head_hidden_size") else model.head_hidden_size
-        self.pooling = pooling
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.weights_sha256 = _sha256(model)
-        self.model = model
-        self.features = make_features(model, precision=precision, normalize=normalize).to(device)
-        numerics = self.features.numerics
-        self.variant: dict[str, str] = {"numerics": numerics} if numerics else {}
-        if default_pooling is not None and pooling != default_pooling:
-            self.variant["pooling"] = pooling
+        default_pooling: str = "token",
+        **about: Any,
+    ) -> "Backbone":
+        """The backbone that takes over ``model``; ``about`` are further attributes."""
+        parameters, weights = sum(p.numel() for p in model.parameters()), _sha256(model)
+        features = make_features(model, precision=precision, normalize=normalize).to(device)
+        variant = {"numerics": features.numerics} if features.numerics else {}
+        if pooling != default_pooling:
+            variant["pooling"] = pooling
+        return cls(
+            weights_sha256=weights,
+            feature_dim=getattr(model, "head_hidden_size", model.num_features),
+            parameters=parameters,
+            precision=precision,
+            normalize=normalize,
+            pooling=pooling,
+            variant=variant,
+            device=device,
+            ready=features,
+            **about,
+        )
+
+    @property
+    def features(self) -> Features:
+        """The forward pass, an ``nn.Module``; the first asking builds it."""
+        with self._building:
+            if self.ready is None:
+                assert self.build is not None
+                self.ready = self.build().features.to(self.device)
+            return self.ready
+
+    @property
+    def model(self) -> TimmModel:
+        """timm's model, as the forward pass left it."""
+        return self.features.model
+
+    def measure(self) -> tuple[int, int, float]:
+        """Measure ``cost`` if it is not known."""
+        if self.cost is None:
+            image = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
+            flops, whole = count_flops(lambda: self(image)), whole_forward_flops(self.model, self.image_size)
+            self.cost = flops, whole, quickest_ms(lambda: self(image), self.device)
+        return self.cost
+
+    @property
+    def flops(self) -> int:
+        """Of one image through this backbone."""
+        return self.measure()[0]
+
+    @property
+    def whole_flops(self) -> int:
+        """Of one image through the whole timm model."""
+        return self.measure()[1]
+
+    @property
+    def forward_ms(self) -> float:
+        """Of one image through this backbone, on its device."""
+        return self.measure()[2]
 
     def to(self, device: torch.device) -> None:
         """Move the weights; the precision stays."""
-        self.features.to(device)
         self.device = device
+        if self.ready is not None:
+            self.ready.to(device)
 
     def __str__(self) -> str:
         feature = POOLINGS.get(self.pooling, self.pooling)
@@ -67,21 +149,6 @@ class Backbone:
             f"{self.device}, weights SHA-256 {self.weights_sha256}; a feature is {feature}"
         )
 
-    @property
-    def flops(self) -> int:
-        side = self.model.patch_embed.img_size[0]
-        return count_flops(lambda: self(torch.zeros(1, 3, side, side, dtype=torch.uint8)))
-
-    @property
-    def whole_flops(self) -> int:
-        return self.flops
-
-    @property
-    def forward_ms(self) -> float:
-        return 1.0
-
-    image_size = 32
-
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8 on any device -> ``(images, feature_dim)`` float32 on the backbone's device."""
@@ -89,53 +156,117 @@ class Backbone:
         return features
 
 
-def load_backbone(config: Config, device: torch.device) -> Backbone:
-    """Build the ViT that ``config`` names, load its weights, freeze it.
+def load_backbone(config: Config, device: torch.device, cache_dir: Path | None = None) -> Backbone:
+    """The ViT that ``config`` names, its weights frozen.
 
-    Raises:
-        BackboneError: unknown name, weights that cannot be had or do not fit, an image size that does not fit.
+    Below ``cache_dir`` a small record keeps what is known of it: with one, it is built at its first call, if ever.
     """
-    name = resolve_name(config.backbone_name)
-    if not config.pretrained and not config.backbone_weights:
-        model = create_model(name, config.image_size)
-    elif config.backbone_weights or name in BUNDLED:
-        model = create_model(name, config.image_size, drawn=False)
-        load_weights(model, Path(config.backbone_weights or BUNDLED[name]["weights"]))
+    precision = resolve_precision(config.precision, device)
+    record = None if cache_dir is None else Record(config, device, precision, cache_dir)
+    facts = record.read() if record else None
+    if record and facts:
+
+        def build() -> Backbone:
+            built = _built(config, device, precision)
+            if built.weights_sha256 != facts["weights_sha256"]:
+                record.path.unlink(missing_ok=True)
+                raise BackboneError(
+                    f"the weights of {built.name} are others than its features were computed with, though its files "
+                    f"look as before (SHA-256 {built.weights_sha256[:12]}…, before {facts['weights_sha256'][:12]}…); "
+                    "put the old ones back, or start again to compute features with these"
+                )
+            return built
+
+        backbone = Backbone(**facts, device=device, build=build)
     else:
-        name = with_tag(name)
-        model = create_model(name, config.image_size, pretrained=True)
-    if not hasattr(model, "forward_head"):
-        raise BackboneError(f"backbone_type {config.backbone_type!r} has no forward_head(); choose a timm ViT")
-    model.eval().requires_grad_(False)
-    default_pooling = pooling_of(model)
-    pooling = choose_pooling(model, config.pooling, name)
-    _say_what_is_read(model, name, pooling, normalize=config.normalize)
-    return Backbone(
+        backbone = _built(config, device, precision)
+        if record:
+            record.write(backbone)
+    for level, text in backbone.remarks:
+        log.log(level, "%s", text)
+    return backbone
+
+
+def _built(config: Config, device: torch.device, precision: str) -> Backbone:
+    name, model, remarks = load_model(config)
+    own, pooling = pooling_of(model), choose_pooling(model, config.pooling, name)
+    if pooling != "token":
+        has_token = getattr(model, "cls_token", None) is not None and pooling not in ("token+distillation", HEADS_OWN)
+        choice = "; pooling=token reads its class token" if has_token else ""
+        text = f"{name}: the feature is not a class token but {POOLINGS.get(pooling, pooling)}{choice}"
+        remarks.append((logging.WARNING, text))
+    return Backbone.of(
         model,
         name=name,
         device=device,
-        precision=resolve_precision(config.precision, device),
+        precision=precision,
         normalize=config.normalize,
         pooling=pooling,
-        default_pooling=default_pooling,
+        default_pooling=own,
+        image_size=config.image_size,
+        remarks=remarks,
+        sources=source_files(model, config),
     )
 
 
-def _say_what_is_read(model: TimmModel, name: str, pooling: str, *, normalize: bool) -> None:
-    """Warn where the feature is no class token, and where the model was trained on other pixel values."""
-    if pooling != "token":
-        choice = "; pooling=token reads its class token" if _has_class_token(model, pooling) else ""
-        log.warning("%s: the feature is not a class token but %s%s", name, POOLINGS.get(pooling, pooling), choice)
-    mean, std = (tuple(model.pretrained_cfg.get(key) or default) for key, default in _UNIT_RANGE.items())
-    if not normalize and (any(mean) or any(value != 1 for value in std)):
-        log.info("%s was trained on pixels with mean %s and std %s; normalize=true gives it those", name, mean, std)
+def _sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-_UNIT_RANGE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # pixels from 0 to 1, as the release gives them
+class Record:
+    """What is known of a backbone without building it: a file that counts while nothing changed that it depends on."""
+
+    FACTS = (
+        *("name", "weights_sha256", "feature_dim", "parameters", "precision", "normalize", "pooling", "variant"),
+        *("image_size", "remarks", "cost"),
+    )
+
+    def __init__(self, config: Config, device: torch.device, precision: str, cache_dir: Path) -> None:
+        weights = weights_file(config)
+        self.key = {
+            "backbone_type": config.backbone_name,
+            "pretrained": config.pretrained,
+            "weights": str(weights.resolve()) if weights else "",
+            "image_size": config.image_size,
+            "normalize": config.normalize,
+            "pooling": config.pooling,
+            "precision": precision,
+            "numerics": ProductFeatures.numerics,
+            "device": device.type,
+            "versions": [version("timm"), version("torch")],
+        }
+        name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = cache_dir / "backbones" / f"{name}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """The facts; None where there is no record, or its files have changed."""
+        try:
+            record = json.loads(self.path.read_bytes())
+            facts = {name: record["facts"][name] for name in self.FACTS}
+            if record["key"] != self.key or record["files"] != _stamps(map(Path, record["files"])):
+                return None
+            return facts
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, backbone: Backbone) -> None:
+        """Measure what ``backbone`` costs, and keep it with the facts; where that cannot be written there is none."""
+        with suppress(UserError, OSError):
+            backbone.measure()
+            facts = {name: getattr(backbone, name) for name in self.FACTS}
+            record = {"key": self.key, "files": _stamps(backbone.sources), "facts": facts}
+            atomic_write(self.path, json.dumps(record, indent=1).encode(), flush=False)
 
 
-def _has_class_token(model: TimmModel, pooling: str) -> bool:
-    return getattr(model, "cls_token", None) is not None and pooling in POOLINGS and pooling != "token+distillation"
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    return {str(path): [(found := path.stat()).st_size, found.st_mtime_ns] for path in files}
+
+
+# -- precision and device ---------------------------------------------------------------------------------------------
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -184,11 +315,3 @@ def resolve_device(config: Config, local_rank: int = 0, ranks: int = 1) -> torch
             f"device {index} does not exist: this machine has {count} {accelerator.type} device(s), 0 to {count - 1}"
         )
     return torch.device(accelerator.type, index)
-
-
-def _sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

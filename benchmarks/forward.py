@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.forward import PlainFeatures, TimmModel, cls_features, make_features, supports_cls_only
-from backbone.half import HALF
+from backbone.forward import HALF, PlainFeatures, TimmModel, cls_features, make_features, supports_cls_only
 from backbone.vit import load_backbone
 from benchmarks.images import machine
 from utils.config.config import make_config

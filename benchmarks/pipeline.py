@@ -70,8 +70,8 @@ def plain_backbone(config: Config) -> Backbone:
     """The same backbone on timm's own forward pass, in bf16 under autocast."""
     backbone = load_backbone(replace(config, precision="fp32"), resolve_device(config))
     half = resolve_precision(config.precision, backbone.device) == "bf16"
-    backbone.features = PlainFeatures(backbone.model, normalize=config.normalize, autocast=half).to(backbone.device)
-    return backbone
+    features = PlainFeatures(backbone.model, normalize=config.normalize, autocast=half).to(backbone.device)
+    return replace(backbone, ready=features)
 
 
 def best_way(backbone: Backbone, image_size: int) -> tuple[Tensor, bool]:

@@ -37,7 +37,7 @@ import sys
 import torch
 import main
 from backbone import vit
-from backbone.half import HALF
+from backbone.forward import HALF
 
 make = vit.make_features
 

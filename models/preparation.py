@@ -37,7 +37,7 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
         raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
     if config.num_workers is not None and config.num_workers > available_cpus():
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
-    backbone = shared.backbone if shared else load_backbone(config, device)
+    backbone = shared.backbone if shared else load_backbone(config, device, resolve_cache_dir(config.cache_dir))
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
             width = f"the feature width {backbone.feature_dim} of {backbone.name}"

@@ -32,7 +32,7 @@ from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
 from utils.data.tasks import Task, TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
-from utils.features.bank import FeatureBank
+from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.hardware import float32_default
@@ -268,7 +268,7 @@ class ContinualClassifier(Predictor):
 def load_same_backbone(config: Config, device: torch.device, sha256: str | None) -> Backbone:
     """The backbone that ``config`` names; its weights must have that hash, if one is given."""
     try:
-        backbone = load_backbone(config, device)
+        backbone = load_backbone(config, device, resolve_cache_dir(config.cache_dir))
     except BackboneError as error:
         if sha256 and config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None

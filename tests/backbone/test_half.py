@@ -7,10 +7,9 @@ import pytest
 import torch
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Block
 from torch import nn
 
-from backbone import half
+from backbone import forward as half
 
 
 def _linear(outputs: int = 40) -> tuple[torch.Tensor, nn.Linear]:
@@ -73,25 +72,3 @@ def test_all_of_an_attention_is_bf16_but_the_biases_of_its_products() -> None:
     assert {"qkv.bias", "proj.bias", "q_norm.weight", "k_norm.bias"} <= tensors.keys()
     exact = {name for name, tensor in tensors.items() if tensor.dtype != half.HALF}
     assert exact == {"qkv.bias", "proj.bias"} and tensors["qkv.bias"].dtype == torch.float32
-
-
-@torch.inference_mode()
-def test_layer_scales_go_into_the_products_before_them() -> None:
-    torch.manual_seed(0)
-    block = Block(24, num_heads=2, qkv_bias=True, init_values=0.5).eval()
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(3, 5, 24)
-    expected = block(x)
-    half.fold_scale(block, "ls1", block.attn.proj)
-    half.fold_scale(block, "ls2", block.mlp.fc2)
-    assert isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity)
-    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
-    block.ls1 = Block(24, num_heads=2, init_values=0.5).ls1
-    half.fold_scale(block, "ls1", None)  # such as the gate of a SwiGLU: nothing to go into
-    assert not isinstance(block.ls1, nn.Identity)
-
-
-def test_a_pytorch_without_onednn_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not half.onednn_computes_bf16()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from utils import module
 from utils.config.config import Config
 from utils.data.splits import LAYOUT, Dataset, ImageArray
 from utils.errors import DataError
@@ -54,9 +55,8 @@ def data_folder(config: Config) -> Path:
 
 def list_class_folders(config: Config) -> Dataset:
     """``train/<class>/`` and ``test/<class>/``, or in domain-incremental runs ``train/<domain>/<class>/``."""
-    from utils.data.folders import load_folders
-
-    return load_folders(data_folder(config), config)
+    data: Dataset = module("utils.data.folders").load_folders(data_folder(config), config)
+    return data
 
 
 def _cifar100(config: Config) -> Dataset:

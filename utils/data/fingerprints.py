@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import module
 from utils.data.images import content_of_file, kind_sentences
 from utils.data.splits import Dataset, ImageFiles
 from utils.errors import DataError, UserError
@@ -92,10 +93,8 @@ def _contents(split: ImageFiles, stats: np.ndarray, cache_dir: Path | None) -> l
 
 def _hash_files(split: ImageFiles, looks: dict[int, str], known: dict[str, str]) -> None:
     """Read the files of these rows and put their contents' hashes into ``known``."""
-    from utils.data.loader import load_ahead
-
     paths = (split.path(row) for row in looks)
-    hashed = load_ahead(_hash, paths, workers=_THREADS, ahead=32 * _THREADS)
+    hashed = module("utils.data.loader").load_ahead(_hash, paths, workers=_THREADS, ahead=32 * _THREADS)
     bar = progress(hashed, total=len(looks), desc="Hashing images", unit="file", disable=len(looks) < 5000)
     for look, (_, content) in zip(looks.values(), bar, strict=True):
         known[look] = content

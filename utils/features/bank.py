@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils import module
 from utils.errors import BankError, NumericError, UserError
 from utils.features.rows import FolderRows, MemoryRows, View, ViewRow
 from utils.files import expanded, human_size
@@ -211,16 +212,14 @@ class FeatureBank:
 
     def _extract(self, wanted: Sequence[View], keep: "Keep") -> tuple[int, Generator[int, None, None]]:
         """How many views this rank has to compute, and what computes them (``extract``)."""
-        from utils.data.transforms import Transforms
-        from utils.features.extraction import extract
-        from utils.features.views import view_jobs
-
+        transforms, views = module("utils.data.transforms"), module("utils.features.views")
         ranks, missing = self.ranks, self._missing_rows(wanted)
         for rows in missing.values():  # a share by row, not by place: other ranks may have begun to write
             rows &= np.arange(len(rows)) % ranks.count == ranks.rank
         stats = getattr(self.fingerprints, "stats", {})
-        jobs = view_jobs(self.data, Transforms(self.image_size, self.augment_seed), missing, stats)
+        jobs = views.view_jobs(self.data, transforms.Transforms(self.image_size, self.augment_seed), missing, stats)
         count = sum(int(rows.sum()) for rows in missing.values())
+        extract = module("utils.features.extraction").extract
         return count, extract(jobs, self.extractor, self.batch_size, min(self.num_workers, count), keep)
 
 
