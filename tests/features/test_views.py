@@ -1,5 +1,6 @@
 """What a loader does with an image: the release's transforms, to the last pixel, and a second look at its file."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_an_image_exchanged_between_hashing_and_reading_is_noticed(
         cache_dir=tmp_path / "cache",
         num_workers=workers,
     )
-    changed, kept = data.train.path(4), data.train.path(4).read_bytes()
+    changed = data.train.path(4)
+    kept, times = changed.read_bytes(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
     changed.write_bytes(data.train.path(0).read_bytes())
     with pytest.raises(DataError, match=rf"{changed} was changed while the run was at work"):
         bank.fill([("train", 0)])
@@ -107,5 +109,6 @@ def test_an_image_exchanged_between_hashing_and_reading_is_noticed(
     with pytest.raises(DataError, match=f"{changed.name}"):
         bank.fill([("train", 0)])
     changed.write_bytes(kept)
+    os.utime(changed, ns=times)
     bank.fill([("train", 0)])
     assert bank.missing([("train", 0)]) == 0

@@ -76,10 +76,9 @@ def check_data(config: Config) -> dict[str, Any]:
         warnings.append(warning)
     if small := sum(number for size, number in sizes.items() if min(size) < config.image_size):
         warnings.append(f"smaller than image_size {config.image_size}, so enlarged: {counted(small, 'image')}")
-    problems = {kind: found for kind, found in problems.items() if found}
     return {
         "dataset": config.dataset,
-        "good": not problems,
+        "good": not any(problems.values()),
         "classes": {split: len(of_class) for split, of_class in counts.items()},
         "images": totals,
         "images_by_class": counts,
@@ -88,7 +87,7 @@ def check_data(config: Config) -> dict[str, Any]:
         "sizes": [{"width": w, "height": h, "images": number} for (w, h), number in sorted(sizes.items())],
         "kinds": dict(kinds),
         "unused": unused,
-        "problems": problems,
+        "problems": {kind: found for kind, found in problems.items() if found},
         "warnings": warnings + kind_sentences(kinds.elements()),
     }
 

@@ -250,7 +250,7 @@ def _list_split(listing: Listing, split: str, root: Path, *, domains: bool) -> N
         before = unused.counts.copy()
         files[group] = _list_class(listing, split_root, walk.images(split_root, folder)) if entered[group] else []
         if not files[group]:
-            found = Unused(unused.counts - before).sentence()
+            found = Unused(unused.counts - before).sentence() if entered[group] else "links to another class"
             listing.problems.append(
                 f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'}; "
                 "remove the folder or add images (such as .jpg or .png)"
