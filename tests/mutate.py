@@ -57,7 +57,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "models/streaming/whitening.py": STREAMING,
     "utils/results/metrics.py": ("tests/results/test_metrics.py", "tests/results/test_predictions.py"),
     "utils/data/tasks.py": ("tests/data/test_tasks.py", "tests/test_domains.py"),
-    "utils/data/transforms.py": ("tests/data/test_data.py", "tests/data/test_images.py", "tests/features/test_views.py"),
+    "utils/data/transforms.py": (
+        "tests/data/test_data.py",
+        "tests/data/test_images.py",
+        "tests/features/test_views.py",
+    ),
     "utils/data/fingerprints.py": ("tests/data/test_fingerprints.py",),
     "utils/features/arrays.py": ("tests/features/test_rows.py",),
     "utils/runs/identity.py": ("tests/test_keys.py",),

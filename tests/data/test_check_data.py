@@ -48,15 +48,6 @@ def test_good_data_is_told_in_numbers(run):
     assert "21/21" in err  # progress
 
 
-def test_smallest_and_largest_class(run, data):
-    shutil.rmtree(data / "train" / "2")
-    (data / "train" / "2").mkdir()
-    Image.new("RGB", (40, 40), "red").save(data / "train" / "2" / "one.png")
-    facts = found(run)[1]
-    assert facts["smallest_class"]["train"] == {"class": "2", "images": 1}
-    assert facts["largest_class"]["train"]["images"] == 4
-
-
 def test_an_unreadable_file_is_a_problem(run, data):
     broken = data / "train" / "1" / "broken.png"
     broken.write_bytes(b"no image")
@@ -98,6 +89,22 @@ def test_folders_that_do_not_match_are_problems(run, data):
     ]
 
 
+def test_odd_counts_and_sizes_are_warnings(run, data):
+    shutil.rmtree(data / "train" / "2")
+    (data / "train" / "2").mkdir()
+    Image.new("RGBA", (40, 40), "red").save(data / "train" / "2" / "one.png")
+    code, facts = found(run, dataset="cub", image_size=38)
+    assert code == 0
+    assert facts["warnings"] == [
+        "3 classes, 9 train and 9 test images; the split that LAMDA-PILOT publishes has 200 classes, 9430 train and "
+        "2358 test images: numbers will not be comparable with published ones",
+        "smaller than image_size 38, so enlarged: 17 images",
+        "1 image with transparency: laid on white",
+    ]
+    assert facts["smallest_class"]["train"] == {"class": "2", "images": 1} and facts["kinds"] == {"alpha": 1}
+    assert facts["largest_class"]["train"]["images"] == 4
+
+
 def test_a_continued_run_may_test_what_is_not_learned_here(run, data):
     shutil.rmtree(data / "train" / "2")
     assert found(run)[0] == 1
@@ -112,16 +119,6 @@ def test_domains_are_checked_class_by_class(run, data):
     code, facts = found(run, scenario="domain")
     assert code == 0
     assert list(facts["images_by_class"]["train"]) == ["photo/0", "photo/1", "photo/2"]
-
-
-def test_counts_unlike_the_published_split_are_a_warning(run):
-    code, facts = found(run, dataset="cub")
-    assert code == 0
-    assert "has 200 classes, 9430 train and 2358 test" in facts["warnings"][0]
-
-
-def test_small_images_are_a_warning(run):
-    assert "smaller than image_size 64, so enlarged: 21 images" in found(run, image_size=64)[1]["warnings"][0]
 
 
 def test_several_processes_find_the_same(data, monkeypatch):
