@@ -36,7 +36,7 @@ def test_it_writes_only_the_memory_of_hashes(folder: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         dry_run(_config(folder))
     written = [path for path in (folder.parent / "out").rglob("*") if path.is_file()]
-    assert [path.parent.name for path in written] in ([], ["hashes"])
+    assert [path.parent.name for path in written] in ([], ["hashes", "hashes"])
     assert "task 3: 2 classes" in caplog.text and "8 training and 6 test images" in caplog.text
     assert "an estimate from a short probe" in caplog.text
 
