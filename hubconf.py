@@ -14,10 +14,34 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tqdm"]
 _HERE = Path(__file__).resolve().parent
 _OWN = ("trainer", "models", "backbone", "utils")  # top-level names that the caller's project may have as well
 _LATER = [  # imported late, yet within the window below
-    *("models.api.classifier", "models.api.hub", "models.api.export", "utils.runs.continuing"),
+    *(
+        "models.api.classifier",
+        "models.api.predictions",
+        "models.api.hub",
+        "models.api.export",
+        "utils.runs.continuing",
+    ),
     *("utils.data.transforms", "utils.data.folders", "utils.data.loader"),
     *("utils.features.views", "utils.features.extraction"),
 ]
+
+
+def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | None = None) -> "ContinualClassifier":
+    """A saved run as a classifier that goes on learning.
+
+    Args:
+        checkpoint: the run's ``checkpoint_dir``.
+        backbone_weights: where the backbone's file is now; by default as the run's config says.
+        device: ``"cpu"`` or the number of an accelerator; by default as the run's config says.
+
+    Returns:
+        a ``models.ContinualClassifier``: ``predict``, ``learn``, ``save``.
+
+    Raises:
+        UserError: one line that says what is wrong with checkpoint or weights.
+    """
+    load = _models().ContinualClassifier.load
+    return cast("ContinualClassifier", load(checkpoint, backbone_weights=backbone_weights, device=device))
 
 
 def from_state(state: dict[str, Any]) -> "ContinualClassifier":

@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("main.py", lambda: _run(_parser().parse_intermixed_args(argv)), needs_output=False)
 
 
+DEMO = ROOT / "exps" / "tosca_demo.json"
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="main.py",
@@ -27,8 +30,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    demo = ROOT / "exps" / "tosca_demo.json"
-    add("--config", type=Path, default=demo, metavar="FILE", help="experiment file, see exps/")
+    add("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
     add("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
     add(
         "--sweep",

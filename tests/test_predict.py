@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
 import predict
 from tests.conftest import ROOT
@@ -236,8 +237,19 @@ def test_pipes_and_devices_are_passed_over_with_a_line(run, images, tmp_path):
     device.symlink_to("/dev/zero")
     code, lines, err = run(pipe, device, images / "0" / "004.png", "--csv")
     assert (code, len(lines)) == (1, 2)
-    assert f"{pipe} is not a readable image (a named pipe, not a file)" in err
-    assert f"{device} is not a readable image (a device, not a file)" in err
+    assert f"{pipe} is not a readable image (it is a device, pipe or socket, no regular file)" in err
+    assert f"{device} is not a readable image (it is a device, pipe or socket, no regular file)" in err
+
+
+def test_a_thin_picture_is_answered_and_one_that_memory_does_not_hold_is_named(run, images, tmp_path, monkeypatch):
+    thin, huge = tmp_path / "thin.png", tmp_path / "huge.png"
+    Image.new("RGB", (1, 100_000)).save(thin)
+    Image.new("RGB", (50, 50)).save(huge)
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda i: bytearray(2**62) if i.size == (50, 50) else load(i))
+    code, lines, err = run(huge, thin, images / "0" / "004.png", "--csv")
+    assert (code, len(lines)) == (1, 3)
+    assert f"{huge} is not a readable image (there is too little memory to decode it)" in err
 
 
 def test_what_a_folder_holds_beside_images_is_said(run, images, tmp_path):
@@ -248,10 +260,10 @@ def test_what_a_folder_holds_beside_images_is_said(run, images, tmp_path):
     shutil.copy(images / "0" / "004.png", folder / "@eaDir" / "thumb.png")
     code, lines, err = run(folder, "--csv")
     assert (code, len(lines)) == (0, 4)
-    assert "predict.py: not used: 1 .txt" in err
+    assert "predict.py: not used: 1 .png in folders named '@eaDir', 1 .txt" in err
     for path in (folder / "0").iterdir():
         path.unlink()
-    assert "no image there: 1 .txt" in run(folder)[2]
+    assert "no image there: 1 .png in folders named '@eaDir', 1 .txt" in run(folder)[2]
 
 
 def test_the_limit_of_pixels_is_an_option(run, images):

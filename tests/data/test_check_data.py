@@ -9,8 +9,7 @@ from PIL import Image
 import main
 from tests.conftest import ROOT, TINY
 from utils.config.config import make_config
-from utils.data.check import check_data as check
-from utils.data.check import summary
+from utils.data import check
 
 
 @pytest.fixture
@@ -42,23 +41,11 @@ def test_good_data_is_told_in_numbers(run):
     assert facts["images"] == {"train": 12, "test": 9}
     assert facts["classes"] == {"train": 3, "test": 3}
     assert facts["sizes"] == [{"width": 40, "height": 36, "images": 21}]
-
-
-def test_the_summary_is_readable(run):
     code, out, err = run()
     assert code == 0
     assert out.splitlines()[1] == "  train  12 images of 3 classes; smallest 0 (4), largest 0 (4)"
-    assert out.splitlines()[-1] == "no problem found"
+    assert out.splitlines()[3] == "  sizes  all 40×36" and out.splitlines()[-1] == "no problem found"
     assert "21/21" in err  # progress
-
-
-def test_smallest_and_largest_class(run, data):
-    shutil.rmtree(data / "train" / "2")
-    (data / "train" / "2").mkdir()
-    Image.new("RGB", (40, 40), "red").save(data / "train" / "2" / "one.png")
-    facts = found(run)[1]
-    assert facts["smallest_class"]["train"] == {"class": "2", "images": 1}
-    assert facts["largest_class"]["train"]["images"] == 4
 
 
 def test_an_unreadable_file_is_a_problem(run, data):
@@ -96,10 +83,26 @@ def test_folders_that_do_not_match_are_problems(run, data):
     code, facts = found(run)
     assert code == 1
     assert facts["problems"]["folders"] == [
-        f"{data / 'test' / '9'} holds no image",
-        "2 is in train but not in test",
-        "9 is in test but not in train",
+        f"class '9' in {data / 'test'} holds no image; remove the folder or add images (such as .jpg or .png)",
+        f"class '9' is in {data / 'test'} but not in {data / 'train'}",
+        f"class '2' is in {data / 'train'} but not in {data / 'test'}",
     ]
+
+
+def test_odd_counts_and_sizes_are_warnings(run, data):
+    shutil.rmtree(data / "train" / "2")
+    (data / "train" / "2").mkdir()
+    Image.new("RGBA", (40, 40), "red").save(data / "train" / "2" / "one.png")
+    code, facts = found(run, dataset="cub", image_size=38)
+    assert code == 0
+    assert facts["warnings"] == [
+        "3 classes, 9 train and 9 test images; the split that LAMDA-PILOT publishes has 200 classes, 9430 train and "
+        "2358 test images: numbers will not be comparable with published ones",
+        "smaller than image_size 38, so enlarged: 17 images",
+        "1 image with transparency: laid on white",
+    ]
+    assert facts["smallest_class"]["train"] == {"class": "2", "images": 1} and facts["kinds"] == {"alpha": 1}
+    assert facts["largest_class"]["train"]["images"] == 4
 
 
 def test_a_continued_run_may_test_what_is_not_learned_here(run, data):
@@ -118,28 +121,23 @@ def test_domains_are_checked_class_by_class(run, data):
     assert list(facts["images_by_class"]["train"]) == ["photo/0", "photo/1", "photo/2"]
 
 
-def test_counts_unlike_the_published_split_are_a_warning(run):
-    code, facts = found(run, dataset="cub")
-    assert code == 0
-    assert "has 200, 9430 and 2358" in facts["warnings"][0]
-
-
-def test_small_images_are_a_warning(run):
-    assert "smaller than image_size 64, so enlarged: 21 images" in found(run, image_size=64)[1]["warnings"][0]
-
-
-def test_several_processes_find_the_same(data):
+def test_several_processes_find_the_same(data, monkeypatch):
     config = make_config({**TINY, "data_path": str(data)})
     shutil.copy(data / "train" / "0" / "000.png", data / "train" / "0" / "again.png")
-    assert check(config, workers=2).as_dict() == check(config, workers=1).as_dict()
+    (data / "test" / "1" / "broken.png").touch()
+    alone = check.check_data(config)
+    monkeypatch.setattr(check, "PROCESSES_FROM", 2)
+    monkeypatch.setattr(check, "available_cpus", lambda: 2)
+    assert check.check_data(config) == alone
+    assert set(alone["problems"]) == {"duplicates", "unreadable"}
 
 
 def test_long_lists_are_cut_in_the_summary_only(run, data):
     for number in range(14):
         (data / "train" / "0" / f"broken{number}.png").touch()
-    findings = check(make_config({**TINY, "data_path": str(data)}))
-    assert "  … and 4 more (--json has all)" in summary(findings)
-    assert len(findings.as_dict()["problems"]["unreadable"]) == 14
+    findings = check.check_data(make_config({**TINY, "data_path": str(data)}))
+    assert "  … and 4 more (--json has all)" in check.summary(findings)
+    assert len(findings["problems"]["unreadable"]) == 14
 
 
 def test_the_bundled_digits_are_good(run):

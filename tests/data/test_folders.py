@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import unicodedata
 from pathlib import Path
@@ -14,9 +16,9 @@ from PIL import Image
 import main
 import predict
 from tests.conftest import TINY, tiny_config
-from utils.data.check import check_data, check_images
+from utils.data.check import check_data
 from utils.data.datasets import load_dataset
-from utils.data.folders import Unused, find_images, split_folders, walk
+from utils.data.folders import Unused, Walk, find_images
 from utils.data.images import image_suffixes, open_image
 from utils.data.names import normal_name, same_name, spelled_as
 from utils.data.tasks import LearnedClasses, check_new_names, make_stream
@@ -38,7 +40,7 @@ def folder(root: Path, *files: str) -> Path:
 
 
 def found(root: Path) -> list[str]:
-    return [name for name, _ in walk(root, Unused())]
+    return [name for name, _ in Walk(Unused()).images(root)]
 
 
 def load(root: Path, **keys: object):
@@ -48,41 +50,42 @@ def load(root: Path, **keys: object):
 # -- which files are images -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", sorted(image_suffixes()))
-def test_every_suffix_that_pillow_decodes_is_an_image_in_any_letter_case(tmp_path, suffix):
-    names = [f"a{suffix}", f"b{suffix.upper()}", f"c{suffix.title()}"]
+def test_every_suffix_that_pillow_decodes_is_an_image_in_any_letter_case(tmp_path):
+    names = [name for suffix in image_suffixes() for name in (f"a{suffix}", f"b{suffix.upper()}", f"c{suffix.title()}")]
     for name in names:
         (tmp_path / name).touch()
-    assert found(tmp_path) == names
+    assert found(tmp_path) == sorted(names)
 
 
 def test_a_file_without_suffix_is_looked_into(tmp_path):
     image(tmp_path / "photo")
     (tmp_path / "LICENSE").write_text("no image")
     unused = Unused()
-    assert [name for name, _ in walk(tmp_path, unused)] == ["photo"]
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._1.png"):  # files of machines are not even counted
+        (tmp_path / name).touch()
+    assert [name for name, _ in Walk(unused).images(tmp_path)] == ["photo"]
     assert unused.sentence() == "1 without suffix"
 
 
 SYSTEM = ["__MACOSX", "@eaDir", ".Trash", "System Volume Information", "lost+found", "$RECYCLE.BIN", "#recycle", ".git"]
 
 
-@pytest.mark.parametrize("name", SYSTEM)
-def test_folders_of_machines_are_no_data_at_any_depth(tmp_path, name):
-    folder(tmp_path, "train/a/1.png", "test/a/1.png", f"train/{name}/2.png", f"train/a/deep/{name}/3.png")
-    data = load(tmp_path)
+@pytest.mark.parametrize("name", [*SYSTEM, "recycler", ".NET"])
+def test_folders_of_machines_are_no_data_at_any_depth_and_images_there_are_said(tmp_path, name, caplog):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", f"train/{name}/2.png", f"train/a/deep/{name}/x/3.png")
+    (tmp_path / "test" / name).mkdir()
+    (tmp_path / "test" / name / "notes").touch()
+    with caplog.at_level(logging.INFO):
+        data = load(tmp_path)
     assert data.class_names == ("a",)
     assert data.train.keys == ("a/1.png",)
-    assert [path.name for path in find_images([tmp_path / "train"])] == ["1.png"]
-    assert check_data(tiny_config(data_path=str(tmp_path))).images["train"] == {"a": 1}
-
-
-@pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", ".DS_Store", "._1.png"])
-def test_files_of_machines_are_not_even_counted(tmp_path, name):
-    (tmp_path / name).touch()
+    said = f"not used of the train split: 2 .png in folders named {name!r}"
+    assert [record.getMessage() for record in caplog.records] == [f"Data: {said}"]
+    checked = check_data(tiny_config(data_path=str(tmp_path), image_size=1))
+    assert checked["images_by_class"]["train"] == {"a": 1} and said in checked["warnings"]
     unused = Unused()
-    assert list(walk(tmp_path, unused)) == []
-    assert unused.sentence() == ""
+    assert [path.name for path in find_images([tmp_path / "train"], unused)] == ["1.png"]
+    assert unused.sentence() == f"2 .png in folders named {name!r}"
 
 
 def test_what_is_not_used_is_counted_by_suffix_in_log_and_data_check(tmp_path, caplog):
@@ -98,22 +101,7 @@ def test_what_is_not_used_is_counted_by_suffix_in_log_and_data_check(tmp_path, c
     }
     for sentence in expected.values():
         assert caplog.text.count(sentence) == 1
-    assert check_data(tiny_config(data_path=str(tmp_path))).warnings[-2:] == list(expected.values())
-
-
-def test_what_pictures_lose_is_counted_by_the_data_check(tmp_path):
-    folder(tmp_path, "train/a/1.png", "test/a/1.png")
-    Image.new("RGBA", (40, 40)).save(tmp_path / "train/a/2.png")
-    Image.new("RGBA", (40, 40), "red").save(tmp_path / "test/a/2.png")
-    findings = check_data(tiny_config(data_path=str(tmp_path)))
-    assert "2 images with transparency: laid on white" in findings.warnings
-    assert findings.as_dict()["kinds"] == {"alpha": 2}
-
-
-def test_the_order_of_training_files_is_that_of_their_paths(tmp_path):
-    names = ["train/a/b.png", "train/a/b/1.png", "train/a/b-1.png", "train/a/B.png"]
-    folder(tmp_path, *names, "test/a/1.png")
-    assert load(tmp_path).train.keys == ("a/B.png", "a/b-1.png", "a/b.png", "a/b/1.png")
+    assert check_data(tiny_config(data_path=str(tmp_path)))["warnings"][:2] == list(expected.values())
 
 
 def test_training_the_data_check_and_predict_find_the_same(tmp_path):
@@ -123,13 +111,60 @@ def test_training_the_data_check_and_predict_find_the_same(tmp_path):
     assert set(load(tmp_path).train.keys) == expected
     predicted = find_images(predict.named_paths([str(tmp_path / "train")]))
     assert {path.relative_to(tmp_path / "train").as_posix() for path in predicted} == expected
-    assert check_data(tiny_config(data_path=str(tmp_path))).images["train"] == {"a": 3}
+    assert check_data(tiny_config(data_path=str(tmp_path)))["images_by_class"]["train"] == {"a": 3}
 
 
-def test_a_link_that_leads_back_ends_everywhere(tmp_path):
-    image(tmp_path / "a" / "1.png")
-    (tmp_path / "a" / "again").symlink_to(tmp_path)
-    assert found(tmp_path) == ["a/1.png"]
+@pytest.mark.parametrize(
+    ("link", "to"),
+    [
+        ("a/all", "train"),  # its parent, which holds the other classes
+        ("b/more", "train/a"),  # another class, which is walked before
+        ("a/more", "train/b"),  # and one that is walked after
+        ("a/deep", ""),  # what holds both splits
+        ("b/up", ".."),  # and what lies above that
+        ("a/twice", "other"),  # of elsewhere, and there is a second link
+    ],
+)
+def test_nothing_is_walked_twice_in_a_split_wherever_a_link_leads(tmp_path, caplog, link, to):
+    root = folder(
+        tmp_path / "data", *(f"{split}/{name}/{split}-{name}.png" for split in ("train", "test") for name in "ab")
+    )
+    image(tmp_path / "data" / "other" / "0.png", 9)
+    (root / "train" / link).symlink_to(root / to)
+    (root / "train" / "b" / "z").symlink_to(root / "other")
+    with caplog.at_level(logging.INFO):
+        data = load(root)
+    names = sorted(Path(key).name for key in data.train.keys)
+    assert names == ["0.png", "train-a.png", "train-b.png"]
+    assert {key[0]: label for key, label in zip(data.train.keys, data.train.labels.tolist(), strict=True)} == {
+        "a": 0,
+        "b": 1,
+    }
+    said = "not used of the train split: 1 folder(s) that a link leads to again"
+    assert said in caplog.text
+    checked = check_data(tiny_config(data_path=str(root)))
+    assert checked["images_by_class"]["train"] == {
+        name: sum(key.startswith(f"{name}/") for key in data.train.keys) for name in "ab"
+    }
+    assert not checked["problems"] and said in checked["warnings"]
+
+
+def test_a_class_that_is_a_link_to_another_is_a_problem_of_a_run_and_of_the_check(tmp_path):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", "test/b/1.png")
+    (tmp_path / "train" / "b").symlink_to("a")
+    (tmp_path / "test" / "a" / "1.png").rename(tmp_path / "test" / "a" / "1.heic")
+    others = r"class 'a' in .*test holds no image \(but 1 \.heic\)"
+    assert re.search(others, check_data(tiny_config(data_path=str(tmp_path)))["problems"]["folders"][1])
+    problem = r"class 'b' in .*train holds no image \(but links to another class\); remove the folder"
+    with pytest.raises(DataError, match=problem):
+        load(tmp_path)
+    assert re.search(problem, check_data(tiny_config(data_path=str(tmp_path)))["problems"]["folders"][0])
+
+
+def test_the_test_split_may_be_a_link_to_the_training_split(tmp_path):
+    folder(tmp_path, "train/a/1.png")
+    (tmp_path / "test").symlink_to("train")
+    assert load(tmp_path).test.keys == ("a/1.png",)
 
 
 def test_special_files_are_never_opened(tmp_path):
@@ -145,30 +180,26 @@ def test_special_files_are_never_opened(tmp_path):
                 open_image(path)
             said[path.name] = str(caught.value)
     assert set(said) == {"pipe.png", "s.png", "zero.png"}  # each is one line of predict; without suffix: not used
-    assert "(a named pipe, not a file)" in said["pipe.png"]
-    assert "(a socket, not a file)" in said["s.png"]
-    assert "(a device, not a file)" in said["zero.png"]
+    for name, line in said.items():
+        assert "(it is a device, pipe or socket" in line, name
 
 
 # -- a folder that does not fit ---------------------------------------------------------------------------------------
 
 
-def test_what_is_there_in_place_of_train_is_named(tmp_path):
-    folder(tmp_path, "Train/a/1.png", "Test/a/1.png", "__MACOSX/1.png")
-    with pytest.raises(DataError, match=r"train' does not exist; found Test, Train; expected <folder>/train"):
-        split_folders(tmp_path)
-
-
-def test_an_empty_data_folder_is_said_to_be_empty(tmp_path):
-    with pytest.raises(DataError, match="found nothing there"):
-        split_folders(tmp_path)
-
-
-def test_many_things_there_are_shortened(tmp_path):
-    for number in range(11):
-        (tmp_path / f"c{number:02d}").mkdir()
-    with pytest.raises(DataError, match=r"found c00, .*c07 and 3 more;"):
-        split_folders(tmp_path)
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["Train", "Test", "__MACOSX"], r"train' does not exist; found Test, Train; expected <folder>/train"),
+        ([], "found nothing there"),
+        ([f"c{number:02d}" for number in range(30)], r"found c00, .*c15, … ?;|found c00, .*c1\d, …;"),
+    ],
+)
+def test_what_is_there_in_place_of_train_is_named(tmp_path, folders, words):
+    for name in folders:
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=words):
+        load(tmp_path)
 
 
 def test_test_beside_val_is_said(tmp_path, caplog):
@@ -176,14 +207,10 @@ def test_test_beside_val_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         load(tmp_path)
     assert "has test/ and val/: test/ is used" in caplog.text
-    assert any("test/ is used" in warning for warning in check_data(tiny_config(data_path=str(tmp_path))).warnings)
-
-
-def test_a_class_of_other_files_says_what_they_are(tmp_path):
-    folder(tmp_path, "train/a/1.png", "test/a/1.png", "train/b/1.png", "test/b/1.png")
-    (tmp_path / "train/b/1.png").rename(tmp_path / "train/b/1.heic")
-    with pytest.raises(DataError, match=r"class 'b' in .*train holds no image \(but 1 \.heic\)"):
-        load(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    assert len(load(tmp_path).test) == 1
+    folder(tmp_path, "test/a/1.png")
+    assert any("test/ is used" in warning for warning in check_data(tiny_config(data_path=str(tmp_path)))["warnings"])
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -194,14 +221,14 @@ def test_names_that_look_the_same_are_one_class_in_train_and_test(tmp_path, name
     data = load(folder(tmp_path, f"train/{COMPOSED}/1.png", f"test/{name}/1.png"))
     assert data.class_names == (COMPOSED,)
     assert data.test.load(0).size == (6, 4)  # found under the name that its folder has
-    assert check_data(tiny_config(data_path=str(tmp_path))).good
+    assert check_data(tiny_config(data_path=str(tmp_path)))["good"]
 
 
 def test_two_folders_that_look_the_same_are_one_error(tmp_path):
     folder(tmp_path, f"train/{COMPOSED}/1.png", f"train/{DECOMPOSED}/2.png", "test/a/1.png")
     with pytest.raises(DataError, match=r"caf.*and .*caf.*, which look the same; rename one"):
         load(tmp_path)
-    assert "look the same" in check_data(tiny_config(data_path=str(tmp_path))).problems["folders"][0]
+    assert "look the same" in check_data(tiny_config(data_path=str(tmp_path)))["problems"]["folders"][0]
 
 
 def test_letter_case_alone_is_bridged_and_said(tmp_path, caplog):
@@ -231,18 +258,13 @@ def test_domains_and_their_classes_have_one_spelling(tmp_path):
     assert data.class_names == (COMPOSED, "cat")
     assert [data.test.load(i).size for i in range(2)] == [(6, 4)] * 2
     findings = check_data(tiny_config(data_path=str(tmp_path), scenario="domain"))
-    assert "folders" not in findings.as_dict()["problems"]
+    assert "folders" not in findings["problems"]
 
 
 @pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED, f"{COMPOSED} "])
 def test_a_learned_class_is_known_under_every_form_of_its_name(name):
     with pytest.raises(DataError, match="is learned already"):
         check_new_names([name], LearnedClasses((DECOMPOSED,)))
-
-
-def test_a_class_that_differs_in_letter_case_from_a_learned_one_is_new_and_said(caplog):
-    check_new_names(["Cat"], LearnedClasses(("cat",)))
-    assert "'Cat' is learned as a new one, though 'cat' is learned" in caplog.text
 
 
 def test_old_test_images_find_their_class_under_another_form(tmp_path):
@@ -289,6 +311,4 @@ def test_the_key_max_pixels_reaches_every_reader_of_the_data(tmp_path):
     assert load_dataset(enough).train.load(0).size == (6, 4)
     with pytest.raises(DataError, match="above max_pixels 23"):
         load_dataset(small).train.load(0)
-    with pytest.raises(DataError, match="2 of 2 images cannot be read"):
-        check_images(load_dataset(small), threads=2)
-    assert len(check_data(small).problems["unreadable"]) == 2
+    assert len(check_data(small)["problems"]["unreadable"]) == 2

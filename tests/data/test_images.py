@@ -1,6 +1,5 @@
 """Every mode that Pillow opens, from pictures whose right answer is known."""
 
-import io
 import struct
 import subprocess
 import sys
@@ -151,15 +150,11 @@ def test_a_fully_opaque_alpha_channel_changes_no_pixel(tmp_path):
     np.testing.assert_array_equal(np.asarray(decode(save(tmp_path / "a.png", image))), pixels)
 
 
-def test_grey_with_alpha(tmp_path):
+def test_grey_with_alpha_straight_and_premultiplied(tmp_path):
     image = Image.new("LA", (2, 1))
     image.putpixel((0, 0), (10, 255))
     assert decoded(save(tmp_path / "a.png", image)) == [(10, 10, 10), WHITE]
-
-
-def test_premultiplied_grey(tmp_path):
-    straight = Image.new("LA", (1, 1), (100, 128)).convert("La")
-    (level, _, _) = as_image(straight).getpixel((0, 0))
+    (level, _, _) = as_image(Image.new("LA", (1, 1), (100, 128)).convert("La")).getpixel((0, 0))
     assert abs(level - (100 * 128 + 255 * 127) / 255) < 2
 
 
@@ -270,12 +265,6 @@ def test_16_bit_colour_with_alpha_is_laid_on_white(tmp_path, content):
     assert kinds_of_file(path) == ["alpha", "deep"]
 
 
-def test_16_bit_colour_of_sgi_keeps_its_high_bytes(tmp_path):
-    path = save(tmp_path / "a.sgi", Image.fromarray(np.array([[[0, 128, 255]]], dtype=np.uint8)), bpc=2)
-    assert decoded(path) == [(0, 128, 255)]
-    assert kinds_of_file(path) == ["deep"]
-
-
 @pytest.mark.parametrize("order", "<>")
 def test_16_bits_in_planes_are_refused_and_not_read_as_if_they_had_8(tmp_path, order):
     inks = tiff_of_strips([bytes([255, 255, 0, 0])] * 4, 16, 5, 2, 4, order, planes=True)
@@ -287,10 +276,11 @@ def test_16_bits_in_planes_are_refused_and_not_read_as_if_they_had_8(tmp_path, o
             as_image(opened)
 
 
-def test_an_8_bit_ppm_is_not_deep(tmp_path):
+def test_what_else_is_deep_and_what_is_not(tmp_path):
+    path = save(tmp_path / "a.sgi", Image.fromarray(np.array([[[0, 128, 255]]], dtype=np.uint8)), bpc=2)
+    assert decoded(path) == [(0, 128, 255)] and kinds_of_file(path) == ["deep"]
     path = written(tmp_path / "a.ppm", b"P6\n2 1\n100\n" + bytes([0, 50, 100, 100, 25, 75]))
-    assert decoded(path) == [(0, 128, 255), (255, 64, 191)]
-    assert kinds_of_file(path) == []
+    assert decoded(path) == [(0, 128, 255), (255, 64, 191)] and kinds_of_file(path) == []
 
 
 @pytest.mark.parametrize(
@@ -322,7 +312,9 @@ def test_an_image_in_memory_is_read_as_its_file_is(tmp_path):
 
 def test_what_is_lossy_is_counted_in_words(tmp_path):
     image = Image.new("RGBA", (2, 2))
-    save(tmp_path / "turned.jpg", Image.new("RGB", (2, 2)), exif=struct.pack("6s", b"Exif\0\0") + exif_turned())
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    save(tmp_path / "turned.jpg", Image.new("RGB", (2, 2)), exif=turned)
     save(tmp_path / "moving.gif", Image.new("L", (2, 2)), save_all=True, append_images=[Image.new("L", (2, 2), 9)])
     paths = [save(tmp_path / f"{i}.png", image) for i in range(2)] + [tmp_path / "turned.jpg", tmp_path / "moving.gif"]
     sentences = kind_sentences(kind for path in paths for kind in kinds_of_file(path))
@@ -331,12 +323,6 @@ def test_what_is_lossy_is_counted_in_words(tmp_path):
         f"1 image {KINDS['frames']}",
         f"1 image {KINDS['rotated']}",
     ]
-
-
-def exif_turned() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif.tobytes().removeprefix(b"Exif\0\0")
 
 
 # -- files that are none, or too much ---------------------------------------------------------------------------------
@@ -427,9 +413,3 @@ def test_our_own_bug_is_no_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.images._to_rgb", bug)
     with pytest.raises(ZeroDivisionError):
         decode(path)
-
-
-def test_a_file_object_is_an_image_that_pillow_opened():
-    buffer = io.BytesIO()
-    Image.new("RGBA", (1, 1)).save(buffer, "PNG")
-    assert as_image(Image.open(buffer)).getpixel((0, 0)) == WHITE

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from utils.data import images as data_module
-from utils.data.check import Item, scan
-from utils.data.images import decode, open_image, read_image
+from utils.data.check import Scanned, scan
+from utils.data.images import decode, open_image
 from utils.errors import DataError
 from utils.runs.checkpoint import MANIFEST
 
@@ -84,7 +84,7 @@ def test_a_run_on_every_convertible_kind_of_image(run, own_data):
     for name, write in CONVERTIBLE.items():
         write(own_data / "train" / "0" / name)
         write(own_data / "test" / "5" / name)
-    assert run(check_images=True).code == 0
+    assert run().code == 0
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -99,45 +99,14 @@ def test_a_broken_image_names_file_and_class_before_training(run, own_data, name
     assert run().code == 0
 
 
-def test_check_images_names_all_that_are_broken_before_anything_is_written(run, own_data, tmp_path):
-    for index, (name, write) in enumerate(BROKEN.items()):
-        write(own_data / ("test" if index % 2 else "train") / str(index) / name)
-    run.keys["cache_dir"] = str(tmp_path / "bank")
-    error = run("check_images=true").error
-    assert "5 of 35 images cannot be read" in error
-    for index, name in enumerate(BROKEN):
-        assert name in error
-        assert f"class '{index}'" in error
-    assert not any((tmp_path / name).exists() for name in ("bank", "tosca", "logs"))
-
-
-def test_check_images_shortens_a_long_list(run, own_data):
-    for index in range(13):
-        (own_data / "train" / "0" / f"x{index:02d}.jpg").write_bytes(b"")
-    error = run(check_images=True).error
-    assert "13 of 43 images cannot be read" in error
-    assert "x09.jpg" in error
-    assert "x10.jpg" not in error
-    assert "and 3 more" in error
-
-
-def test_check_images_says_nothing_of_good_images(run):
-    assert run(check_images=True).code == 0
-
-
 def test_an_image_broken_between_two_starts_never_loses_finished_work(half, own_data, tree):
-    """Its content is part of the run's identity: the error comes first, the finished tasks stay where they are."""
     half.keys["data_path"] = str(own_data)
     (own_data / "train" / "3" / "000.png").unlink()
     BROKEN["truncated.png"](own_data / "train" / "3" / "000.png")
     before = tree(half.checkpoints)
-    error = half(check_images=True).error
+    error = half().error  # found when its feature is computed: another run by then
     assert "000.png" in error
-    assert tree(half.checkpoints) == before
-    error = half(check_images=False).error  # found when its feature is computed: another run by then
-    assert "000.png" in error
-    (aside,) = half.folder.glob("tosca.*")
-    assert tree(aside) == before
+    assert tree(half.checkpoints) == before and not list(half.folder.glob("tosca.*"))
 
 
 def test_a_symbolic_link_that_leads_in_a_circle_is_followed_once(run, own_data, undisturbed):
@@ -174,28 +143,17 @@ def test_an_unreadable_file_is_named(run, own_data, monkeypatch):
     monkeypatch.setattr("builtins.open", refusing)  # root may read everything: mode bits would not do
     error = run().error
     assert f"{path} cannot be read (Permission denied)" in error
-    monkeypatch.undo()
-    monkeypatch.setattr(data_module, "read_image", lambda p, limit: refusing(p) if p == path else read_image(p, limit))
-    error = run(check_images=True).error
-    assert f"{path} (class '2') is not a readable image (Permission denied)" in error
 
 
-def test_a_decoder_that_trips_over_a_file_is_no_traceback(run, own_data, monkeypatch):
-    def trip(path: Path, max_pixels: int) -> None:
+@pytest.mark.parametrize("reader", [open_image, lambda path: scan(Scanned("train", "0", str(path))).error])
+def test_a_decoder_that_trips_over_a_file_is_no_traceback(reader, run, own_data, tmp_path, monkeypatch):
+    def trip(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(data_module, "read_image", trip)
+    monkeypatch.setattr(data_module, "_identified", trip)
     assert "is not a readable image (division by zero)" in run(cache_dir="none").error
-
-
-@pytest.mark.parametrize("reader", [open_image, lambda path: scan(Item("train", "0", path)).error])
-def test_every_reader_of_files_survives_a_decoder_that_trips(reader, tmp_path, monkeypatch):
-    def trip(path: Path, max_pixels: int) -> None:
-        raise ZeroDivisionError("division by zero")
-
-    monkeypatch.setattr(data_module, "read_image", trip)
     try:
-        told = reader(tmp_path / "a.png")
+        told = reader(photo(tmp_path / "a.png"))
     except DataError as error:
         told = str(error)
     assert "division by zero" in told
@@ -203,7 +161,7 @@ def test_every_reader_of_files_survives_a_decoder_that_trips(reader, tmp_path, m
 
 def test_more_pixels_than_pil_allows_are_named(run, own_data, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    error = run(check_images=True).error
+    error = run(cache_dir="none").error
     assert "exceeds limit of 200 pixels" in error and "max_pixels" in error
 
 

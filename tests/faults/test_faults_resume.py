@@ -13,14 +13,14 @@ import pytest
 import trainer
 from models.tosca import TOSCA
 from utils import files
-from utils.features import extraction
+from utils.features import rows
 from utils.results import record, run_log
 from utils.runs import checkpoint, resume
 from utils.runs.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "in extraction": (extraction.Store, "write", 2),
+    "in extraction": (rows.FolderRows, "write", 2),
     "in the first task": (TOSCA, "grown_classifier", 1),
     "in the last task": (trainer.BankTask, "epoch", 6),
     "in evaluation": (trainer, "evaluate", 2),

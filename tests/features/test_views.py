@@ -99,7 +99,8 @@ def test_an_image_exchanged_between_hashing_and_reading_is_noticed(
         cache_dir=tmp_path / "cache",
         num_workers=workers,
     )
-    changed, kept, before = data.train.path(4), data.train.path(4).read_bytes(), data.train.path(4).stat()
+    changed = data.train.path(4)
+    kept, times = changed.read_bytes(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
     changed.write_bytes(data.train.path(0).read_bytes())
     with pytest.raises(DataError, match=rf"{changed} was changed while the run was at work"):
         bank.fill([("train", 0)])
@@ -107,6 +108,6 @@ def test_an_image_exchanged_between_hashing_and_reading_is_noticed(
     with pytest.raises(DataError, match=f"{changed.name}"):
         bank.fill([("train", 0)])
     changed.write_bytes(kept)
-    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(changed, ns=times)
     bank.fill([("train", 0)])
     assert bank.missing([("train", 0)]) == 0

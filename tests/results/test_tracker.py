@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from utils.errors import UserError
-from utils.results.tracker import MLflow, TensorBoard, Tracker, WeightsAndBiases, curve_points, plain, tracking
+from utils.results.tracker import TensorBoard, Tracker, WeightsAndBiases, curve_points, plain, tracking
 from utils.runs.manifest import EpochStats, TaskRecord
 
 RUN = {
@@ -24,7 +24,7 @@ RUN = {
 
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT"):
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -149,27 +149,12 @@ def test_wandb_holds_config_curves_summary_and_pictures_offline(tmp_path, monkey
     assert [entry.path for entry in pictures.manifest.contents] == ["curves.png"]
 
 
-# -- MLflow, in a file ------------------------------------------------------------------------------------------------
-
-
-def test_mlflow_holds_config_curves_summary_and_pictures_in_a_file(tmp_path):
-    tracking_module = pytest.importorskip("mlflow.tracking")
-    a_run(MLflow, tmp_path, [[record(90.0)], [record(90.0), record(80.0)]])
-    client = tracking_module.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/run/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("tosca").experiment_id])
-    history = client.get_metric_history(run.info.run_id, "top1/sample")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 90.0), (2, 80.0)]
-    assert run.data.params["l1"] == "0.25" and run.info.status == "FINISHED"
-    assert run.data.metrics["summary/last/sample"] == 80.0 and run.data.metrics["summary/cost/Eval ms/smp"] == 2.5
-    assert [path.name for path in (tmp_path / "run" / "artifacts").rglob("*.png")] == ["curves.png"]
-
-
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("tracker", "package", "install"),
-    [("tensorboard", "torch.utils.tensorboard", "tensorboard"), ("wandb",) * 3, ("mlflow",) * 3],
+    [("tensorboard", "torch.utils.tensorboard", "tensorboard"), ("wandb",) * 3],
 )
 def test_the_package_that_is_missing_is_named_before_any_work(
     digit_folder, run_main, tmp_path, capsys, monkeypatch, tracker, package, install

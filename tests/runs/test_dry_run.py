@@ -40,11 +40,11 @@ def test_it_counts_what_is_missing_over_all_seeds(folder: Path) -> None:
     assert plan["bytes"] == plan["forwards"] * 192 * 4 and plan["seconds"] > 0
 
 
-def test_it_writes_only_the_memory_of_hashes(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_writes_only_what_the_cache_remembers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         planned(_config(folder))
     written = [path for path in (folder.parent / "out").rglob("*") if path.is_file()]
-    assert {path.parent.name for path in written} <= {"hashes"}
+    assert {path.parent.name for path in written} <= {"hashes", "backbones"}
     assert "task 3: 2 classes" in caplog.text and "8 training and 6 test images" in caplog.text
     assert "an estimate from a short probe" in caplog.text
 

@@ -19,6 +19,7 @@ from utils.logs import progress
 from utils.words import counted
 
 PROCESSES_FROM = 1000  # images; below, starting processes takes longer than the scan
+BLOCK = 16  # images that a process is given at a time
 SHOWN = 10  # findings of one kind in the summary; the JSON has all
 
 
@@ -76,10 +77,9 @@ def check_data(config: Config) -> dict[str, Any]:
         warnings.append(warning)
     if small := sum(number for size, number in sizes.items() if min(size) < config.image_size):
         warnings.append(f"smaller than image_size {config.image_size}, so enlarged: {counted(small, 'image')}")
-    told = {kind: found for kind, found in problems.items() if found}
     return {
         "dataset": config.dataset,
-        "good": not told,
+        "good": not any(problems.values()),
         "classes": {split: len(of_class) for split, of_class in counts.items()},
         "images": totals,
         "images_by_class": counts,
@@ -88,7 +88,7 @@ def check_data(config: Config) -> dict[str, Any]:
         "sizes": [{"width": w, "height": h, "images": number} for (w, h), number in sorted(sizes.items())],
         "kinds": dict(kinds),
         "unused": unused,
-        "problems": told,
+        "problems": {kind: found for kind, found in problems.items() if found},
         "warnings": warnings + kind_sentences(kinds.elements()),
     }
 
@@ -100,13 +100,26 @@ def _in_folders(listing: Listing, max_pixels: int) -> Iterator[Scanned]:
         for group, files in found.items()
         for file in files
     ]
+    blocks = [images[start : start + BLOCK] for start in range(0, len(images), BLOCK)]
     workers = available_cpus() if len(images) >= PROCESSES_FROM else 1
-    scanned = load_ahead(scan, images, workers=workers, ahead=64 * workers, processes=workers > 1)
-    return (found for _, found in progress(scanned, total=len(images), desc="Images", unit="img"))
+    scanned = load_ahead(
+        scan_block,
+        blocks,
+        workers=workers,
+        ahead=4 * workers,
+        processes=workers > 1,
+        name=lambda block: block[0].place,
+    )
+    each = (image for _, block in scanned for image in block)
+    yield from progress(each, total=len(images), desc="Images", unit="img")
 
 
 def _label(group: tuple[str, str]) -> str:
     return "/".join(filter(None, group))
+
+
+def scan_block(images: list[Scanned]) -> list[Scanned]:
+    return [scan(image) for image in images]
 
 
 def scan(image: Scanned) -> Scanned:

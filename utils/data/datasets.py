@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 DIGITS = Path(__file__).resolve().parents[2] / "assets" / "digits.npz"
 
 
-CIFAR_MD5 = {  # of the files in cifar-100-python/; pickles of any other content are not opened
+CIFAR_MD5 = {  # of the files in cifar-100-python/
     "train": "16019d7e3df5f24257cddd939b257f8d",
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
     "meta": "7973b15100ade9c7d40fb424638fde48",
@@ -60,32 +59,24 @@ def list_class_folders(config: Config) -> Dataset:
 
 
 def _cifar100(config: Config) -> Dataset:
-    root = data_folder(config)
-    found = _cifar_files(root)
-    if found is None:
-        _download_cifar(root)
-        found = _cifar_files(root)
-    assert found is not None  # torchvision has compared the same hashes
-    splits = [ImageArray(_cifar_pixels(found[name]["data"]), found[name]["fine_labels"]) for name in ("train", "test")]
-    return Dataset("cifar224", splits[0], splits[1], tuple(found["meta"]["fine_label_names"]))
+    folder = data_folder(config) / "cifar-100-python"
+    if not _is_published_cifar(folder):
+        _download_cifar(folder.parent)
+    train, test, meta = (pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in CIFAR_MD5)
+    splits = [  # rows of 3072 values, channel after channel
+        ImageArray(split["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), split["fine_labels"])
+        for split in (train, test)
+    ]
+    return Dataset("cifar224", splits[0], splits[1], tuple(meta["fine_label_names"]))
 
 
-def _cifar_files(root: Path) -> dict[str, Any] | None:
-    """What the files of CIFAR-100 hold; None if one is not there as it was published."""
-    contents = {}
-    for name, md5 in CIFAR_MD5.items():
-        try:
-            contents[name] = (root / "cifar-100-python" / name).read_bytes()
-        except OSError:
-            return None
-        if hashlib.md5(contents[name], usedforsecurity=False).hexdigest() != md5:
-            return None
-    return {name: pickle.loads(content, encoding="latin1") for name, content in contents.items()}
-
-
-def _cifar_pixels(rows: np.ndarray) -> np.ndarray:
-    """``(images, 3072)``, channel after channel -> ``(images, 32, 32, 3)``."""
-    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+def _is_published_cifar(folder: Path) -> bool:
+    """Whether every file holds what was published: pickles of any other content are not opened."""
+    try:
+        found = [hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest() for name in CIFAR_MD5]
+    except OSError:
+        return False
+    return found == list(CIFAR_MD5.values())
 
 
 def _download_cifar(root: Path) -> None:

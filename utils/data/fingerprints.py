@@ -9,7 +9,10 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +49,8 @@ def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> Fingerprints:
     for name in ("train", "test"):
         split = data.split(name)
         if isinstance(split, ImageFiles):
-            stats[name] = np.array([_stat(split, row) for row in range(len(split))], dtype=np.int64).reshape(-1, 2)
+            found = [_asked(os.stat, os.path.join(split.root, key)) for key in split.keys]
+            stats[name] = np.array([(stat.st_size, stat.st_mtime_ns) for stat in found], dtype=np.int64).reshape(-1, 2)
             contents = _contents(split, stats[name], cache_dir)
         else:
             contents = split.content_hashes()
@@ -59,15 +63,6 @@ def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> Fingerprints:
     for sentence in kind_sentences(kinds):
         log.info("Images: %s", sentence)
     return Fingerprints(digests, stats)
-
-
-def _stat(split: ImageFiles, row: int) -> tuple[int, int]:
-    path = os.path.join(split.root, split.keys[row])
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise _cannot_be_read(path, error) from None
-    return found.st_size, found.st_mtime_ns
 
 
 def _contents(split: ImageFiles, stats: np.ndarray, cache_dir: Path | None) -> list[str]:
@@ -94,21 +89,20 @@ def _contents(split: ImageFiles, stats: np.ndarray, cache_dir: Path | None) -> l
 def _hash_files(split: ImageFiles, looks: dict[int, str], known: dict[str, str]) -> None:
     """Read the files of these rows and put their contents' hashes into ``known``."""
     paths = (split.path(row) for row in looks)
-    hashed = module("utils.data.loader").load_ahead(_hash, paths, workers=_THREADS, ahead=32 * _THREADS)
+    hashed = module("utils.data.loader").load_ahead(
+        partial(_asked, content_of_file), paths, workers=_THREADS, ahead=32 * _THREADS
+    )
     bar = progress(hashed, total=len(looks), desc="Hashing images", unit="file", disable=len(looks) < 5000)
     for look, (_, content) in zip(looks.values(), bar, strict=True):
         known[look] = content
 
 
-def _hash(path: Path) -> str:
+def _asked(question: Callable[[Any], Any], path: Any) -> Any:
+    """The answer of the file system about a file; its refusal names the file."""
     try:
-        return content_of_file(path)
+        return question(path)
     except OSError as error:
-        raise _cannot_be_read(str(path), error) from None
-
-
-def _cannot_be_read(path: str, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read ({error.strerror}); correct its permissions or remove it")
+        raise DataError(f"{path} cannot be read ({error.strerror}); correct its permissions or remove it") from None
 
 
 def _recall(memory: Path | None) -> dict[str, str]:

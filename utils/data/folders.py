@@ -8,8 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from textwrap import shorten
 
 import numpy as np
 
@@ -191,22 +192,21 @@ def load_folders(root: Path, config: Config) -> Dataset:
         raise DataError(problem if "; " in problem else f"{problem}; {DOMAIN_LAYOUT if by_domain else LAYOUT}")
     for note in listing.notes:
         log.info("Data: %s", note)
-    train, test = listing.files["train"], listing.files["test"]
-    classes = _numbered([*sorted(name for _, name in train), *sorted(name for _, name in test)])
-    domains = _numbered([domain for domain, _ in (*train, *test)])
-    splits, domain_numbers = {}, {}
+    in_train, in_test = listing.files["train"], listing.files["test"]
+    classes = _numbered([*sorted(name for _, name in in_train), *sorted(name for _, name in in_test)])
+    domains = _numbered([domain for domain, _ in (*in_train, *in_test)])
+    splits = []
     for split, found in listing.files.items():
-        groups = sorted((domains[domain], classes[name], files) for (domain, name), files in found.items())
-        counts = [len(files) for _, _, files in groups]
-        labels = np.repeat([label for _, label, _ in groups], counts)
-        all_files = [file for _, _, files in groups for file in files]
-        splits[split] = ImageFiles(listing.roots[split], all_files, labels, config.max_pixels or MAX_PIXELS)
-        domain_numbers[split] = np.repeat([domain for domain, _, _ in groups], counts)
-    data = Dataset(config.dataset, splits["train"], splits["test"], tuple(classes))
+        rows = sorted(
+            (domains[domain], classes[name], file) for (domain, name), files in found.items() for file in files
+        )
+        of_domain, labels, keys = zip(*rows, strict=True)
+        images = ImageFiles(listing.roots[split], keys, labels, config.max_pixels or MAX_PIXELS)
+        splits.append((images, np.array(of_domain)))
+    (train, train_domains), (test, test_domains) = splits
     if not by_domain:
-        return data
-    of_train, of_test = domain_numbers["train"], domain_numbers["test"]
-    return replace(data, domain_names=tuple(domains), train_domains=of_train, test_domains=of_test)
+        return Dataset(config.dataset, train, test, tuple(classes))
+    return Dataset(config.dataset, train, test, tuple(classes), tuple(domains), train_domains, test_domains)
 
 
 def _numbered(names: Iterable[str]) -> dict[str, int]:
@@ -221,9 +221,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
     for folder in (root / "train", test):
         if not folder.is_dir():
-            names = [entry.name for entry in Walk(Unused()).entries(root)]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            found = ", ".join(names[:8]) + more or "nothing there"
+            names = ", ".join(entry.name for entry in Walk(Unused()).entries(root)) or "nothing there"
+            found = shorten(names, 100, placeholder=" …")
             raise DataError(f"{str(folder)!r} does not exist; found {found}; {LAYOUT}")
     return {"train": root / "train", "test": test}
 
@@ -250,7 +249,7 @@ def _list_split(listing: Listing, split: str, root: Path, *, domains: bool) -> N
         before = unused.counts.copy()
         files[group] = _list_class(listing, split_root, walk.images(split_root, folder)) if entered[group] else []
         if not files[group]:
-            found = Unused(unused.counts - before).sentence()
+            found = Unused(unused.counts - before).sentence() if entered[group] else "links to another class"
             listing.problems.append(
                 f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'}; "
                 "remove the folder or add images (such as .jpg or .png)"
