@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="report.py",
-        description="Mean ± std over seeds of all runs found, as tables (terminal, Markdown, LaTeX, CSV) and pictures.",
+        description="Mean ± std over seeds of all runs found, as tables (terminal, Markdown, LaTeX) and pictures.",
     )
     parser.add_argument("places", nargs="*", type=Path, metavar="FOLDER or JSON", help="where runs are (default: logs)")
     parser.add_argument("--out", type=Path, default=Path("tables"), help="folder of the files (default: tables)")
@@ -64,9 +64,6 @@ def _report(args: argparse.Namespace) -> int:
     files = {
         "tables.md": render.as_markdown([*sections, *tables], args.selection),
         "tables.tex": render.as_latex([*sections, *tables], args.selection),
-        "tables.csv": render.as_csv(sections, args.selection),
-        "comparisons.csv": render.comparisons_csv(comparisons),
-        "cost.csv": render.cost_csv(costs),
     }
     for name, text in files.items():
         _write(args.out / name, "--out", text)

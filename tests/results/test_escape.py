@@ -1,7 +1,5 @@
 """What names from JSON files may not do to a terminal, a page, a spreadsheet, LaTeX or a folder."""
 
-import csv
-import io
 import re
 
 import pytest
@@ -40,13 +38,6 @@ def test_html_shows_tags_as_text(evil_runs):
     html = page.as_html(sections_of(evil_runs)[0], None, {}, [EVIL])
     assert html.count("<script") == 1, "the page's own script, which no run can write"
     assert "alert" not in html.partition("<script")[2] and "&lt;script&gt;" in html
-
-
-def test_csv_has_no_formula(evil_runs):
-    text = render.as_csv(sections_of(evil_runs)[0])
-    for row in csv.reader(io.StringIO(text)):
-        assert not [cell for cell in row if cell.startswith(("=", "+", "@")) or re.match(r"-\D", cell)]
-    assert escape.csv_cell(-1.5) == -1.5  # a number is no formula
 
 
 def test_latex_has_no_command_of_theirs_and_plain_labels(evil_runs):

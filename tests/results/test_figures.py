@@ -18,7 +18,6 @@ from utils.runs.paths import RunPaths
 matplotlib = pytest.importorskip("matplotlib")
 
 from matplotlib import rc_context  # noqa: E402 - it needs matplotlib
-from matplotlib.figure import Figure  # noqa: E402 - it needs matplotlib
 from matplotlib.text import Text  # noqa: E402 - it needs matplotlib
 
 from utils.results import drawing, figures  # noqa: E402 - it needs matplotlib
@@ -89,9 +88,7 @@ def test_a_group_looks_the_same_in_every_picture(two_seeds, tmp_path):
 
 
 def test_no_axis_counts_from_zero(two_seeds):
-    (group,) = two_seeds.groups
-    for figure in (figures.accuracy_curves(two_seeds, "sample"), figures.entropies(group, ["sample"])):
-        assert figure.axes[0].get_xlim()[0] >= 0.5
+    assert figures.accuracy_curves(two_seeds, "sample").axes[0].get_xlim()[0] >= 0.5
 
 
 def test_letters_that_no_font_has_are_boxes_without_a_warning(tmp_path):
@@ -142,16 +139,6 @@ def test_confusion_shows_the_share_of_each_true_task(two_seeds):
     np.testing.assert_allclose(shares, 100 * counts / counts.sum(axis=1, keepdims=True))
 
 
-def test_entropy_of_a_module_that_was_never_chosen_is_left_out():
-    axes = Figure().add_subplot()
-    figures._entropy_points(
-        axes, [{"right": [1.0, None], "wrong": [None, 2.0]}, {"right": [3.0, None], "wrong": [None, None]}]
-    )
-    right, wrong = (container[0].get_ydata() for container in axes.containers)
-    np.testing.assert_array_equal(right, [2.0, np.nan])
-    np.testing.assert_array_equal(wrong, [np.nan, 2.0])
-
-
 def test_all_pictures_of_a_section_as_png_and_pdf_and_on_one_page(two_seeds, tmp_path, capsys):
     out, page = tmp_path / "out", tmp_path / "page.html"
     places = [tmp_path / f"{name}.json" for name in "ab"]
@@ -161,7 +148,7 @@ def test_all_pictures_of_a_section_as_png_and_pdf_and_on_one_page(two_seeds, tmp
         path.write_text(json.dumps(values))
     assert report_command.main([*map(str, places), "--out", str(out), "--html", str(page)]) == 0
     pngs = sorted(path for path in out.iterdir() if path.suffix == ".png")
-    for what in ("accuracy-sample", "accuracy-batch", "sparsity", "matrix", "confusion", "entropy"):
+    for what in ("accuracy-sample", "accuracy-batch", "matrix", "confusion"):
         assert any(what in path.name for path in pngs)
     for path in pngs:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -204,5 +191,5 @@ def test_without_matplotlib_the_tables_are_made_all_the_same(without_matplotlib,
     logs = Path(finished_run.config["log_dir"])
     assert report_command.main([str(logs), "--out", str(out), "--html", str(page)]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert sorted(path.suffix for path in out.iterdir()) == [".csv", ".csv", ".csv", ".md", ".tex"]
+    assert sorted(path.suffix for path in out.iterdir()) == [".md", ".tex"]
     assert "<table>" in page.read_text(encoding="utf-8")

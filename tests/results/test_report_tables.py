@@ -1,7 +1,5 @@
 """Tables over runs: worked by hand, comparable or apart, and in every format."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -222,16 +220,6 @@ def test_on_a_narrow_screen_the_labels_of_a_row_share_one_cell(tmp_path):
     assert ".label { display: none; }" in narrow and ".short { display: table-cell;" in narrow
 
 
-def test_csv_holds_unrounded_numbers_and_the_seeds(tmp_path):
-    write(tmp_path, run_values(1, last=60.0), run_values(2, last=61.0), run_values(1, model="simplecil"))
-    rows = list(csv.DictReader(io.StringIO(render.as_csv(sections_of(tmp_path)[0]))))
-    sample = next(row for row in rows if row["method"] == "tosca" and row["selection"] == "sample")
-    assert (sample["last_mean"], float(sample["last_std"])) == ("60.5", pytest.approx(math.sqrt(0.5)))
-    assert (sample["seeds"], sample["seed_list"], sample["status"]) == ("2", "1 2", "finished")
-    baseline = next(row for row in rows if row["method"] == "simplecil")
-    assert (baseline["flow"], baseline["last_std"], baseline["selecting_mean"]) == ("", "", "")
-
-
 def test_markdown_rows_have_as_many_cells_as_the_head(tmp_path):
     write(tmp_path, run_values(1, precision="a|b"), run_values(1, precision="c"))
     text = render.as_markdown(sections_of(tmp_path)[0])
@@ -271,7 +259,7 @@ def test_report_writes_all_files_and_names_what_it_skipped(tmp_path, capsys):
     for name in ("torn", "foreign", "list", "nan", "cost", "costs", "shape"):
         lines = [line for line in told.splitlines() if line.startswith("skipped") and f"{name}.json" in line]
         assert len(lines) == 1
-    names = ["comparisons.csv", "cost.csv", "tables.csv", "tables.md", "tables.tex"]
+    names = ["tables.md", "tables.tex"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert str(out / "tables.tex") in told
     assert "torn.json" in page.read_text(encoding="utf-8")
@@ -312,8 +300,6 @@ def test_costs_stand_twice_each_with_its_account(tmp_path, capsys):
     assert [published[-4:-1], spent[-1], published[-1]] == [["–"] * 3, "2", "2"]
     tex = render.as_latex([found])
     assert r"as spent here & 2.000 $\pm$ 1.414" in tex and r"as published & -- & 101.0 $\pm$ 1.4" in tex
-    (row,) = csv.DictReader(io.StringIO(render.cost_csv([found])))
-    assert (row["Eval (ms/smp) mean"], row["Eval (ms/smp) as published mean"]) == ("3.0", "101.0")
 
 
 def test_names_of_pictures_and_legends_hang_on_the_runs_alone(tmp_path):

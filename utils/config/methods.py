@@ -108,7 +108,9 @@ def read_method(path: Path) -> Method | None:
     if node is None:
         return None
     names = {kind.__name__: kind for kind in (Method, Key, Selection, bool, int, float, str, tuple)}
-    method: Method = eval(compile(ast.Expression(node), str(path), "eval"), {"__builtins__": {}, **names})
+    method: Method = eval(
+        compile(ast.Expression(node), f"<METHOD of {path.name}>", "eval"), {"__builtins__": {}, **names}
+    )
     return replace(method, module=f"{path.parent.name}.{path.stem}")
 
 

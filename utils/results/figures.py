@@ -17,7 +17,6 @@ from utils.results.drawing import (
     domain_names,
     draw_line,
     finish_curves,
-    horizontal_grid,
     name_ticks,
     one_panel,
     panel_grid,
@@ -25,7 +24,6 @@ from utils.results.drawing import (
     task_word,
 )
 from utils.results.metrics import selection_name
-from utils.results.prediction_figures import draw_predictions
 from utils.results.tables import Group, Section
 from utils.words import fixed
 
@@ -70,26 +68,6 @@ def accuracy_curves(section: Section, selection: str) -> Figure | None:
         _draw_lines(axes, section, kept)
         axes.set_title(f"selection: {selection_name(selection)}, {_seeds(section)}{_left_out(kept, shown)}")
         _finish_by_task(axes, section, "accuracy on all classes seen (%)")
-    return figure
-
-
-def sparsity_curves(section: Section) -> Figure | None:
-    """Share of each task's LuCA parameters with |θ| < 1e-3; None: no method here has any."""
-    shown = []
-    for place, group in enumerate(section.groups):
-        if all(run.values["sparsity"] for run in group.runs):
-            shares = 100 * np.array([run.values["sparsity"] for run in group.runs])
-            shown.append(_Curves(place, group.name, True, shares))
-    if not shown:
-        return None
-    with rc_context(RC):
-        figure, axes = one_panel()
-        kept = shown[:MAX_LINES]
-        _draw_lines(axes, section, kept)
-        left = f" ({len(kept)} of {len(shown)} shown)" if len(kept) < len(shown) else ""
-        axes.set_title(f"weight sparsity of each task's module, {_seeds(section)}{left}")
-        _finish_by_task(axes, section, "parameters with |θ| < 0.001 (%)")
-        axes.set_ylim(0, min(101, 1.05 * axes.dataLim.y1) or 1)
     return figure
 
 
@@ -196,47 +174,6 @@ def _matrix(axes: Axes, values: np.ndarray) -> Any:
     return image
 
 
-# -- entropy ----------------------------------------------------------------------------------------------------------
-
-
-def entropies(group: Group, selections: Sequence[str]) -> Figure:
-    """Mean entropy of each module where it was the right choice and where it was not, ± std over seeds."""
-    with rc_context(RC):
-        figure = Figure(figsize=(0.6 + 2.9 * len(selections), 2.9), layout="constrained")
-        panes = figure.subplots(1, len(selections), squeeze=False, sharey=True).ravel()
-        for axes, name in zip(panes, selections, strict=True):
-            _entropy_points(axes, [run.values["entropy"][name] for run in group.runs])
-            name_ticks(axes.xaxis, domain_names([run.values for run in group.runs]))
-            axes.set_title(selection_name(name))
-            axes.set_xlabel("module")
-        panes[0].set_ylabel("mean entropy (nats)")
-        figure.legend(*panes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def _entropy_points(axes: Axes, of_runs: Sequence[dict[str, list[float | None]]]) -> None:
-    """Points, not bars: the entropies lie close together, far from zero."""
-    looks: dict[str, Any] = {
-        "right": {"marker": "o", "color": "black"},
-        "wrong": {"marker": "s", "color": "#666666", "mfc": "white"},
-    }
-    for side, (choice, look) in zip((-0.12, 0.12), looks.items(), strict=True):
-        values = np.array([run[choice] for run in of_runs], dtype=float)  # None: nan, never chosen so
-        modules = np.arange(1, values.shape[1] + 1)
-        chosen = ~np.isnan(values)
-        counts = chosen.sum(axis=0)
-        mean = np.where(counts > 0, np.where(chosen, values, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)
-        squares = np.where(chosen, (values - mean) ** 2, 0).sum(axis=0)
-        std = np.where(counts > 1, np.sqrt(squares / np.maximum(counts - 1, 1)), np.nan)
-        label = f"{choice} choice"
-        axes.errorbar(
-            modules + side, mean, std, linestyle="", markersize=6, elinewidth=1, capsize=3, label=label, **look
-        )
-    axes.set_xlim(0.5, len(of_runs[0]["right"]) + 0.5)
-    horizontal_grid(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-
-
 # -- a whole section --------------------------------------------------------------------------------------------------
 
 
@@ -249,9 +186,6 @@ def draw_section(section: Section, folder: Path) -> dict[str, list[tuple[str, Pa
         if figure := accuracy_curves(section, name):
             caption = f"Accuracy after each {word}, selection: {selection_name(name)}{_spread(section)}"
             drawn[""].append((caption, save_both(figure, folder / f"{section.key}-accuracy-{name}")))
-    if figure := sparsity_curves(section):
-        caption = f"Share of the parameters of each {word}'s module with |θ| < 0.001"
-        drawn[""].append((caption, save_both(figure, folder / f"{section.key}-sparsity")))
     for group in section.groups:
         drawn[group.name] = _draw_group(group, folder / f"{section.key}-{group.key}")
     return drawn
@@ -269,9 +203,4 @@ def _draw_group(group: Group, stem: Path) -> list[tuple[str, Path]]:
         drawn.append(
             (f"Which module was chosen for the images of each {word}", save_both(figure, Path(f"{stem}-confusion")))
         )
-    drawn += draw_predictions(group, stem)
-    if known := [n for n in names[:2] if all(n in run.values["entropy"] for run in group.runs)]:
-        figure = entropies(group, known)
-        caption = "Mean entropy of each module's answers where it was the right choice and where it was not"
-        drawn.append((caption, save_both(figure, Path(f"{stem}-entropy"))))
     return drawn

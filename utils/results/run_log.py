@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils import module
 from utils.config.config import Config
 from utils.config.grid import SweepCell
 from utils.config.methods import SELECTIONS
@@ -16,9 +17,6 @@ from utils.logs import FILE_ONLY
 from utils.results import metrics
 from utils.results.cost import cost_summary
 from utils.results.metrics import GLOSSARY, SELECTION_NAMES
-from utils.results.read import Run
-from utils.results.render import as_text
-from utils.results.tables import make_sections
 from utils.runs.manifest import BaseFacts, EpochStats, TaskRecord
 from utils.words import counted, fixed, task_place
 
@@ -175,8 +173,9 @@ def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
 def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]], done: int) -> None:
     """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
     selection = cells[0].config.selection
-    sections, _ = make_sections([Run(run) for run in runs])
-    for line in as_text(sections, [selection, "sample", "oracle"]).splitlines():
+    read, tables, render = (module(f"utils.results.{name}") for name in ("read", "tables", "render"))
+    sections, _ = tables.make_sections([read.Run(run) for run in runs])
+    for line in render.as_text(sections, [selection, "sample", "oracle"]).splitlines():
         log.info("%s", line)
     if done == len(runs) and runs:
         log.info("Sweep: %s, all finished already: nothing to do; --fresh starts them over", counted(done, "run"))
