@@ -14,11 +14,10 @@ from utils.files import atomic_write, output_file
 from utils.results import page, render
 from utils.results.cells import HasTable
 from utils.results.comparison import Differences, make_comparisons
-from utils.results.cost import make_cost_tables
 from utils.results.escape import terminal
 from utils.results.metrics import SELECTION_NAMES
 from utils.results.read import newest_of_each, read_runs
-from utils.results.tables import Section, make_sections
+from utils.results.tables import Section, make_cost_tables, make_sections
 
 
 def main(argv: Sequence[str] | None = None) -> int:

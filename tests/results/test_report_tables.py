@@ -13,10 +13,10 @@ from PIL import Image
 import report
 from utils.results import escape, page, render
 from utils.results.cells import MeanStd, interval_text
-from utils.results.cost import COLUMNS, PUBLISHED_COLUMNS, make_cost_tables
+from utils.results.cost import COLUMNS, PUBLISHED_COLUMNS
 from utils.results.metrics import GLOSSARY
 from utils.results.read import newest_of_each, read_runs
-from utils.results.tables import glossary_markdown, make_sections
+from utils.results.tables import glossary_markdown, make_cost_tables, make_sections
 
 
 def run_values(
