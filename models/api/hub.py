@@ -10,7 +10,7 @@ from utils.config.config import KEYS
 from utils.config.keys import REQUIRED
 from utils.config.methods import Method
 from utils.errors import CheckpointError, UserError
-from utils.files import expanded
+from utils.files import expanded, open_regular, partial_path, replacing
 from utils.results.metrics import selection_name
 from utils.results.record import run_json
 from utils.runs.checkpoint import MANIFEST
@@ -80,10 +80,13 @@ def save_pretrained(model: "ContinualClassifier", folder: str | Path) -> Path:
     model.save(folder)
     weights = model.config.backbone_weights
     try:
+        kept = folder / f"{WEIGHTS}{Path(weights).suffix}" if weights else None
+        if weights and kept:  # read before anything goes: the weights may be this folder's own
+            with replacing(kept, partial_path(kept)) as file, open_regular(expanded(weights)) as source:
+                shutil.copyfileobj(source, file)
         for old in folder.glob(f"{WEIGHTS}.*"):
-            old.unlink()
-        if weights:
-            shutil.copyfile(expanded(weights), folder / f"{WEIGHTS}{Path(weights).suffix}")
+            if old != kept:
+                old.unlink()
         (folder / CARD).write_text(model_card(model), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read or written ({error.strerror})") from error

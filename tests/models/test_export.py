@@ -248,6 +248,10 @@ def test_the_backbones_file_goes_with_the_model(finished_run, tmp_path, saved):
     loaded = ContinualClassifier.from_pretrained(folder)
     assert loaded.config.backbone_weights == str(folder / "backbone.pth")
     assert torch.equal(loaded.predict(images(4)).probabilities, saved.predict(images(4)).probabilities)
+    before = (folder / "backbone.pth").read_bytes()
+    assert loaded.save_pretrained(folder) == folder  # over itself
+    assert [path.name for path in folder.glob("*backbone*")] == ["backbone.pth"]
+    assert (folder / "backbone.pth").read_bytes() == before
 
 
 def test_the_card_holds_data_protocol_every_selection_and_the_command(saved, finished_run, tmp_path):
