@@ -40,10 +40,11 @@ def test_with_too_few_shared_seeds_nothing_is_tested(count):
     assert (difference.count, difference.p_t, difference.p_wilcoxon, difference.half_width) == (count, None, None, None)
 
 
-def test_differences_that_do_not_vary_are_certain():
-    assert paired([60.0, 61.0, 62.0], [60.0, 61.0, 62.0]).p_t == 1.0
-    assert paired([60.0, 61.0, 62.0], [60.0, 61.0, 62.0]).p_wilcoxon == 1.0
-    assert paired([60.3, 61.3, 62.3], [60.0, 61.0, 62.0]).p_t == 0.0
+@pytest.mark.parametrize("first", [[60.0, 61.0, 62.0], [60.3, 61.3, 62.3]])
+def test_differences_that_do_not_vary_are_one_observation_and_not_testable(first):
+    difference = paired(first, [60.0, 61.0, 62.0])
+    assert (difference.count, difference.p_t, difference.p_wilcoxon, difference.half_width) == (3, None, None, None)
+    assert difference.mean == pytest.approx(first[0] - 60)
 
 
 def test_values_that_cannot_be_paired_are_refused():

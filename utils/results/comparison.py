@@ -98,12 +98,14 @@ class Comparison:
             "Bold: the best of its column. Underlined: not significantly worse (paired t test over shared seeds, "
             f"Holm's correction over all comparisons of the measure, p ≥ {ALPHA})."
         )
-        few = sum(pair.difference.p_t is None for pair in self.pairs)
+        few = sum(pair.difference.count < MIN_PAIRS for pair in self.pairs)
         if few:
             yield (
                 f"Too few seeds: {few} of {len(self.pairs)} comparisons have fewer than {MIN_PAIRS} shared seeds; "
                 "nothing is said about them."
             )
+        if alike := sum(pair.difference.p_t is None for pair in self.pairs) - few:
+            yield f"Not testable: {alike} of {len(self.pairs)} differences are the same for every seed."
         tested = [pair.difference.count for pair in self.pairs if pair.difference.p_t is not None]
         if tested and smallest_wilcoxon_p(max(tested)) >= ALPHA:
             yield (

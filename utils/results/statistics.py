@@ -20,9 +20,9 @@ class Difference:
     Attributes:
         count: how many seeds both have.
         mean: the mean of (first − second); None without a shared seed.
-        half_width: of the 95 % t interval around ``mean``; None below ``MIN_PAIRS`` shared seeds.
-        p_t: two-sided p value of the paired t test; None below ``MIN_PAIRS`` shared seeds.
-        p_wilcoxon: two-sided p value of Wilcoxon's signed-rank test; None below ``MIN_PAIRS`` shared seeds.
+        half_width: of the 95 % t interval around ``mean``; None below ``MIN_PAIRS`` seeds or if no difference varies.
+        p_t: two-sided p value of the paired t test; None below ``MIN_PAIRS`` seeds or if no difference varies.
+        p_wilcoxon: two-sided p value of Wilcoxon's signed-rank test; None where ``p_t`` is.
     """
 
     count: int
@@ -59,24 +59,12 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     mean = float(differences.mean())
     if count < MIN_PAIRS:
         return Difference(count, mean)
-    return Difference(count, mean, half_width(differences.tolist()), _p_t(differences), _p_wilcoxon(differences))
-
-
-def _p_t(differences: np.ndarray) -> float:
-    """Two-sided p of the paired t test; differences that do not vary leave nothing to chance."""
-    if not np.ptp(differences):
-        return 1.0 if differences[0] == 0 else 0.0
+    if not np.ptp(differences):  # seeds that cannot differ are one observation, however many they are: not testable
+        return Difference(count, mean)
     from scipy import stats
 
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
-def _p_wilcoxon(differences: np.ndarray) -> float:
-    if not differences.any():
-        return 1.0
-    from scipy import stats
-
-    return float(stats.wilcoxon(differences).pvalue)
+    p_t, p_wilcoxon = stats.ttest_1samp(differences, 0.0).pvalue, stats.wilcoxon(differences).pvalue
+    return Difference(count, mean, half_width(differences.tolist()), float(p_t), float(p_wilcoxon))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
