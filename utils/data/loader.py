@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from utils.errors import DataError
 
+_PATIENCE = 1.0  # seconds that a thread has to end; what waits for a dead disk is left behind
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from utils.data.loader import serve; serve(int(sys.argv[1]))"
 
@@ -78,13 +79,17 @@ def load_ahead(
 
 
 class _Thread:
-    """A thread that does one job after another. It is a daemon: if it waits for a dead disk, that holds no exit."""
+    """A thread that does one job after another. It is a daemon: if it waits for a dead disk, that holds no exit.
+
+    Any other is waited for: a thread that is within PyTorch while Python shuts down aborts the process.
+    """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self._work, self._stopped = work, False
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def send(self, job: object) -> None:
         self._jobs.put(job)
@@ -95,6 +100,7 @@ class _Thread:
     def stop(self) -> None:
         self._stopped = True
         self._jobs.put(None)
+        self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         while True:
