@@ -177,14 +177,14 @@ def test_pictures_name_the_domains_where_all_runs_have_the_same_order(finished, 
         (group,) = section.groups
         curves = figures.accuracy_curves(section, "sample").axes[0]
         matrix, chosen = figures.accuracy_matrices(group, ["sample"]), figures.confusions(group, ["sample"])
-        return curves, matrix.axes[0], chosen.axes[0], figures.entropies(group, ["sample"]).axes[0]
+        return curves, matrix.axes[0], chosen.axes[0]
 
     def names(axis):
         return [label.get_text() for label in axis.get_ticklabels()]
 
-    curves, matrix, chosen, entropies = panes(found)
+    curves, matrix, chosen = panes(found)
     assert curves.get_xlabel() == matrix.get_ylabel() == "after domain" and chosen.get_ylabel() == "true domain"
-    for axis in (curves.xaxis, matrix.xaxis, matrix.yaxis, chosen.xaxis, chosen.yaxis, entropies.xaxis):
+    for axis in (curves.xaxis, matrix.xaxis, matrix.yaxis, chosen.xaxis, chosen.yaxis):
         assert names(axis) == order
     assert list(matrix.get_xticks()) == [0, 1, 2] and list(curves.get_xticks()) == [1, 2, 3]
     assert names(figures.run_curves(found).axes[0].xaxis) == order
