@@ -37,8 +37,7 @@ from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.hardware import float32_default
 from utils.logs import epoch_bar
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import read_run
+from utils.runs.checkpoint import CheckpointFolder, read_run
 from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
 from utils.words import task_place
 
