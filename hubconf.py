@@ -13,6 +13,7 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tqdm"]
 
 _HERE = Path(__file__).resolve().parent
 _OWN = ("trainer", "models", "backbone", "utils")  # top-level names that the caller's project may have as well
+_LATER = ("models.api.hub", "models.api.export")  # imported when they are needed, which is after the window below
 
 
 def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | None = None) -> "ContinualClassifier":
@@ -25,9 +26,6 @@ def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | No
 
     Returns:
         a ``models.ContinualClassifier``: ``predict``, ``learn``, ``save``.
-
-    Raises:
-        UserError: one line that says what is wrong with checkpoint or weights.
     """
     load = _models().ContinualClassifier.load
     return cast("ContinualClassifier", load(checkpoint, backbone_weights=backbone_weights, device=device))
@@ -47,7 +45,7 @@ def _models() -> ModuleType:
     """Our package ``models``, loaded beside whatever the caller's project calls ``utils``, ``models`` and so on.
 
     For the import alone our modules stand under their names; then the caller's take their places back, and ours live
-    on through what they import from each other (nothing of ours is imported later than that).
+    on through what they import from each other. Those that are imported later are asked for within, once.
     """
     kept = f"tosca_hub:{_HERE}"  # a second load answers with the same classes
     if kept in sys.modules:
@@ -58,6 +56,9 @@ def _models() -> ModuleType:
     sys.path.insert(0, str(_HERE))
     try:
         sys.modules[kept] = importlib.import_module("models")
+        methods = [f"models.{path.stem}" for path in (_HERE / "models").glob("[!_]*.py")]
+        for name in (*_LATER, *methods):
+            importlib.import_module("utils").module(name)
     finally:
         sys.path.remove(str(_HERE))
         _taken_out()

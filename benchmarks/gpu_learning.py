@@ -146,6 +146,9 @@ class Projection:
     normalize: bool = False
     pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
+    flops: int = 0
+    whole_flops: int = 0
+    forward_ms: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
         pixels = (images.to(self.device).float() / 255 - 0.5).flatten(1)

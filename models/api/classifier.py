@@ -28,7 +28,7 @@ from models.registry import load_learner, make_learner, training_features
 from models.selection import ModularLearner
 from models.task_data import BankTask
 from utils.config.config import Config, make_config
-from utils.data.given import GivenImages, Images, sources_of
+from utils.data.given import GivenImages, Images, checked_labels, sources_of
 from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
 from utils.data.tasks import TaskStream, next_task
@@ -40,7 +40,7 @@ from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
-from utils.words import counted, task_place
+from utils.words import task_place
 
 __all__ = ["ContinualClassifier", "Predictions"]
 
@@ -97,12 +97,9 @@ class ContinualClassifier(Predictor):
             NumericError: training diverged; what was learned before is unchanged.
         """
         sources = sources_of(images)
-        if len(sources) != len(labels):
-            raise DataError(f"{counted(len(sources), 'image')} but {counted(len(labels), 'label')}")
         if not sources:
             raise DataError("there is no image to learn from")
-        if bad := [label for label in labels if not isinstance(label, str) or not label]:
-            raise DataError(f"labels are class names, got {bad[0]!r}")
+        labels = checked_labels(labels, len(sources))
         if not self.config.method.continual:
             raise ConfigError(f"{self.config.model_name} needs the data of all tasks; it cannot learn a task alone")
         if self._learned.domains and domain is None:

@@ -17,7 +17,7 @@ from models.evaluation import class_scores
 from models.registry import make_learner
 from models.selection import ModularLearner
 from utils.config.config import Config
-from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
+from utils.data.given import Images, ImageSource, as_image, checked_top_k, loaded_ahead, numbered, sources_of
 from utils.data.images import MAX_PIXELS
 from utils.data.transforms import Transforms
 from utils.errors import BackboneError, DataError
@@ -139,10 +139,10 @@ class Predictor:
             DataError: an image that cannot be read, or a tensor or array of another form.
             ConfigError: a selection that the method lacks, or one such as ``batch`` that looks at several images.
         """
-        selection = self._checked(selection)
-        sources = sources_of(images)
-        starts = range(0, len(sources), self.batch_size)
-        batches = ([self._pixels(source) for source in sources[start : start + self.batch_size]] for start in starts)
+        selection, top_k = self._checked(selection), checked_top_k(top_k)
+        sources, size = sources_of(images), self.batch_size
+        starts = range(0, len(sources), size)
+        batches = (numbered(sources[start : start + size], self._pixels, start) for start in starts)
         parts = [self._answer(pixels, top_k, selection) for pixels in batches]
         empty = torch.empty(0, self.backbone.feature_dim, device=self.backbone.device)
         return Predictions.joined(parts) if parts else self.classify_features(empty, top_k, selection)
@@ -193,7 +193,7 @@ class Predictor:
     @torch.no_grad()
     def classify_features(self, features: Tensor, top_k: int = 5, selection: str | None = None) -> Predictions:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
-        selection = self._checked(selection)
+        selection, top_k = self._checked(selection), checked_top_k(top_k)
         answer = self.learner.answer(features, selection)
         probabilities = class_scores(answer.scores, self._learned.row_class).softmax(dim=1)
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)

@@ -64,7 +64,7 @@ def test_a_feature_that_is_not_finite_names_the_image_and_the_bank_keeps_the_res
 
     def broken(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         features = real(self, images).clone()
-        calls[0] += 1
+        calls[0] += len(images) > 1  # one image alone is asked what it costs
         if calls[0] == 2:
             features[1, 3] = value
         return features

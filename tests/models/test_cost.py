@@ -10,6 +10,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from backbone import flops
+from backbone.create import create_model
 from backbone.forward import plain_features
 from backbone.luca import make_luca
 from backbone.vit import Backbone
@@ -20,7 +22,6 @@ from models.cost import (
     luca_flops,
     step_flops,
     training_flops,
-    whole_forward_flops,
 )
 from tests.conftest import tiny_config
 from utils.data.tasks import Task
@@ -29,6 +30,10 @@ from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PEAK_MB, PU
 
 DIM, ROWS, HIDDEN = 768, 10, 48
 PRODUCT = 2 * DIM * HIDDEN  # one product of a feature with a bottleneck's weights: two for a multiply-add
+
+
+def whole_forward_flops(name: str, image_size: int) -> int:
+    return flops.whole_forward_flops(create_model(name, image_size), image_size)
 
 
 def test_a_luca_is_four_products_with_its_bottlenecks():
