@@ -46,12 +46,8 @@ def _sources_of_array(images: Tensor | Array) -> Sequence[ImageSource]:
         raise DataError(f"an array of type {images.dtype} holds no pixels; give paths and images as a list")
     if len(shape) == 4 and shape[3] == 3 != shape[1]:
         return list(images)
-    if (
-        len(shape) == 3 and 3 not in shape[:2] and shape[2] > 4
-    ):  # a fourth or a first channel would look like a thin image
-        return list(images)
-    if len(shape) == 3 and 3 not in shape[:2] and shape[2] == 3:
-        return [images]
+    if len(shape) == 3 and 3 not in shape[:2] and (shape[2] == 3 or shape[2] > 4):  # else it may be four channels
+        return [images] if shape[2] == 3 else list(images)
     raise DataError(
         f"a batch is (images, H, W, 3) or (images, H, W), one image (H, W, 3), got an array of shape {shape}, which is "
         "not surely one of them; give a list of images"

@@ -174,11 +174,14 @@ class FeatureFile:
         description = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
         np.lib.format.write_array_header_1_0(self._file, description)
 
-    def write(self, features: npt.NDArray[np.float32]) -> None:
-        """Append ``(images, dim)``."""
+    def write(self, features: npt.NDArray[np.float32] | None, there: Sequence[bool]) -> None:
+        """Append a row for each of ``there``: the next one of ``features`` where it is true, else NaN."""
+        rows = np.full((len(there), self.dim), np.nan, dtype="<f4")
+        if features is not None:
+            rows[np.asarray(there)] = features
         with self._said():
-            self._file.write(features.astype("<f4").tobytes())
-        self.rows += len(features)
+            self._file.write(rows.tobytes())
+        self.rows += len(rows)
 
     def __exit__(self, *error: Any) -> None:
         with self._said():
