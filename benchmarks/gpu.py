@@ -4,12 +4,13 @@
     python -m benchmarks.gpu --device cpu --small   # the same lines at toy sizes: do they run?
 
 Weights are random, images are made, nothing is downloaded. *Forward*: images a second on pixels that lie on the device,
-timm's own modules in fp32 and under bf16 autocast beside this project's forward pass, with the smallest cosine to timm's fp32. *Loading*: views a second that come out of the loaders, and out of the whole
-pipeline from files to the bank, against the forward pass. *Copies*: batches that start in the memory of the host, one
-after the other as the pipeline does it (copy, forward, features back, next), against a copy in a second stream while
-the batch before it is computed. *Steps*: LuCA's training step by autograd, as the project does it, and recorded as a
-CUDA graph. *Run*: ``main.py``'s own path over 20 tasks of 5 classes and 50,000 training images, on a bank that is made
-by a random projection. *Memory*: the most that tensors took on the device, on a CPU the most that the process took.
+timm's own modules in fp32 and under bf16 autocast beside this project's forward pass, with the smallest cosine to
+timm's fp32. *Loading*: views a second that come out of the loaders, and out of the whole pipeline from files to the
+bank, against the forward pass. *Copies*: batches that start in the memory of the host, one after the other as the
+pipeline does it (copy, forward, features back, next), against a copy in a second stream while the batch before it is
+computed. *Steps*: LuCA's training step by autograd, as the project does it, and recorded as a CUDA graph. *Run*:
+``main.py``'s own path over 20 tasks of 5 classes and 50,000 training images, on a bank that is made by a random
+projection. *Memory*: the most that tensors took on the device, on a CPU the most that the process took.
 """
 
 import argparse
