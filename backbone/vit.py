@@ -105,7 +105,8 @@ class Backbone:
         with self._building:
             if self.ready is None:
                 assert self.build is not None
-                self.ready = self.build().features.to(self.device)
+                with torch.inference_mode(False):  # also at a call: its tensors can be copied and exported later
+                    self.ready = self.build().features.to(self.device)
             return self.ready
 
     @property

@@ -154,7 +154,8 @@ class Projection:
         pixels = (images.to(self.device).float() / 255 - 0.5).flatten(1)
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(pixels.shape[1], self.feature_dim, generator=generator) / pixels.shape[1] ** 0.5
-        return pixels @ weight.to(self.device)
+        features: Tensor = pixels @ weight.to(self.device)
+        return features
 
 
 def made_images(problem: Problem) -> Dataset:
