@@ -40,6 +40,7 @@ from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import RunManifest, TaskRecord
+from utils.seeds import float32_by_default
 from utils.words import task_place
 
 __all__ = ["ContinualClassifier", "Predictions"]
@@ -52,6 +53,7 @@ class ContinualClassifier(Predictor):
     """
 
     @classmethod
+    @float32_by_default()
     def load(
         cls, folder: str | Path, *, backbone_weights: str | Path | None = None, device: str | None = None
     ) -> "ContinualClassifier":
@@ -175,6 +177,7 @@ class ContinualClassifier(Predictor):
         }
 
     @classmethod
+    @float32_by_default()
     def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
         """The object whose ``state`` this is; the backbone's weights are read again, and must be the same.
 
@@ -215,7 +218,8 @@ class ContinualClassifier(Predictor):
 
 def _load_same_backbone(config: Config, manifest: RunManifest, device: torch.device) -> Backbone:
     try:
-        backbone = load_backbone(config, device, resolve_cache_dir(config.cache_dir))
+        cache_dir = resolve_cache_dir(config.cache_dir)  # of the run's machine, which may be another one
+        backbone = load_backbone(config, device, cache_dir if cache_dir and cache_dir.is_dir() else None)
     except BackboneError as error:
         if config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None
