@@ -412,11 +412,12 @@ def test_a_random_vit_is_the_same_one_every_time_and_leaves_the_generator_alone(
 
 
 def test_the_callers_default_type_is_not_that_of_the_weights(finished_run):
-    image, expected = np.zeros((8, 8, 3), dtype=np.uint8), load().weights_sha256
+    config = tiny_config(backbone_type="deit_tiny_patch16_224")  # tests/conftest.py builds the other one once
+    image, expected = np.zeros((8, 8, 3), dtype=np.uint8), load_backbone(config, CPU).weights_sha256
     answer = ContinualClassifier.load(finished_run.checkpoints).predict(image)
     torch.set_default_dtype(torch.float64)
     try:
-        assert load().weights_sha256 == expected
+        assert load_backbone(config, CPU).weights_sha256 == expected
         there = ContinualClassifier.load(finished_run.checkpoints).predict(image)
     finally:
         torch.set_default_dtype(torch.float32)

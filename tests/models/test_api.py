@@ -144,6 +144,7 @@ def test_what_is_no_image_is_said_with_its_number(model, source, words):
     [
         torch.zeros(3, 8, 8),
         torch.zeros(2, 8, 8, 3),
+        torch.zeros(2, 3, 8, 3),
         np.zeros((3, 8, 8), dtype=np.uint8),
         np.zeros((2, 3, 8, 8), dtype=np.uint8),
         np.zeros((2, 8, 8, 4), dtype=np.uint8),
