@@ -21,7 +21,7 @@ def test_every_config_key_stands_in_its_page_with_its_default_and_meaning():
 
 
 def test_the_glossary_is_the_programs():
-    assert glossary_markdown() in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert glossary_markdown() in (ROOT / "docs" / "outputs.md").read_text(encoding="utf-8")
 
 
 def test_every_file_that_the_documents_link_to_exists():
