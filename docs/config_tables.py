@@ -1,7 +1,4 @@
-"""What docs/config.md and docs/outputs.md take from the code's declarations; this writes it anew:
-
-    python -m docs.config_tables
-"""
+"""What docs/config.md and docs/outputs.md take from the code: ``python -m docs.config_tables`` writes it anew."""
 
 import json
 import re

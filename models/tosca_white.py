@@ -7,7 +7,7 @@ its own task apart. ``V_t·diag(w_t)·V_tᵀ`` is the shrunk covariance within t
 
 Three answers treat each image by itself: ``sample`` as in TOSCA; ``ridges``, where two ridge regressions on random
 features name the task; and ``blend``, where nothing is routed: the mean of what the regressions and the modules say,
-``½ · Σ_k log softmax(τ_k·s_k(h)) + ½ · log p(class | its task, module of that task)``. benchmarks/selection.md has the study.
+``½ · Σ_k log softmax(τ_k·s_k(h)) + ½ · log p(class | its task, module of that task)``. docs/selection.md has the study.
 """
 
 import copy

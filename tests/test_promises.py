@@ -13,14 +13,13 @@ PROMISES = re.findall(r"^- \*\*(.+?)\*\*:", (ROOT / "docs" / "promises.md").read
 
 def index() -> dict[str, list[str]]:
     """tests/promises.txt: the tests by promise."""
-    held: dict[str, list[str]] = {}
+    held, tests = dict[str, list[str]](), list[str]()
     for line in (ROOT / "tests" / "promises.txt").read_text(encoding="utf-8").splitlines():
         if line[:1] == " ":
-            held[promise].append(line.strip())
+            tests.append(line.strip())
         elif line and line[0] != "#":
-            promise = line
-            assert promise not in held, f"{promise} stands twice"
-            held[promise] = []
+            assert line not in held, f"{line} stands twice"
+            tests = held[line] = []
     return held
 
 

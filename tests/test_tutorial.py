@@ -23,7 +23,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def assert_shown(printed: str, page: str) -> None:
-    """The page's lines stand in ``printed`` in order; numbers may differ by what another version of PyTorch makes of them."""
+    """The page's lines stand in ``printed`` in order; numbers may differ between versions of PyTorch."""
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line).rstrip() for line in printed.splitlines()]
     may_skip, place = False, 0
     for expected in page.splitlines():
