@@ -86,9 +86,9 @@ def empty(folder: Path) -> None:
 
 
 def snapshot(work: Path) -> dict[str, Any]:
-    """Every file below ``work`` but logs and locks: its SHA-256, or what it says but for times."""
+    """Every file below ``work`` but logs, locks and measured times: its SHA-256, or what it says but for times."""
     found: dict[str, Any] = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.parent.name != "backbones"):
         name = _STAMP.sub("DATE", str(path.relative_to(work)))
         if path.name == MANIFEST or path.suffix == ".json":
             found[name] = _timeless(json.loads(_STAMP.sub("DATE", path.read_text(encoding="utf-8"))))
