@@ -1,4 +1,4 @@
-"""Named random streams."""
+"""Named random streams, and PyTorch's global state for a while."""
 
 import hashlib
 from collections.abc import Iterator
@@ -23,3 +23,16 @@ def fixed_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let new tensors be float32 for a while, whatever the caller's project works in."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

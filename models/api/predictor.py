@@ -15,7 +15,7 @@ from models.base import Learner, make_learner
 from models.evaluation import class_scores
 from models.modular import ModularLearner
 from utils.config.config import Config
-from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
+from utils.data.given import Images, ImageSource, as_image, checked_top_k, loaded_ahead, numbered, sources_of
 from utils.data.images import MAX_PIXELS
 from utils.data.loader import load_ahead
 from utils.data.tasks import LearnedClasses
@@ -173,10 +173,10 @@ class Predictor:
             top_k: how many classes to name for each; at most as many as there are.
             selection: how the module that answers is chosen, one of ``selections``; by default ``self.selection``.
         """
-        selection = self._checked(selection, top_k)
-        sources = sources_of(images)
-        starts = range(0, len(sources), self.batch_size)
-        batches = ([self._pixels(source) for source in sources[start : start + self.batch_size]] for start in starts)
+        selection, top_k = self._checked(selection), checked_top_k(top_k)
+        sources, size = sources_of(images), self.batch_size
+        starts = range(0, len(sources), size)
+        batches = (numbered(sources[start : start + size], self._pixels, start) for start in starts)
         parts = [self._answer(pixels, top_k, selection) for pixels in batches]
         empty = torch.empty(0, self.backbone.feature_dim, device=self.backbone.device)
         return Predictions.joined(parts) if parts else self.classify_features(empty, top_k, selection)
@@ -189,7 +189,7 @@ class Predictor:
         Yields one batch after another: the files that could be read, their answers (None if there are none), and
         the files that could not be read, each with its error.
         """
-        selection = self._checked(selection, top_k)
+        selection, top_k = self._checked(selection), checked_top_k(top_k)
         threads = forward_threads(self.backbone.device)
 
         def answer(batch: tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]) -> Predictions | None:
@@ -223,7 +223,7 @@ class Predictor:
     @torch.no_grad()
     def classify_features(self, features: Tensor, top_k: int = 5, selection: str | None = None) -> Predictions:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
-        selection, known = self._checked(selection, top_k), self._known
+        selection, top_k, known = self._checked(selection), checked_top_k(top_k), self._known
         answer = known.learner.answer(features, selection)
         probabilities = class_scores(answer.scores, known.learned.row_class).softmax(dim=1)
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
@@ -247,10 +247,8 @@ class Predictor:
         if not self.tasks:
             raise CheckpointError("nothing is learned yet: call learn(images, labels) first")
 
-    def _checked(self, selection: str | None, top_k: int) -> str:
+    def _checked(self, selection: str | None) -> str:
         self.check_learned()
-        if top_k < 1:
-            raise DataError(f"top_k must be at least 1, got {top_k}")
         if selection is not None:
             self.learner.check_selection(selection)
         return selection or self.selection
