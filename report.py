@@ -56,8 +56,8 @@ def _report(args: argparse.Namespace) -> int:
     print(render.as_text([*main_tables, *results, *costs], defined) + "\n")
     for note in (*skipped, *old, *empty):
         print(terminal(note))
-    for name, form in (("tables.md", render.MARKDOWN), ("tables.tex", render.LATEX)):
-        _write(args.out / name, "--out", render.write([*main_tables, *results, *differences, *costs], form, defined))
+    for name, markup in (("tables.md", render.MARKDOWN), ("tables.tex", render.LATEX)):
+        _write(args.out / name, "--out", render.write([*main_tables, *results, *differences, *costs], markup, defined))
     print(f"Tables: {args.out / 'tables.md'}, {args.out / 'tables.tex'}")
     pictures = [] if args.no_pictures else _draw(sections, args.out)
     if page:

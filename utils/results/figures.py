@@ -103,6 +103,27 @@ def methods_curves(section: Section) -> Figure:
             name = _best_selection(group)
             chosen = f" [{selection_name(name)}]" if group.chooses else ""
             draw_line(panes[0], place, group.name + chosen, *_curves(group, name))
+        for place in batch:
+            panes[1].set_title("batch: the order of the test set tells the task")
+            draw_line(panes[1], place, "", *_curves(kept[place], BATCH))
+        _finish(*drawn, [run.values for group in kept for run in group.runs])
+    return figure
+
+
+def selection_curves(section: Section) -> Figure | None:
+    """A panel for each selection, a line for each method that chooses by it; None: no method chooses."""
+    kept, some = _kept(section)
+    names = list(dict.fromkeys(name for group in kept if group.chooses for name in group.selections))
+    if not names:
+        return None
+    with rc_context(_RC):
+        figure, panes, _ = drawn = _panels(len(names), 3, 2.5, section.title + some)
+        for axes, name in zip(panes, names, strict=True):
+            axes.set_title(selection_name(name))
+            for place, group in enumerate(kept):
+                if group.chooses and name in group.selections:
+                    label = "" if group.name in _labels(figure) else group.name
+                    draw_line(axes, place, label, *_curves(group, name))
         _finish(*drawn, [run.values for group in kept for run in group.runs])
     return figure
 

@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """What every form shows.
+    """What every markup shows.
 
     Attributes:
         key: for labels and file names, such as ``cub-10-10``.
@@ -82,11 +82,11 @@ def interval_text(
     return f"[{signed(max(bounds[0], mean - half_width))}, {signed(min(bounds[1], mean + half_width))}]"
 
 
-# -- forms ------------------------------------------------------------------------------------------------------------
+# -- markup -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Form:
+class Markup:
     """How a kind of file writes tables: what makes text safe in it, and templates.
 
     Attributes:
@@ -114,50 +114,52 @@ class Form:
     picture: str = ""
 
 
-def write(parts: Sequence[Table | Picture], form: Form, terms: Mapping[str, str] | None = None, title: str = "") -> str:
+def write(
+    parts: Sequence[Table | Picture], markup: Markup, terms: Mapping[str, str] | None = None, title: str = ""
+) -> str:
     """Return the tables (and pictures) in their order, then the definitions of ``terms``."""
-    body = (_table(part, form) if isinstance(part, Table) else _picture(part, form) for part in parts)
-    defined = (form.definition.format(*map(form.escape, term)) for term in (terms or {}).items())
-    return form.document.format(title=form.escape(title), body="".join(body), definitions="".join(defined))
+    body = (_table(part, markup) if isinstance(part, Table) else _picture(part, markup) for part in parts)
+    defined = (markup.definition.format(*map(markup.escape, term)) for term in (terms or {}).items())
+    return markup.document.format(title=markup.escape(title), body="".join(body), definitions="".join(defined))
 
 
-def _picture(picture: Picture, form: Form) -> str:
-    if not form.picture:
+def _picture(picture: Picture, markup: Markup) -> str:
+    if not markup.picture:
         return ""
-    return form.picture.format(form.escape(picture.caption), base64.b64encode(picture.path.read_bytes()).decode())
+    return markup.picture.format(markup.escape(picture.caption), base64.b64encode(picture.path.read_bytes()).decode())
 
 
-def _table(table: Table, form: Form) -> str:
-    """Fill the form's templates; every cell is padded to the width of its column."""
-    marks = {"": "{}", "best": form.best, "close": form.close}
+def _table(table: Table, markup: Markup) -> str:
+    """Fill the templates; every cell is padded to the width of its column."""
+    marks = {"": "{}", "best": markup.best, "close": markup.close}
     lines = [tuple(map(Cell, table.header)), *table.rows]
-    texts = [[marks[cell.mark].format(form.escape(cell.text)) for cell in line] for line in lines]
+    texts = [[marks[cell.mark].format(markup.escape(cell.text)) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
 
     def row(cells: Sequence[str]) -> str:
         padded = [
-            form.label.format(text.ljust(width)) if place < table.labels else form.number.format(text.rjust(width))
+            markup.label.format(text.ljust(width)) if place < table.labels else markup.number.format(text.rjust(width))
             for place, (text, width) in enumerate(zip(cells, widths, strict=True))
         ]
-        return form.row.format(form.between.join(padded).rstrip())
+        return markup.row.format(markup.between.join(padded).rstrip())
 
-    rule = ["-" * w if i < table.labels else "-" * (w - 1) + form.rule_end for i, w in enumerate(widths)]
+    rule = ["-" * w if i < table.labels else "-" * (w - 1) + markup.rule_end for i, w in enumerate(widths)]
     head, *body = map(row, texts)
     grouped = not all(cells[0].text for cells in table.rows)
-    begins = [form.group if grouped and i and cells[0].text else "" for i, cells in enumerate(table.rows)]
-    return form.table.format(
-        title=form.escape(table.title),
+    begins = [markup.group if grouped and i and cells[0].text else "" for i, cells in enumerate(table.rows)]
+    return markup.table.format(
+        title=markup.escape(table.title),
         key=escape.plain_name(table.key),
         columns="l" * table.labels + "r" * (len(table.header) - table.labels),
         head=head,
         rule=row(rule),
         rows="".join(map("".join, zip(begins, body, strict=True))),
-        notes="".join(form.note.format(form.escape(note)) for note in table.notes),
+        notes="".join(markup.note.format(markup.escape(note)) for note in table.notes),
     )
 
 
-TEXT = Form(escape.terminal, "*{}*", "_{}_", "{title}\n{rule}{head}{rule}{rows}{rule}{notes}\n", group="\n")
-MARKDOWN = Form(
+TEXT = Markup(escape.terminal, "*{}*", "_{}_", "{title}\n{rule}{head}{rule}{rows}{rule}{notes}\n", group="\n")
+MARKDOWN = Markup(
     escape.markdown,
     "**{}**",
     "<ins>{}</ins>",  # what viewers of Markdown show underlined
@@ -168,7 +170,7 @@ MARKDOWN = Form(
     definition="- **{}**: {}\n",
     document="{body}## Definitions\n\n{definitions}",
 )
-LATEX = Form(
+LATEX = Markup(
     escape.latex,
     r"\textbf{{{}}}",
     r"\underline{{{}}}",
@@ -183,7 +185,7 @@ LATEX = Form(
     document="% \\usepackage[T1]{{fontenc}} and \\usepackage{{booktabs,graphicx}} in the preamble, then \\input this"
     " file\n\n{body}{definitions}",
 )
-HTML = Form(
+HTML = Markup(
     escape.html_text,
     "<strong>{}</strong>",
     "<ins>{}</ins>",
