@@ -163,7 +163,7 @@ def _cost_table(section: Section) -> Table:
         for images in sorted({run.values["backbone_forwards"] for run in runs}, reverse=True):
             alike = [run for run in runs if run.values["backbone_forwards"] == images]
             accounts.append((f"here, {counted(images, 'image')}", alike, ""))
-        if runs:
+        if any(name.endswith(BY_RELEASE) for run in runs for name in run.values["cost"]):
             accounts.append(("release's procedure", runs, BY_RELEASE))
         labels = [group.labels[column] for column in columns]
         for account, alike, suffix in accounts:
