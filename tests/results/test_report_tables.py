@@ -299,7 +299,7 @@ def test_costs_stand_apart_by_account_and_by_what_the_bank_held(tmp_path):
     place = table.header.index(TRAIN)
     rows = rows_of(table)
     assert [(row[2], row[place], row[-1]) for row in rows] == [
-        ("here, 48 images", "70.00", "1"), ("here, 8 images", "4.000 ± 0.000", "2"), ("release's procedure", "–", "3"),
+        ("here, 48 images", "70.00", "1"), ("here, 8 images", "4.000 ± 0.000", "2"), ("release procedure", "–", "3"),
     ]  # fmt: skip
     assert rows[2][table.header.index(EVAL_MS)] == "100.0 ± 0.0"
 
