@@ -176,8 +176,8 @@ def test_pictures_name_the_domains_where_all_runs_have_the_same_order(finished, 
         (section,), _ = make_sections([Run(values) for values in runs])
         (group,) = section.groups
         curves = figures.methods_curves(section).axes[0]
-        matrix, chosen = (draw(group, ["sample"], "") for draw in (figures.accuracy_matrices, figures.confusions))
-        return curves, matrix.axes[0], chosen.axes[0]
+        drawn = (figures.matrices(group, kind, "") for kind in ("matrix", "confusion"))
+        return curves, *(next(axes for axes in figure.axes if axes.get_xlabel()) for figure in drawn)
 
     def names(axis):
         return [label.get_text() for label in axis.get_ticklabels()]

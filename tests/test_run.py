@@ -280,7 +280,7 @@ def test_several_seeds_give_a_json_each_and_a_closing_line(finished_run, run_mai
     assert not list(outcome.checkpoints.glob("*.pth"))
     output = capsys.readouterr().out
     for name, label in (("batch", r"batch \(class order\)"), ("sample", "sample"), ("oracle", r"oracle \(true task\)")):
-        (numbers,) = re.findall(rf"\[selection: {label}\] over 3 seeds: Ā (.*) ± (.*), A_T (.*) ± (.*)", output)
+        (numbers,) = re.findall(rf" {label} +(\S+) ± (\S+) +(\S+) ± (\S+) .* 3\b", output)
         expected = []
         for key in ("average", "last"):
             values = [values["results"][name][key] for values in runs]

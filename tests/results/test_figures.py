@@ -149,17 +149,23 @@ def test_shares_of_20_and_60_are_told_apart_with_and_without_colour():
     assert light - dark > 25
 
 
-def test_confusion_shows_the_share_of_each_true_task(two_seeds):
+def test_matrices_show_mean_accuracies_and_the_shares_of_each_true_task(two_seeds):
     group = two_seeds.groups[0]
-    figure = figures.confusions(group, ["batch", "sample"], "tosca on a set")
-    panels = [axes for axes in figure.axes if axes.images and axes.get_xlabel()]
-    assert figure.get_suptitle() == "tosca on a set"
-    assert panels[0].images[0].get_cmap().name == "viridis" and panels[0].images[0].get_clim() == (0, 100)
-    assert [axes.get_title() for axes in panels] == ["batch (class order)", "sample"]
-    shares = np.asarray(panels[1].images[0].get_array())
-    np.testing.assert_allclose(shares.sum(axis=1), 100)
-    counts = np.array(group.runs[0].values["confusion"]["sample"])
-    np.testing.assert_allclose(shares, 100 * counts / counts.sum(axis=1, keepdims=True))
+    for kind in ("matrix", "confusion"):
+        figure = figures.matrices(group, kind, "tosca on a set")
+        assert figure.get_suptitle() == "tosca on a set"
+        panels = {axes.get_title(): axes for axes in figure.axes if axes.images and axes.get_title()}
+        assert list(panels) == ["batch (class order)", "sample", "lda", "ridge"]
+        (image,) = panels["sample"].images
+        assert image.get_cmap().name == "viridis" and image.get_clim() == (0, 100)  # one scale
+        shown = np.asarray(image.get_array(), dtype=float)
+        values = group.runs[0].values
+        if kind == "matrix":
+            matrix = np.array(values["results"]["sample"]["matrix"], dtype=float)
+            np.testing.assert_allclose(shown[np.tril_indices(3)], matrix[np.tril_indices(3)])
+        else:
+            counts = np.array(values["confusion"]["sample"])
+            np.testing.assert_allclose(shown, 100 * counts / counts.sum(axis=1, keepdims=True))
 
 
 def test_all_pictures_of_a_section_as_png_and_pdf_and_on_one_page(two_seeds, tmp_path, capsys):
