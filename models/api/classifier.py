@@ -36,8 +36,7 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import read_run
+from utils.runs.checkpoint import CheckpointFolder, read_run
 from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
 from utils.seeds import modes_of_a_run
 from utils.words import task_place
