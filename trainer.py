@@ -1,11 +1,12 @@
 """A run as a story: prepare data and backbone; for each seed and task learn, evaluate, save, report."""
 
 import logging
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,11 +21,11 @@ from utils import module
 from utils.cli import fault_of
 from utils.config.config import Config
 from utils.config.grid import SweepCell
-from utils.data.loader import load_ahead
+from utils.data.loader import as_done
 from utils.data.tasks import TaskStream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
-from utils.hardware import use_full_fp32
-from utils.logs import logging_to, progress
+from utils.hardware import peak_bytes, use_full_fp32
+from utils.logs import logging_to, logging_to_terminal, progress
 from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
 from utils.results import record, run_log
 from utils.results.tracker import Tracker, tracking
@@ -50,6 +51,7 @@ def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> li
     """
     runs, failed, done = list[dict[str, Any]](), list[str](), 0
     with joined_ranks() as ranks:
+        _check_jobs(cells, ranks, jobs)
         ready = _prepared(cells, ranks, failed)
         with started_over([setup.config for _, setup in ready] if fresh and ranks.first else []):
             todo = []
@@ -59,7 +61,8 @@ def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> li
                     runs += [] if kept is None else [kept]
                     todo += [(cell, setup, seed)] if kept is None else []
             done = len(runs)
-            finished = side_by_side(todo, jobs, failed) if jobs > 1 else _one_by_one(todo, failed, len(cells))
+            several = len(cells) > 1
+            finished = side_by_side(todo, jobs, failed, several) if jobs > 1 else _one_by_one(todo, failed, several)
             runs += [result for result in finished if result is not None]
     if ranks.first and len(cells) > 1:
         run_log.log_sweep(cells, runs, done)
@@ -77,39 +80,52 @@ def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> li
     """Check all cells; of several, those whose data or backbone cannot be had are added to ``failed``."""
     ready: list[tuple[SweepCell, Setup]] = []
     for cell in cells:
-        try:
+        with _told(cell.name, failed, among_others=len(cells) > 1 and ranks.count == 1):
             ready.append((cell, prepare(cell.config, ranks, ready[-1][1] if ready else None)))
-        except (DataError, BackboneError) as error:
-            if len(cells) == 1 or ranks.count > 1:
-                raise
-            log.error("%s: %s", cell.name, error)
-            failed.append(f"{cell.name}: {error}")
     return ready
 
 
-def _one_by_one(todo: Todo, failed: list[str], cells: int) -> Iterator[dict[str, Any] | None]:
+@contextmanager
+def _told(name: str, failed: list[str], *, among_others: bool) -> Iterator[None]:
+    """What keeps one of several runs from its end is told and added to ``failed``, and the others go on.
+
+    Under torchrun it is raised: the other ranks would wait in a barrier that this one does not reach.
+    """
+    try:
+        yield
+    except (DataError, BackboneError, NumericError) as error:
+        if not among_others:
+            raise
+        log.error("%s: %s", name, error)
+        failed.append(f"{name}: {error}")
+
+
+def _one_by_one(todo: Todo, failed: list[str], several: bool) -> Iterator[dict[str, Any] | None]:
     for number, (cell, setup, seed) in enumerate(todo, start=1):
-        if cells > 1:
+        if several:
             log.info("%s, seed %d (run %d of %d)", cell.name, seed, number, len(todo))
-        try:
+        with _told(_name(cell, seed), failed, among_others=several and setup.ranks.count == 1):
             yield run_seed(setup, seed)
-        except NumericError as error:
-            if cells == 1 or setup.ranks.count > 1:  # the other ranks wait in a barrier that this one would not reach
-                raise
-            failed.append(f"{cell.name}, seed {seed}: {error}")
-            log.error("%s", failed[-1])
 
 
-def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
+def _name(cell: SweepCell, seed: int) -> str:
+    return f"{cell.name}, seed {seed}".removeprefix(", ")
+
+
+def dry_run(cells: Sequence[SweepCell], *, jobs: int = 1) -> list[dict[str, Any]]:
     """Check config, data and backbone as a run does; log what would be done; write nothing but the images' hashes."""
     if world_size() > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     failed = list[str]()
+    _check_jobs(cells, ONE_RANK, jobs)
     ready = _prepared(cells, ONE_RANK, failed)
     plan = module("utils.runs.plan")
-    planned = [plan.plan(setup, wanted_features(setup.config)) for _, setup in ready]
+    process, filled = peak_bytes(), set[Path]()  # a probe builds the backbone, which takes memory of its own
+    planned = [plan.plan(setup, wanted_features(setup.config), filled) for _, setup in ready]
     if len(cells) > 1:
         plan.log_total(planned)
+    if jobs > 1:
+        plan.log_memory([setup for _, setup in ready], jobs, process)
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} cannot start: {'; '.join(failed)}")
     return planned
@@ -262,38 +278,52 @@ def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
 # -- side by side ------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(todo: Todo, jobs: int, failed: list[str]) -> Iterator[dict[str, Any] | None]:
+def _check_jobs(cells: Sequence[SweepCell], ranks: Ranks, jobs: int) -> None:
+    """Say before anything is touched why runs cannot stand side by side."""
+    wrong = {
+        "torchrun": ranks.count > 1,
+        "Windows": sys.platform == "win32",  # which hands no socket down to a process
+        "cache_dir=none": any(cell.config.cache_dir == "none" for cell in cells),
+    }
+    if jobs > 1 and (found := [name for name, is_so in wrong.items() if is_so]):
+        raise ConfigError(f"--jobs starts processes that share a feature bank; it does not go with {', '.join(found)}")
+
+
+def side_by_side(todo: Todo, jobs: int, failed: list[str], several: bool) -> Iterator[dict[str, Any]]:
     """Fill the bank here, then let each run learn in a process of its own, ``jobs`` of them at a time."""
-    for _, setup, seed in todo:
-        if setup.config.cache_dir == "none":
-            raise ConfigError("--jobs needs a feature bank that processes share; cache_dir is none")
-        setup.bank(seed).fill(wanted_features(setup.config))
-    work = [(setup.config, seed, torch.get_num_threads()) for _, setup, seed in todo]
-    os.environ["TQDM_DISABLE"] = "1"  # in the processes: there is one bar, this one
-    try:
-        results = load_ahead(run_alone, work, workers=min(jobs, len(work)), ahead=len(work) + 1, processes=True)
-        with closing(results), progress(total=len(todo), desc="Runs", unit="run") as bar:
-            for (cell, _, seed), (_, found) in zip(todo, results, strict=True):
-                bar.update()
-                log.info(
-                    "%s: %s",
-                    f"{cell.name}, seed {seed}".removeprefix(", "),
-                    found if isinstance(found, str) else "finished",
-                )
-                if isinstance(found, str):
-                    failed.append(f"{cell.name}, seed {seed}: {found}".removeprefix(", "))
-                yield None if isinstance(found, str) else found
-    finally:
-        del os.environ["TQDM_DISABLE"]
+    named = dict[tuple[Config, int], str]()
+    for cell, setup, seed in todo:
+        with _told(name := _name(cell, seed), failed, among_others=several):
+            setup.bank(seed).fill(wanted_features(setup.config))
+            named[setup.config, seed] = name
+    alone = RunAlone(torch.get_num_threads())
+    found = as_done(alone, named, workers=jobs, name=lambda _: "its result", hint="lower --jobs")
+    with closing(found), progress(total=len(named), desc="Runs", unit="run") as bar:
+        for job, result in found:
+            bar.update()
+            if isinstance(result, dict):
+                log.info("%s: finished", named[job])
+                yield result
+            else:
+                log.error("%s: %s", named[job], result)
+                failed.append(f"{named[job]}: {result}")
 
 
-def run_alone(job: tuple[Config, int, int]) -> dict[str, Any] | str | None:
-    """One seed of one config, in a process of its own: what its JSON holds, or why it stopped."""
-    config, seed, threads = job
-    torch.set_num_threads(threads)  # as in the process that would run it otherwise: its last bits are the same
-    logging.getLogger().setLevel(logging.INFO)  # for the run's own log; nothing goes to the terminal
-    use_full_fp32()
-    try:
-        return run_seed(prepare(config, ONE_RANK), seed)
-    except Exception as error:
-        return str(fault_of(error))
+@dataclass
+class RunAlone:
+    """Runs one seed of a config after another, in a process of its own."""
+
+    threads: int  # as in the process that would run them otherwise: their last bits are the same
+    before: Setup | None = None  # of the run before, whose data and backbone may serve the next
+
+    def __call__(self, job: tuple[Config, int]) -> dict[str, Any] | str | None:
+        """What the run's JSON holds, or why it stopped."""
+        config, seed = job
+        torch.set_num_threads(self.threads)
+        use_full_fp32()
+        with logging_to_terminal(shown=False):
+            try:
+                self.before = prepare(config, ONE_RANK, self.before)
+                return run_seed(self.before, seed)
+            except Exception as error:
+                return str(fault_of(error))
