@@ -1,7 +1,7 @@
 """What answers best without exemplars or order, and what each ingredient of ``tosca_white`` brings?
 
     python -m benchmarks.white --config=exps/tosca_demo.json seed=1993-1997
-    python -m benchmarks.white --config=exps/tosca_demo.json seed=1993-1997 --figure docs/selection_digits.png
+    python -m benchmarks.white --config=exps/tosca_demo.json seed=1993-1997 --figure selection_digits.png
 
 Prints two Markdown tables. The first has the answers: Ā and A_T, mean ± sample standard deviation over the seeds, the
 paired difference to RanPAC with its 95 % interval, and the calibration error. The second has the modules with one
@@ -128,8 +128,7 @@ class Curve:
         probability, answer = scores.softmax(dim=1).max(dim=1)
         hits = (answer == true).numpy()
         self.accuracy.append(float(hits.mean() * 100))
-        bins = metrics.reliability(probability.numpy(), hits)
-        self.ece.append(metrics.expected_calibration_error(bins) or 0.0)
+        self.ece.append(metrics.expected_calibration_error(probability.numpy(), hits) or 0.0)
 
     @property
     def average(self) -> float:
@@ -232,7 +231,7 @@ def draw(answers: Sequence[Curves], parts: Sequence[Curves], path: Path) -> None
     """A dot for each seed and a bar for the mean: A_T by answer, and inside the true task by ingredients."""
     from matplotlib.figure import Figure
 
-    from utils.results.drawing import save
+    from utils.results.figures import save
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
