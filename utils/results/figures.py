@@ -21,6 +21,7 @@ from utils.files import atomic_write
 from utils.results.comparison import BATCH, NOT_COMPARED, single_image
 from utils.results.escape import terminal
 from utils.results.metrics import selection_name
+from utils.results.published import Entry
 from utils.results.render import Picture
 from utils.results.tables import Group, Section
 from utils.words import counted, fixed
@@ -290,4 +291,27 @@ def draw_section(section: Section, folder: Path) -> list[Picture]:
         if chosen := [n for n in names if all(n in run.values["confusion"] for run in group.runs)]:
             caption = f"{group.name}, which module was chosen for the images of each {word}"
             add(f"{group.key}-confusion", caption, confusions(group, chosen, title))
+    return drawn
+
+
+# -- published curves -------------------------------------------------------------------------------------------------
+
+
+def draw_published(entries: Sequence[Entry], folder: Path) -> list[Picture]:
+    """For each entry with a whole curve and runs a picture, as PNG and PDF: the published one dashed behind ours."""
+    drawn = []
+    for entry in entries:
+        if entry.runs and len(entry.curve) > 1:
+            runs = [run.values for run in entry.runs]
+            with rc_context(_RC):
+                figure, (axes,), _ = parts = _panels(1, 5.2, 3.8, f"{entry.method} on {entry.data_set}")
+                label = f"published, {entry.selection} (read from a figure)"
+                axes.plot(_places(runs[0]), entry.curve, color="black", linestyle="--", linewidth=1.4, label=label)
+                for place, name in enumerate(entry.selections):
+                    curves = np.array([run["results"][name]["top1_curve"] for run in runs])
+                    draw_line(axes, place, f"here, {selection_name(name)}", runs[0], curves)
+                _finish(*parts, runs)
+            path = folder / f"published-{entry.data_set}-{entry.method}.png"
+            save(figure, path, path.with_suffix(".pdf"))
+            drawn.append(Picture(f"{entry.data_set}: {entry.method} against the published curve", path))
     return drawn
