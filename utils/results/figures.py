@@ -43,6 +43,7 @@ _RC: Any = {  # matplotlib types the names of its settings one by one
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 _FEW = 12  # a matrix of more tasks has no numbers in its cells; more domains are numbers on an axis, not names
+Line = tuple[int, str, list[list[float]]]  # which look, label, and the curve of each seed
 _SCALE = "viridis"  # its lightness grows evenly, so that it serves without colour, too
 
 
@@ -85,48 +86,41 @@ def run_curves(run: Mapping[str, Any]) -> Figure:
     """One run: accuracy against the classes seen, a line for each selection."""
     c = run["config"]
     method = c["model_name"] + (f" (flow {c['flow']})" if "flow" in run["identity"] else "")
-    with rc_context(_RC):
-        figure, (axes,), _ = drawn = _panels(1, 5.2, 3.8, f"{method} on {c['dataset']}, seed {run['seed']}")
-        for place, (name, result) in enumerate(run["results"].items()):
-            draw_line(axes, place % MAX_LINES, selection_name(name), run, np.array([result["top1_curve"]]))
-        _finish(*drawn, [run])
-    return figure
+    lines = [(selection_name(name), [result["top1_curve"]]) for name, result in run["results"].items()]
+    title = f"{method} on {c['dataset']}, seed {run['seed']}"
+    return _curves(title, {"": [(place % MAX_LINES, *line) for place, line in enumerate(lines)]}, [run], 5.2, 3.8)
 
 
 def methods_curves(section: Section) -> Figure:
     """Every method under its best selection that looks at one image at a time and, apart from that, under ``batch``."""
     kept, some = _kept(section)
-    batch = [place for place, group in enumerate(kept) if BATCH in group.selections]
-    with rc_context(_RC):
-        figure, panes, _ = drawn = _panels(1 + bool(batch), 4.6, 3.8, section.title)
-        panes[0].set_title(f"each image by itself, best selection in brackets{some}")
-        for place, group in enumerate(kept):
-            name = _best_selection(group)
-            chosen = f" [{selection_name(name)}]" if group.chooses else ""
-            draw_line(panes[0], place, group.name + chosen, *_curves(group, name))
-        for place in batch:
-            panes[1].set_title("batch: the order of the test set tells the task")
-            draw_line(panes[1], place, "", *_curves(kept[place], BATCH))
-        _finish(*drawn, [run.values for group in kept for run in group.runs])
-    return figure
+    single, batch = [], []
+    for place, group in enumerate(kept):
+        name = _best_selection(group)
+        label = group.name + (f" [{selection_name(name)}]" if group.chooses else "")
+        single.append((place, label, _of(group, name)))
+        batch += [(place, label, _of(group, BATCH))] if BATCH in group.selections else []
+    panels = {f"each image by itself, best selection in brackets{some}": single}
+    panels |= {"batch: the order of the test set tells the task": batch} if batch else {}
+    return _curves(section.title, panels, _runs(kept), 4.6, 3.8)
 
 
 def selection_curves(section: Section) -> Figure | None:
     """A panel for each selection, a line for each method that chooses by it; None: no method chooses."""
     kept, some = _kept(section)
-    names = list(dict.fromkeys(name for group in kept if group.chooses for name in group.selections))
-    if not names:
-        return None
-    with rc_context(_RC):
-        figure, panes, _ = drawn = _panels(len(names), 3, 2.5, section.title + some)
-        for axes, name in zip(panes, names, strict=True):
-            axes.set_title(selection_name(name))
-            for place, group in enumerate(kept):
-                if group.chooses and name in group.selections:
-                    label = "" if group.name in _labels(figure) else group.name
-                    draw_line(axes, place, label, *_curves(group, name))
-        _finish(*drawn, [run.values for group in kept for run in group.runs])
-    return figure
+    panels: dict[str, list[Line]] = {}
+    for place, group in enumerate(kept):
+        for name in group.selections if group.chooses else ():
+            panels.setdefault(selection_name(name), []).append((place, group.name, _of(group, name)))
+    return _curves(section.title + some, panels, _runs(kept), 3, 2.5) if panels else None
+
+
+def _of(group: Group, selection: str) -> list[list[float]]:
+    return [run.values["results"][selection]["top1_curve"] for run in group.runs]
+
+
+def _runs(groups: Sequence[Group]) -> list[Mapping[str, Any]]:
+    return [run.values for group in groups for run in group.runs]
 
 
 def _kept(section: Section) -> tuple[list[Group], str]:
@@ -146,29 +140,53 @@ def _last(group: Group, selection: str) -> float:
     return -math.inf if number is None else number.mean
 
 
-def _labels(figure: Figure) -> list[str]:
-    return [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+def _curves(
+    title: str, panels: Mapping[str, Sequence[Line]], runs: Sequence[Mapping[str, Any]], width: float, height: float
+) -> Figure:
+    """Panels of lines by their titles; percentages stay within 0 to 100; the legend is below, with what a band is.
+
+    ``runs`` say how many classes each task brings, and what the domains are.
+    """
+    x, names = _places(runs[0]), _domain_names(runs)
+    with rc_context(_RC):
+        figure, panes, lowest = _panels(len(panels), width, height, title)
+        legend: dict[str, Any] = {}
+        for axes, (panel, lines) in zip(panes, panels.items(), strict=True):
+            for place, label, curves in lines:
+                line = _draw_line(axes, place, terminal(label), x, np.array(curves))
+                legend.setdefault(line.get_label(), line)
+            axes.set_title(panel)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if len(x) <= _FEW:
+                axes.set_xticks(x, names or list(map(str, x)), rotation=30 if names else 0)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        for axes in lowest:
+            axes.set_xlabel("domains seen" if runs[0].get("domains") else "classes seen")
+        low, high = panes[0].get_ylim()
+        panes[0].set_ylim(max(low, 0), min(high, 101))
+        figure.supylabel("accuracy on all seen (%)", fontsize=9)
+        bands = any(axes.collections for axes in panes)
+        figure.legend(
+            legend.values(),
+            legend.keys(),
+            loc="outside lower center",
+            ncols=1 if max(map(len, legend)) > 40 else 2,
+            handlelength=3,
+            frameon=False,
+            title="line: mean over seeds; band: ± one standard deviation" if bands else None,
+            title_fontsize=8,
+        )
+    return figure
 
 
-def _curves(group: Group, selection: str) -> tuple[Mapping[str, Any], np.ndarray]:
-    run = group.runs[0].values
-    return run, np.array([run.values["results"][selection]["top1_curve"] for run in group.runs])
-
-
-def draw_line(axes: Axes, place: int, label: str, run: Mapping[str, Any], curves: np.ndarray) -> None:
+def _draw_line(axes: Axes, place: int, label: str, x: Sequence[int], curves: np.ndarray) -> Any:
     """Draw the mean of ``(seeds, tasks)`` in percent and, with several seeds, a band of one sample standard deviation.
 
-    Args:
-        axes: where.
-        place: which look, below ``MAX_LINES``.
-        label: for the legend; empty for none.
-        run: says how many classes each task brings.
-        curves: percentages; the band is cut at 0 and 100, where no value can be.
+    ``place`` is which look, below ``MAX_LINES``; the band is cut at 0 and 100, where no value can be.
     """
     tasks, mean, colour = curves.shape[1], curves.mean(axis=0), _COLOURS[place % len(_COLOURS)]
-    x = _places(run)[:tasks]
-    axes.plot(
-        x,
+    (line,) = axes.plot(
+        x[:tasks],
         mean,
         color=colour,
         linestyle=_STYLES[place % len(_STYLES)],
@@ -176,32 +194,13 @@ def draw_line(axes: Axes, place: int, label: str, run: Mapping[str, Any], curves
         markersize=4.5 if tasks <= 30 else 0,
         markerfacecolor="white" if place % 2 else colour,
         linewidth=1.4,
-        label=terminal(label) or "_",  # what begins so is not in a legend
+        label=label,
     )
     if len(curves) > 1:
         std = curves.std(axis=0, ddof=1)
         low, high = np.clip(mean - std, 0, 100), np.clip(mean + std, 0, 100)
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _finish(figure: Figure, panes: Sequence[Axes], lowest: Sequence[Axes], runs: Sequence[Mapping[str, Any]]) -> None:
-    """Name the axes, keep percentages within 0 to 100, and put the legend, with what a band is, below."""
-    x, names = _places(runs[0]), _domain_names(runs)
-    for axes in panes:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(x) <= _FEW:
-            axes.set_xticks(x, names or list(map(str, x)), rotation=30 if names else 0)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    for axes in lowest:
-        axes.set_xlabel("domains seen" if runs[0].get("domains") else "classes seen")
-    low, high = panes[0].get_ylim()
-    panes[0].set_ylim(max(low, 0), min(high, 101))
-    figure.supylabel("accuracy on all seen (%)", fontsize=9)
-    several = any(axes.collections for axes in panes)
-    handles = [handle for axes in panes for handle in axes.get_legend_handles_labels()[0]]
-    legend: dict[str, Any] = {"ncols": 1 if max(map(len, _labels(figure))) > 40 else 2, "handlelength": 3}
-    legend |= {"title": "line: mean over seeds; band: ± one standard deviation"} if several else {}
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, title_fontsize=8, **legend)
+        axes.fill_between(x[:tasks], low, high, color=colour, alpha=0.15, linewidth=0)
+    return line
 
 
 def _places(run: Mapping[str, Any]) -> list[int]:
@@ -219,33 +218,39 @@ def _domain_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 # -- matrices ---------------------------------------------------------------------------------------------------------
 
-
-def accuracy_matrices(group: Group, selections: Sequence[str], title: str) -> Figure:
-    """Mean over seeds of the accuracy on each task after each task, a panel for each selection."""
-    panels = {}
-    for name in selections:
-        matrices = [run.values["results"][name]["matrix"] for run in group.runs]
-        panels[name] = np.array(matrices, dtype=float).mean(axis=0)
-    return _matrices(group, panels, title, "on {}", "after {}", "accuracy (%)")
-
-
-def confusions(group: Group, selections: Sequence[str], title: str) -> Figure:
-    """Share of each true task's images for which each module was chosen, over all seeds, after the last task."""
-    panels = {}
-    for name in selections:
-        counts = np.sum([run.values["confusion"][name] for run in group.runs], axis=0)
-        panels[name] = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return _matrices(group, panels, title, "chosen module", "true {}", "share of the {}'s images (%)")
+KINDS = {  # caption, axes and scale
+    "matrix": ("accuracy on each {0} after each {0}", "on {0}", "after {0}", "accuracy (%)"),
+    "confusion": (
+        "which module was chosen for the images of each {0}",
+        "chosen module",
+        "true {0}",
+        "share of the {0}'s images (%)",
+    ),
+}
 
 
-def _matrices(group: Group, panels: Mapping[str, np.ndarray], title: str, x: str, y: str, what: str) -> Figure:
-    word, names = _task_word(group), _domain_names([run.values for run in group.runs])
+def matrices(group: Group, kind: str, title: str) -> Figure | None:
+    """A picture of one of ``KINDS``, a panel for each selection; None where no run has the numbers.
+
+    Of accuracies it shows the mean over seeds, of chosen modules each true task's shares over all seeds.
+    """
+    panels, runs = {}, _runs([group])
+    for name in (name for name in group.selections if name == BATCH or name not in NOT_COMPARED):
+        found = [run["results"][name]["matrix"] if kind == "matrix" else run["confusion"].get(name) for run in runs]
+        if all(found):
+            panels[name] = values = np.array(found, dtype=float).mean(axis=0)
+            if kind == "confusion":
+                panels[name] = 100 * values / np.maximum(values.sum(axis=1, keepdims=True), 1e-9)
+    if not panels:
+        return None
+    _, x, y, what = (text.format(_task_word(group)) for text in KINDS[kind])
+    names = _domain_names(runs)
     tasks = len(next(iter(panels.values())))
     ticks = range(tasks) if tasks <= _FEW else [round(tick) for tick in np.linspace(0, tasks - 1, 6)]
     with rc_context(_RC):
         figure, panes, lowest = _panels(len(panels), 2.9, 2.7, title)
         for axes in lowest:
-            axes.set_xlabel(x.format(word))
+            axes.set_xlabel(x)
         for axes, (name, values) in zip(panes, panels.items(), strict=True):
             image = axes.imshow(values, cmap=_SCALE, vmin=0, vmax=100)
             axes.spines[:].set_visible(True)
@@ -257,8 +262,8 @@ def _matrices(group: Group, panels: Mapping[str, np.ndarray], title: str, x: str
                     size, dark = 9 if tasks <= 6 else 6, sum(colormaps[_SCALE](value / 100)[:3]) < 1.5
                     tone = "white" if dark else "black"
                     axes.text(column, row, fixed(value, 0), ha="center", va="center", color=tone, fontsize=size)
-        figure.supylabel(y.format(word), fontsize=9)
-        figure.colorbar(image, ax=panes, label=what.format(word), shrink=0.8, aspect=30)
+        figure.supylabel(y, fontsize=9)
+        figure.colorbar(image, ax=panes, label=what, shrink=0.8, aspect=30)
     return figure
 
 
@@ -283,14 +288,10 @@ def draw_section(section: Section, folder: Path) -> list[Picture]:
     if selections := selection_curves(section):
         add("selections", "every selection", selections)
     for group in section.groups:
-        title, word = f"{group.name} on {section.short_title}, {counted(len(group.runs), 'seed')}", _task_word(group)
-        names = [name for name in group.selections if name == BATCH or name not in NOT_COMPARED]
-        if whole := [n for n in names if all(run.values["results"][n]["matrix"] for run in group.runs)]:
-            caption = f"{group.name}, accuracy on each {word} after each {word}"
-            add(f"{group.key}-matrix", caption, accuracy_matrices(group, whole, title))
-        if chosen := [n for n in names if all(n in run.values["confusion"] for run in group.runs)]:
-            caption = f"{group.name}, which module was chosen for the images of each {word}"
-            add(f"{group.key}-confusion", caption, confusions(group, chosen, title))
+        title = f"{group.name} on {section.short_title}, {counted(len(group.runs), 'seed')}"
+        for kind, (caption, *_) in KINDS.items():
+            if figure := matrices(group, kind, title):
+                add(f"{group.key}-{kind}", f"{group.name}, {caption.format(_task_word(group))}", figure)
     return drawn
 
 
@@ -303,15 +304,14 @@ def draw_published(entries: Sequence[Entry], folder: Path) -> list[Picture]:
     for entry in entries:
         if entry.runs and len(entry.curve) > 1:
             runs = [run.values for run in entry.runs]
-            with rc_context(_RC):
-                figure, (axes,), _ = parts = _panels(1, 5.2, 3.8, f"{entry.method} on {entry.data_set}")
-                label = f"published, {entry.selection} (read from a figure)"
-                axes.plot(_places(runs[0]), entry.curve, color="black", linestyle="--", linewidth=1.4, label=label)
-                for place, name in enumerate(entry.selections):
-                    curves = np.array([run["results"][name]["top1_curve"] for run in runs])
-                    draw_line(axes, place, f"here, {selection_name(name)}", runs[0], curves)
-                _finish(*parts, runs)
+            lines: list[Line] = [
+                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve])
+            ]
+            for place, name in enumerate(entry.selections):
+                curves = [run["results"][name]["top1_curve"] for run in runs]
+                lines.append((len(_STYLES) * place, f"here, {selection_name(name)}", curves))
             path = folder / f"published-{entry.data_set}-{entry.method}.png"
+            figure = _curves(f"{entry.method} on {entry.data_set}", {"": lines}, runs, 5.2, 3.8)
             save(figure, path, path.with_suffix(".pdf"))
             drawn.append(Picture(f"{entry.data_set}: {entry.method} against the published curve", path))
     return drawn

@@ -222,7 +222,7 @@ PEAK_MB = "Peak Train Mem. (MB)"
 PARAMS = "Params (M)"
 TRAINABLE = "Trainable Params (M)"
 COLUMNS = (TRAIN_MINUTES, EVAL_MS, INFERENCE, TRAIN, PEAK_MB, PARAMS, TRAINABLE)
-BY_RELEASE = " by the release's procedure"
+BY_RELEASE = " by the release procedure"
 RELEASE_COLUMNS = tuple(name + BY_RELEASE for name in (EVAL_MS, INFERENCE, TRAIN))
 LEARNER = "Learner (GFLOPs)"  # of training, without the backbone
 

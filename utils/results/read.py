@@ -93,28 +93,21 @@ def _read_run(path: Path) -> Run:
 
 
 def _check(run: Run) -> None:
-    """Look up all that reports look up; what is absent, or of another kind, raises one of many errors."""
-    values, identity, tasks = run.values, run.identity, len(run.values["task_sizes"])
+    """Look up what reports look up; what is absent, or of another kind, raises one of many errors."""
+    values, tasks = run.values, len(run.values["task_sizes"])
     if values["format"] != 1:
         raise ValueError(f"its format is {values['format']!r}, this code reads 1")
-    json.dumps(values, allow_nan=False)
-    words = [identity["dataset"], identity["scenario"], identity["model_name"], identity["weights_sha256"], run.status]
-    "".join([*words, identity.get("flow", ""), values["backbone"]["name"]])
-    images = [values["data"][name] for name in ("train_images", "test_images")]
-    sum([*values["task_sizes"], *values["all_task_sizes"], *images, values["seed"]])
-    [float(value) for value in values.get("cost", {}).values()]
+    json.dumps([values, run.settings], allow_nan=False)
+    sum([*values["task_sizes"], *values["all_task_sizes"], values["seed"], *values.get("cost", {}).values()])
     lengths = {tasks} if values["status"] == "finished" else {run.tasks_done}
     for name, result in values["results"].items():
-        [float(result[measure]) for measure in ("average", "last")]
-        float(result["forgetting"] or 0)
         curves = np.array([result["top1_curve"], result["top5_curve"]], dtype=float)
         matrix = np.array(result["matrix"], dtype=float)  # None becomes NaN; empty in a long run that goes on
         lengths |= {curves.shape[1], *(matrix.shape if len(matrix) else ())}
-        for numbers in ("confusion", "selection_accuracy"):
-            np.array(values[numbers].get(name, []), dtype=float)
+        sum([result["average"], result["last"], result["forgetting"] or 0, *values["selection_accuracy"].get(name, [])])
+        np.array(values["confusion"].get(name, []), dtype=float)
     if len(lengths) > 1 or max(lengths) > tasks:
         raise ValueError("its curves and matrices do not fit its tasks")
-    canonical([values["continual"], values["config"]["augment_seed"], values["data"]["images_sha256"]])
 
 
 def newest_of_each(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

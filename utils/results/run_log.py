@@ -14,7 +14,6 @@ from utils.config.grid import SweepCell
 from utils.config.methods import SELECTIONS
 from utils.data.tasks import Task, TaskStream
 from utils.logs import FILE_ONLY
-from utils.results import metrics
 from utils.results.metrics import SELECTION_NAMES, cost_summary, new_classes_alone
 from utils.runs.manifest import BaseFacts, EpochStats, TaskRecord
 from utils.words import counted, fixed, task_place
@@ -166,24 +165,16 @@ def accuracy_matrix(matrix: Sequence[Sequence[float | None]]) -> list[str]:
     return [f"[{' '.join('nan' if value is None else f'{value:.2f}' for value in row)}]" for row in on_task]
 
 
-def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
-    """Mean ± sample standard deviation over seeds, for each selection."""
-    for name in runs[0]["results"]:
-        a, last = ([r["results"][name][k] for r in runs] for k in ("average", "last"))
-        (a_mean, a_std), (l_mean, l_std) = metrics.mean_std(a), metrics.mean_std(last)
-        log.info(
-            "[selection: %s] over %d seeds: Ā %.2f ± %.2f, A_T %.2f ± %.2f",
-            *(SELECTION_NAMES[name], len(runs), a_mean, a_std, l_mean, l_std),
-        )
+def log_seeds(runs: Sequence[dict[str, Any]], selections: Sequence[str] | None = None) -> None:
+    """A table of mean ± sample standard deviation over seeds, for each selection or for some."""
+    read, tables, render = (module(f"utils.results.{name}") for name in ("read", "tables", "render"))
+    sections, _ = tables.make_sections([read.Run(run) for run in runs])
+    for line in render.as_text([tables.section_table(section, selections) for section in sections]).splitlines():
+        log.info("%s", line)
 
 
 def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]]) -> None:
     """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
-    selection = cells[0].config.selection
-    read, tables, render = (module(f"utils.results.{name}") for name in ("read", "tables", "render"))
-    sections, _ = tables.make_sections([read.Run(run) for run in runs])
-    shown = [tables.section_table(section, [selection, "sample", "oracle"]) for section in sections]
-    for line in render.as_text(shown).splitlines():
-        log.info("%s", line)
-    log.info("Sweep: %s", counted(len(runs), "run"))
-    log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)
+    log_seeds(runs, [cells[0].config.selection, "sample", "oracle"])
+    folder = Path(cells[0].config.log_dir).parents[cells[0].name.count("/")]
+    log.info("%s; every selection, and pictures: python report.py %s", counted(len(runs), "run"), folder)

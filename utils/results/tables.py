@@ -20,7 +20,7 @@ _SHOWN_ELSEWHERE = ("dataset", "scenario", "init_cls", "increment", "model_name"
 _COST_NOTES = (
     "Here: spent by the run. Each view of an image passes the backbone once, through the feature bank; what the bank "
     "held already costs nothing, so runs that sent other numbers of images through the backbone stand apart. The "
-    "release's procedure: the backbone runs in each epoch and for each module (FLOPs from the same counts, the time "
+    "release procedure: the backbone runs in each epoch and for each module (FLOPs from the same counts, the time "
     "from that of one forward pass).",
     "FLOPs count two for a multiply-add. Time and memory are those of the machine of the run; memory is the most while "
     "learning, that of tensors on a GPU, of the whole process on a CPU (MB = 1,048,576 bytes).",
@@ -163,8 +163,8 @@ def _cost_table(section: Section) -> Table:
         for images in sorted({run.values["backbone_forwards"] for run in runs}, reverse=True):
             alike = [run for run in runs if run.values["backbone_forwards"] == images]
             accounts.append((f"here, {counted(images, 'image')}", alike, ""))
-        if runs:
-            accounts.append(("release's procedure", runs, BY_RELEASE))
+        if any(name.endswith(BY_RELEASE) for run in runs for name in run.values["cost"]):
+            accounts.append(("release procedure", runs, BY_RELEASE))
         labels = [group.labels[column] for column in columns]
         for account, alike, suffix in accounts:
             numbers = [over_seeds([run.values["cost"].get(name + suffix) for run in alike]) for name in COLUMNS]
