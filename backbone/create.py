@@ -10,7 +10,7 @@ from backbone.weights import Remarks, load_weights
 from utils.config.config import Config
 from utils.errors import BackboneError
 from utils.files import expanded
-from utils.seeds import fixed_seed, float32_by_default
+from utils.seeds import fixed_seed, modes_of_a_run
 
 # The small ViT that ships with the repository, for a first run without a model hub (assets/README.md).
 _BUNDLED = {"glyphs_vit": Path(__file__).resolve().parent.parent / "assets" / "glyphs_vit.safetensors"}
@@ -122,7 +122,7 @@ def create_model(name: str, image_size: int, pretrained: bool = False) -> TimmMo
     """
     build = {**_BUILDS.get(name, {"model_name": name}), "pretrained": pretrained, "num_classes": 0}
     try:
-        with float32_by_default(), fixed_seed(0), warnings.catch_warnings():
+        with modes_of_a_run(), fixed_seed(0), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = _build(build, image_size)
     except Exception as error:

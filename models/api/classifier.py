@@ -36,10 +36,9 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import read_run
+from utils.runs.checkpoint import CheckpointFolder, read_run
 from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
-from utils.seeds import float32_by_default
+from utils.seeds import modes_of_a_run
 from utils.words import task_place
 
 
@@ -49,7 +48,7 @@ class ContinualClassifier(Predictor):
     # -- making one ------------------------------------------------------------------------------------------------
 
     @classmethod
-    @float32_by_default()
+    @modes_of_a_run()
     def start(cls, **keys: Any) -> "ContinualClassifier":
         """Begin with nothing learned.
 
@@ -66,7 +65,7 @@ class ContinualClassifier(Predictor):
         return cls(config, backbone, Known.after(learner, manifest))
 
     @classmethod
-    @float32_by_default()
+    @modes_of_a_run()
     def load(
         cls, folder: str | Path, *, backbone_weights: str | Path | None = None, device: str | None = None
     ) -> "ContinualClassifier":
@@ -88,7 +87,7 @@ class ContinualClassifier(Predictor):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    @float32_by_default()
+    @modes_of_a_run()
     def learn(self, images: Images, labels: Iterable[str], *, domain: str | None = None) -> None:
         """Learn the next task from its images alone, by the model's settings (epochs, views, rate …).
 
@@ -157,6 +156,7 @@ class ContinualClassifier(Predictor):
         """Take over a manifest that tells more of the same tasks, such as their results."""
         self._known = self._known._replace(manifest=manifest)
 
+    @modes_of_a_run()
     def evaluate(
         self, images: Images, labels: Iterable[str], *, domain: str | None = None
     ) -> dict[str, dict[str, Any]]:
@@ -235,7 +235,7 @@ class ContinualClassifier(Predictor):
         return maker(ContinualClassifier.from_state, "from_state"), (state,)
 
     @classmethod
-    @float32_by_default()
+    @modes_of_a_run()
     def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
         """The object that was pickled; the backbone's weights are read again, and must be the same."""
         manifest = RunManifest.from_json(state["manifest"])

@@ -24,6 +24,7 @@ from utils.errors import BackboneError, CheckpointError, DamagedRunError, DataEr
 from utils.hardware import default_batch_size, forward_threads
 from utils.runs.checkpoint import CheckpointFolder, first_line
 from utils.runs.manifest import RunManifest
+from utils.seeds import modes_of_a_run
 from utils.words import counted
 
 FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
@@ -139,6 +140,7 @@ class Predictor:
             f"{self.backbone.name}, selection {self.selection}, {self.backbone.device})"
         )
 
+    @modes_of_a_run()
     def to(self, device: str | int | torch.device) -> "Predictor":
         """Move backbone and learner to ``device``; return this object. Where there is none, the model stays."""
         try:
@@ -163,6 +165,7 @@ class Predictor:
 
     # -- predicting ------------------------------------------------------------------------------------------------
 
+    @modes_of_a_run()
     def predict(self, images: Images, top_k: int = 5, selection: str | None = None) -> Predictions:
         """Classify images, each by itself, whatever is in the batch.
 
@@ -216,10 +219,12 @@ class Predictor:
         if good or errors:
             yield good, pixels, errors
 
+    @modes_of_a_run()
     def extract_features(self, pixels: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8, S being ``config.image_size`` -> ``(images, dim)`` on the backbone's device."""
         return self.backbone(pixels).clone()  # the backbone's own is an inference tensor, useless for autograd
 
+    @modes_of_a_run()
     @torch.no_grad()
     def classify_features(self, features: Tensor, top_k: int = 5, selection: str | None = None) -> Predictions:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""

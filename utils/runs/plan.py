@@ -11,8 +11,7 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW, View
 from utils.files import human_size
 from utils.runs.checkpoint import MANIFEST, RESULTS, classifier_name, module_name
-from utils.runs.paths import WRITTEN_WHOLE, run_paths
-from utils.runs.setup import Setup
+from utils.runs.setup import WRITTEN_WHOLE, Setup, run_paths
 from utils.words import counted
 
 log = logging.getLogger(__name__)
