@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models.api.pickling import maker
 from models.api.predictor import Known, Predictor
 from models.base import TaskData, make_learner, training_features, twin
 from models.evaluation import BankTask, evaluate
@@ -232,7 +231,7 @@ class ContinualClassifier(Predictor):
             "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
             "modules": [{name: t.cpu() for name, t in of_task.items()} for of_task in self.module_states()],
         }
-        return maker(ContinualClassifier.from_state, "from_state"), (state,)
+        return ContinualClassifier.from_state, (state,)
 
     @classmethod
     @modes_of_a_run()
