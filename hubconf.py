@@ -22,7 +22,7 @@ _LATER = [  # imported late, yet within the window below
         "utils.runs.continuing",
     ),
     *("utils.data.transforms", "utils.data.folders", "utils.data.loader"),
-    *("utils.features.views", "utils.features.extraction"),
+    "utils.features.extraction",
 ]
 
 
