@@ -269,10 +269,10 @@ def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> Run
             tested = evaluate(model.learner, bank, stream, task.index, seed)
         manifest = replace(model.manifest.tested(tested.record), seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
-            answers = tested.predictions(setup.data.test.keys, stream.class_names)
+            answers = tested.named(setup.data.test.keys, stream.class_names)
             record.write_answers(outputs.paths.file(".npz"), answers)
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
-            manifest = manifest.with_last_results(answers.details(), cost)
+            manifest = manifest.with_last_results(record.details(answers), cost)
         outputs.check_folders()
         modules = {number: model.learner.module_state(number) for number in range(saved, model.tasks)}
         model.note(outputs.checkpoint.commit(manifest, model.learner.state_dict(), modules))

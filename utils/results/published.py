@@ -70,12 +70,10 @@ class Entry:
 
     def rows(self) -> Iterator[tuple[Cell, ...]]:
         """One for each selection."""
-        labels = [self.data_set, self.method]
         for name in self.selections:
             shown = selection_name(name) if self.method == "tosca" else "–"
             numbers = [text for measure in ("average", "last") for text in self.cells(name, measure)]
-            yield tuple(map(Cell, [*labels, shown, *numbers, str(len(self.runs))]))
-            labels = ["", ""]
+            yield tuple(map(Cell, [self.data_set, self.method, shown, *numbers, str(len(self.runs))]))
 
 
 def read_published(path: Path) -> dict[str, Any]:
