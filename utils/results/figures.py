@@ -304,15 +304,14 @@ def draw_published(entries: Sequence[Entry], folder: Path) -> list[Picture]:
     for entry in entries:
         if entry.runs and len(entry.curve) > 1:
             runs = [run.values for run in entry.runs]
-            with rc_context(_RC):
-                figure, (axes,), _ = parts = _panels(1, 5.2, 3.8, f"{entry.method} on {entry.data_set}")
-                label = f"published, {entry.selection} (read from a figure)"
-                axes.plot(_places(runs[0]), entry.curve, color="black", linestyle="--", linewidth=1.4, label=label)
-                for place, name in enumerate(entry.selections):
-                    curves = np.array([run["results"][name]["top1_curve"] for run in runs])
-                    draw_line(axes, place, f"here, {selection_name(name)}", runs[0], curves)
-                _finish(*parts, runs)
+            lines: list[Line] = [
+                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve])
+            ]
+            for place, name in enumerate(entry.selections):
+                curves = [run["results"][name]["top1_curve"] for run in runs]
+                lines.append((len(_STYLES) * place, f"here, {selection_name(name)}", curves))
             path = folder / f"published-{entry.data_set}-{entry.method}.png"
+            figure = _curves(f"{entry.method} on {entry.data_set}", {"": lines}, runs, 5.2, 3.8)
             save(figure, path, path.with_suffix(".pdf"))
             drawn.append(Picture(f"{entry.data_set}: {entry.method} against the published curve", path))
     return drawn

@@ -180,4 +180,5 @@ def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]], done: 
         log.info("Sweep: %s, all finished already: nothing to do; --fresh starts them over", counted(done, "run"))
     else:
         log.info("Sweep: %s, %d of them finished earlier", counted(len(runs), "run"), done)
-    log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parents[cells[0].name.count("/")])
+    folder = Path(cells[0].config.log_dir).parents[cells[0].name.count("/")]
+    log.info("Every selection, and pictures: python report.py %s", folder)
