@@ -285,8 +285,9 @@ def _check_jobs(cells: Sequence[SweepCell], ranks: Ranks, jobs: int) -> None:
         "Windows": sys.platform == "win32",  # which hands no socket down to a process
         "cache_dir=none": any(cell.config.cache_dir == "none" for cell in cells),
     }
-    if jobs > 1 and (found := [name for name, is_so in wrong.items() if is_so]):
-        raise ConfigError(f"--jobs starts processes that share a feature bank; it does not go with {', '.join(found)}")
+    found = [name for name, is_so in wrong.items() if is_so]
+    if jobs < 1 or (jobs > 1 and found):
+        raise ConfigError(f"--jobs {jobs}: a number from 1 on, and above 1 not with {', '.join(found or wrong)}")
 
 
 def side_by_side(todo: Todo, jobs: int, failed: list[str], several: bool) -> Iterator[dict[str, Any]]:
@@ -297,16 +298,15 @@ def side_by_side(todo: Todo, jobs: int, failed: list[str], several: bool) -> Ite
             setup.bank(seed).fill(wanted_features(setup.config))
             named[setup.config, seed] = name
     alone = RunAlone(torch.get_num_threads())
-    found = as_done(alone, named, workers=jobs, name=lambda _: "its result", hint="lower --jobs")
+    found = as_done(alone, named, workers=jobs)
     with closing(found), progress(total=len(named), desc="Runs", unit="run") as bar:
         for job, result in found:
             bar.update()
-            if isinstance(result, dict):
+            with _told(named[job], failed, among_others=True):
+                if not isinstance(result, dict):
+                    raise DataError(str(result))
                 log.info("%s: finished", named[job])
                 yield result
-            else:
-                log.error("%s: %s", named[job], result)
-                failed.append(f"{named[job]}: {result}")
 
 
 @dataclass

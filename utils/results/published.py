@@ -44,9 +44,8 @@ class Entry:
 
     @property
     def selections(self) -> list[str]:
-        """The published way to answer and ``sample``, as far as the runs have them."""
-        names = dict.fromkeys((self.selection, "sample")) if self.runs else [self.selection]
-        return [name for name in names if all(name in run.values["results"] for run in self.runs)]
+        """The published way to answer, then ``sample``."""
+        return list(dict.fromkeys((self.selection, "sample")))
 
     def cells(self, selection: str, measure: str) -> list[str]:
         """Published, here, difference and verdict, of ``average`` or ``last``."""
@@ -57,12 +56,12 @@ class Entry:
         if selection != self.selection or (measure == "average" and len(curve) == 1):
             return ["–", here, "–", "–"]
         published = sum(curve) / len(curve)
-        if number is None:
-            return [signed(published, 1), here, "–", "–"]
-        difference = number.mean - published
-        allowed = first + (other - first) / len(curve) + 2 * number.std
-        verdict = "within" if abs(difference) <= allowed else "outside"
-        return [signed(published, 1), here, signed(difference), f"{verdict} ±{allowed:.2f}"]
+        texts = [signed(published, 1), here, "–", "–"]
+        if number:
+            difference, allowed = number.mean - published, first + (other - first) / len(curve) + 2 * number.std
+            verdict = "within" if abs(difference) <= allowed else "outside"
+            texts[2:] = [signed(difference), f"{verdict} ±{allowed:.2f}"]
+        return texts
 
 
 def read_published(path: Path) -> dict[str, Any]:
