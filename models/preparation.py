@@ -52,10 +52,10 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
     setup = Setup(config, data, backbone, fingerprints, ranks)
     if config.continue_from is None:
         return setup
-    continuing, seed = module("utils.runs.continuing"), config.seed[0]
-    base = continuing.find_saved_run(config, lambda sha256: setup.identity_on(sha256, seed)) if ranks.first else None
+    continuing = module("utils.runs.continuing")
+    base = continuing.find_saved_run(config, setup.identity(config.seed[0])) if ranks.first else None
     setup = replace(setup, base=ranks.share(base))
-    continuing.tests_old(setup.base, setup.stream(seed))
+    continuing.tests_old(setup.base, setup.stream(config.seed[0]))
     return setup
 
 

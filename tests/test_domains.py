@@ -161,7 +161,6 @@ def test_answers_name_the_domain_whose_module_answered(finished, domains_folder,
     assert f" {module + 1} of 3 (domain {name})  " in said[2]
     assert re.search(r"entropy by task  dark: \S+  plain: \S+  turned: ", said[6])
     assert json.loads(said[-1])["domain"] == name
-    assert f"<td>{module + 1} of 3 (domain {name})</td>" in answer._repr_html_()
     assert "3 domains" in repr(model)
     assert "3 domains, in this order: dark, plain, turned; seed 1993. No earlier image is kept." in model_card(model)
     assert pickle.loads(pickle.dumps(answer)).domains == tuple(found["domains"])

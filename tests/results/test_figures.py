@@ -14,7 +14,7 @@ from utils.results import record as report
 from utils.results.metrics import selection_name
 from utils.results.read import read_runs
 from utils.results.tables import make_sections
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -23,7 +23,7 @@ TABLE = Table(
     1,
     (
         (Cell("a"), Cell("80.04 ± 0.27", "best"), Cell("−1.00")),
-        (Cell(""), Cell("79.76 ± 0.27", "close"), Cell("–")),
+        (Cell("a"), Cell("79.76 ± 0.27", "close"), Cell("–")),
         (Cell("b"), Cell("1.00 †"), Cell("2.00")),
     ),
     ("p ≥ 0.05",),

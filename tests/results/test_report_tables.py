@@ -105,7 +105,7 @@ def test_each_accuracy_stands_beside_the_name_of_its_selection(tmp_path):
     (section,), _ = sections_of(tmp_path)
     rows = rows_of(section_table(section))
     assert [(row[0], row[2]) for row in rows] == [
-        ("tosca", "batch (class order)"), ("", "sample"), ("", "oracle (true task)"), ("simplecil", "–"),
+        ("tosca", "batch (class order)"), ("tosca", "sample"), ("tosca", "oracle (true task)"), ("simplecil", "–"),
     ]  # fmt: skip
     assert [row[2] for row in rows_of(section_table(section, ["sample"]))] == ["sample", "–"]
 

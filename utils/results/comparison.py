@@ -169,16 +169,13 @@ def _differences(key: str, pairs: Sequence[Pair]) -> Table:
     """The comparisons behind the marks, a line each."""
     labels = ("data set", "measure", "best", "against")
     numbers = ("shared seeds", "best − this", "95 % interval", "p (t)", "p (Wilcoxon)", "p (t, Holm)")
-    rows: list[tuple[Cell, ...]] = []
-    before = None
+    rows = []
     for pair in pairs:
-        d, best = pair.difference, ", ".join(word for word in pair.best.row if word != "–")
-        place = [pair.best.column, COMPARED[pair.measure], best]
-        other = ", ".join(word for word in pair.other.row if word != "–")
-        texts = [*(place if place != before else [""] * 3), other, str(d.count), signed(d.mean)]
+        d = pair.difference
+        best, other = (", ".join(word for word in entry.row if word != "–") for entry in (pair.best, pair.other))
+        texts = [pair.best.column, COMPARED[pair.measure], best, other, str(d.count), signed(d.mean)]
         p_values = ["not testable", "–", "–"] if d.constant else map(_p_text, (d.p_t, d.p_wilcoxon, pair.p_holm))
         rows.append(tuple(map(Cell, [*texts, interval_text(d.mean, d.half_width), *p_values])))
-        before = place
     title = "Differences to the best, over shared seeds, in percentage points"
     return Table(f"{key}-differences", title, (*labels, *numbers), len(labels), tuple(rows))
 

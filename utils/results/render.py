@@ -32,7 +32,7 @@ class Table:
         key: for labels and file names, such as ``cub-10-10``.
         header: one text for each column.
         labels: how many of the first columns hold words; the others hold numbers.
-        rows: of cells; a row whose first cell is empty belongs to the group of rows above it.
+        rows: of cells; words that stand in the row above as well are written once.
         notes: what a reader must know, a line each.
     """
 
@@ -132,7 +132,7 @@ def _picture(picture: Picture, markup: Markup) -> str:
 def _table(table: Table, markup: Markup) -> str:
     """Fill the templates; every cell is padded to the width of its column."""
     marks = {"": "{}", "best": markup.best, "close": markup.close}
-    lines = [tuple(map(Cell, table.header)), *table.rows]
+    lines = [tuple(map(Cell, table.header)), *_without_repeats(table)]
     texts = [[marks[cell.mark].format(markup.escape(cell.text)) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
 
@@ -145,8 +145,8 @@ def _table(table: Table, markup: Markup) -> str:
 
     rule = ["-" * w if i < table.labels else "-" * (w - 1) + markup.rule_end for i, w in enumerate(widths)]
     head, *body = map(row, texts)
-    grouped = not all(cells[0].text for cells in table.rows)
-    begins = [markup.group if grouped and i and cells[0].text else "" for i, cells in enumerate(table.rows)]
+    grouped = not all(cells[0].text for cells in lines)
+    begins = [markup.group if grouped and i and cells[0].text else "" for i, cells in enumerate(lines[1:])]
     return markup.table.format(
         title=markup.escape(table.title),
         key=escape.plain_name(table.key),
@@ -156,6 +156,16 @@ def _table(table: Table, markup: Markup) -> str:
         rows="".join(map("".join, zip(begins, body, strict=True))),
         notes="".join(markup.note.format(markup.escape(note)) for note in table.notes),
     )
+
+
+def _without_repeats(table: Table) -> list[tuple[Cell, ...]]:
+    rows, above = [], tuple[Cell, ...]()
+    for row in table.rows:
+        alike = [cell == other for cell, other in zip(row, above, strict=False)][: table.labels]
+        repeated = (*alike, False).index(False)
+        rows.append((*[Cell("")] * repeated, *row[repeated:]))
+        above = row
+    return rows
 
 
 TEXT = Markup(escape.terminal, "*{}*", "_{}_", "{title}\n{rule}{head}{rule}{rows}{rule}{notes}\n", group="\n")

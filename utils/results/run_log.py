@@ -173,12 +173,8 @@ def log_seeds(runs: Sequence[dict[str, Any]], selections: Sequence[str] | None =
         log.info("%s", line)
 
 
-def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]], done: int) -> None:
+def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]]) -> None:
     """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
     log_seeds(runs, [cells[0].config.selection, "sample", "oracle"])
-    if done == len(runs) and runs:
-        log.info("Sweep: %s, all finished already: nothing to do; --fresh starts them over", counted(done, "run"))
-    else:
-        log.info("Sweep: %s, %d of them finished earlier", counted(len(runs), "run"), done)
     folder = Path(cells[0].config.log_dir).parents[cells[0].name.count("/")]
-    log.info("Every selection, and pictures: python report.py %s", folder)
+    log.info("%s; every selection, and pictures: python report.py %s", counted(len(runs), "run"), folder)

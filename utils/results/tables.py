@@ -112,7 +112,7 @@ class Section:
 
 
 def section_table(section: Section, selections: Selections = None) -> Table:
-    """Return a row for each group and selection; a group's labels stand in its first row alone."""
+    """Return a row for each group and selection."""
     intervals = any(len(group.runs) > 1 for group in section.groups)
     rows: list[tuple[Cell, ...]] = []
     for group in section.groups:
@@ -126,7 +126,6 @@ def section_table(section: Section, selections: Selections = None) -> Table:
                     last = numbers[1]
                     texts.append(interval_text(last.mean, last.half_width, (0, 100)) if last else "–")
                 rows.append(tuple(map(Cell, texts)))
-                labels = [""] * len(labels)
     header = (*section.columns, "selection", *MEASURES.values(), "seeds", *(["95 % of A_T"] if intervals else []))
     title, notes = section.title + section.data, tuple(_notes(section))
     return Table(section.key, title, header, len(section.columns) + 1, tuple(rows), notes)
@@ -169,7 +168,6 @@ def _cost_table(section: Section) -> Table:
         for account, alike, suffix in accounts:
             numbers = [over_seeds([run.values["cost"].get(name + suffix) for run in alike]) for name in COLUMNS]
             rows.append(tuple(map(Cell, [*labels, account, *map(significant_text, numbers), str(len(alike))])))
-            labels = [""] * len(labels)
     header = (*columns, "account", *COLUMNS, "seeds")
     return Table(f"{section.key}-cost", f"Cost: {section.title}", header, len(columns) + 1, tuple(rows), _COST_NOTES)
 

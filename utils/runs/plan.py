@@ -12,8 +12,7 @@ from utils.features.rows import View
 from utils.files import human_size
 from utils.hardware import total_memory
 from utils.runs.checkpoint import MANIFEST, RESULTS, classifier_name, module_name
-from utils.runs.paths import WRITTEN_WHOLE, run_paths
-from utils.runs.setup import Setup
+from utils.runs.setup import WRITTEN_WHOLE, Setup, run_paths
 from utils.words import counted
 
 log = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ def log_memory(setups: Sequence[Setup], jobs: int, process: int) -> None:
 def _bytes_of_features(setup: Setup) -> int:
     """What a run holds at a time: the test images, and a task's training images under two views."""
     largest = max(len(task.train) for task in setup.stream(setup.config.seed[0]).tasks)
-    return (len(setup.data.test) + 2 * largest) * setup.backbone.feature_dim * 4
+    return int((len(setup.data.test) + 2 * largest) * setup.backbone.feature_dim * 4)
 
 
 def log_total(planned: Sequence[dict[str, Any]]) -> None:
