@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from utils.results.metrics import selection_name
+from utils.results.metrics import BATCH, selection_name, single_image
 from utils.results.render import Cell, Mark, Table, interval_text, number_text, signed
 from utils.results.statistics import MIN_PAIRS, Difference, holm, paired
 from utils.results.tables import Group, Section, Selections, labels_of
@@ -16,8 +16,6 @@ from utils.words import counted
 
 COMPARED = {"average": "Ā", "last": "A_T"}
 ALPHA = 0.05
-BATCH = "batch"  # depends on the order of the test set: another claim, never beside the others
-NOT_COMPARED = (BATCH, "batch_shuffled", "oracle")  # nor are a check and a bound any method's answer
 _OTHER_SEEDS = " †"
 
 
@@ -69,16 +67,6 @@ def make_comparisons(sections: Sequence[Section], selections: Selections = None)
     return found
 
 
-def single_image(group: Group, selections: Selections = None) -> list[str]:
-    """The selections of a group that look at one image at a time; a method without modules has ``sample`` alone."""
-    return [n for n in group.selections if n not in NOT_COMPARED and (selections is None or n in selections)]
-
-
-def by_batches(group: Group) -> list[str]:
-    """``batch``, or for a method without modules its one answer."""
-    return [name for name in group.selections if name == BATCH or not group.chooses]
-
-
 def _contenders(
     sections: Sequence[Section], selections: Selections, by_batch: bool
 ) -> tuple[tuple[str, ...], list[Contender]]:
@@ -90,12 +78,19 @@ def _contenders(
         for group in (group for group in section.groups if group.status == "finished"):
             kind = ", ".join(group.labels[name] for name in ("weights", "images") if name in group.labels)
             column, words = section.short_title + (f" ({kind})" if kind else ""), labels_of(group.runs[0])
-            for name in by_batches(group) if by_batch else single_image(group, selections):
+            for name in _answers(group, selections, by_batch):
                 row = (*(words.get(c, "–") for c in varied), selection_name(name) if group.chooses else "–")
                 entries.append(Contender(row, column, group, name))
     kept = [i for i, name in enumerate(labels) if name == "method" or len({entry.row[i] for entry in entries}) > 1]
     shorter = [replace(entry, row=tuple(entry.row[i] for i in kept)) for entry in entries]
     return tuple(labels[i] for i in kept), shorter
+
+
+def _answers(group: Group, selections: Selections, by_batch: bool) -> list[str]:
+    """The selections of a group that make the same claim; a method without modules has ``sample`` alone."""
+    if by_batch:
+        return [name for name in group.selections if name == BATCH or not group.chooses]
+    return [name for name in single_image(group.selections) if selections is None or name in selections]
 
 
 def _comparison(
