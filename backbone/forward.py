@@ -1,9 +1,9 @@
 """The forward pass of a frozen timm ViT: ``(images, 3, S, S)`` uint8 in, ``(images, dim)`` float32 features out.
 
-Three ways, each an ``nn.Module`` that can be exported:
+Two ways, each an ``nn.Module`` that can be exported:
 
-* ``PlainFeatures``: timm's own path for any model; in bf16 under autocast.
-* ``ClassTokenFeatures``: fp32, a plain ViT read at its class token; the last block is computed for that token alone.
+* ``PlainFeatures``: timm's own path for any model; in bf16 under autocast. In fp32 the last block of a plain ViT that
+  is read at its class token is computed for that token alone.
 * ``ProductFeatures``: bf16, a plain ViT. The matrix products and the attention are bf16, while the residual stream
   and the statistics of every LayerNorm on it stay fp32. Autocast converts at every operation; here a value is
   converted once, where a product reads it.
@@ -24,13 +24,9 @@ HALF = torch.bfloat16
 
 def make_features(model: TimmModel, *, precision: str, normalize: bool) -> "Features":
     """The fastest forward pass that computes what ``model`` does at ``precision``. It takes over ``model``."""
-    if precision == "bf16":
-        if is_plain_vit(model):
-            return ProductFeatures(model, normalize=normalize)
-        return PlainFeatures(model, normalize=normalize, autocast=True)
-    if supports_cls_only(model):
-        return ClassTokenFeatures(model, normalize=normalize)
-    return PlainFeatures(model, normalize=normalize)
+    if precision == "bf16" and is_plain_vit(model):
+        return ProductFeatures(model, normalize=normalize)
+    return PlainFeatures(model, normalize=normalize, autocast=precision == "bf16")
 
 
 def is_plain_vit(model: TimmModel) -> bool:
@@ -133,7 +129,7 @@ class Features(nn.Module):
 
 
 class PlainFeatures(Features):
-    """timm's own forward pass, for any model; in bf16 under autocast."""
+    """timm's own forward pass, for any model; in bf16 under autocast, in fp32 for the class token alone if it can."""
 
     def __init__(self, model: TimmModel, *, normalize: bool, autocast: bool = False) -> None:
         super().__init__()
@@ -141,25 +137,14 @@ class PlainFeatures(Features):
         for module in model.modules() if autocast else ():
             if isinstance(module, (nn.Linear, nn.Conv2d)):  # autocast would convert these weights in every batch
                 module.to(HALF)
-        self.model = model
+        self.model, self.cls_only = model, not autocast and supports_cls_only(model)
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = self.pixels(images)
         if not self.autocast:
-            return plain_features(self.model, pixels).float()
+            return (cls_features if self.cls_only else plain_features)(self.model, pixels).float()
         with torch.autocast(images.device.type, HALF):
             return plain_features(self.model, pixels).float()
-
-
-class ClassTokenFeatures(Features):
-    """fp32, the last block for the class token alone."""
-
-    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
-        super().__init__()
-        self.pixels, self.model = Pixels(model, normalize=normalize), model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return cls_features(self.model, self.pixels(images))
 
 
 class ProductFeatures(Features):
