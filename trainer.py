@@ -214,7 +214,7 @@ def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> Run
         manifest = replace(model.manifest.tested(tested.record), seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
             answers = tested.predictions(setup.data.test.keys, stream.class_names)
-            module("utils.results.predictions").write_predictions(outputs.paths.file(".npz"), answers)
+            record.write_answers(outputs.paths.file(".npz"), answers)
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
             manifest = manifest.with_last_results(answers.details(), cost)
         outputs.check_folders()
