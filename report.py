@@ -14,6 +14,7 @@ from utils.results import render
 from utils.results.comparison import make_comparisons
 from utils.results.escape import terminal
 from utils.results.metrics import SELECTION_NAMES, terms
+from utils.results.published import PUBLISHED, Entry, published_table, read_published
 from utils.results.read import newest_of_each, read_runs
 from utils.results.tables import Section, cost_tables, make_sections, section_table
 
@@ -38,6 +39,14 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"only these rows of the tables: {', '.join(SELECTION_NAMES)}",
     )
+    parser.add_argument(
+        "--published",
+        nargs="?",
+        const=PUBLISHED,
+        type=Path,
+        metavar="FILE",
+        help="also judge runs of the paper's protocols against its numbers (default: exps/published.json)",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="tables only")
     return parser
 
@@ -52,6 +61,8 @@ def _report(args: argparse.Namespace) -> int:
     comparisons = make_comparisons(sections, args.selection)
     main_tables, differences = [table for table, _ in comparisons], [table for _, table in comparisons]
     results, costs = [section_table(section, args.selection) for section in sections], cost_tables(sections)
+    judged, entries = published_table(runs, read_published(args.published)) if args.published else (None, [])
+    costs += [judged] if judged else []
     defined = terms([run.values for run in runs], args.selection)
     print(render.as_text([*main_tables, *results, *costs], defined) + "\n")
     for note in (*skipped, *old, *empty):
@@ -59,25 +70,27 @@ def _report(args: argparse.Namespace) -> int:
     for name, markup in (("tables.md", render.MARKDOWN), ("tables.tex", render.LATEX)):
         _write(args.out / name, "--out", render.write([*main_tables, *results, *differences, *costs], markup, defined))
     print(f"Tables: {args.out / 'tables.md'}, {args.out / 'tables.tex'}")
-    pictures = [] if args.no_pictures else _draw(sections, args.out)
+    pictures = [] if args.no_pictures else _draw(sections, entries, args.out)
     if page:
         parts: list[render.Table | render.Picture] = [*main_tables]
         for place, table in enumerate(results):
             parts += [table, *(pictures[place] if pictures else [])]
+        parts += [*differences, *costs, *(pictures[-1] if pictures else [])]
         title = f"Results on {', '.join(section.short_title for section in sections) or 'no data yet'}"
-        _write(page, "--html", render.write([*parts, *differences, *costs], render.HTML, defined, title))
+        _write(page, "--html", render.write(parts, render.HTML, defined, title))
         print(f"Page: {args.html}")
     return 0
 
 
-def _draw(sections: Sequence[Section], folder: Path) -> list[list[render.Picture]]:
-    """The pictures of each section; none without matplotlib."""
+def _draw(sections: Sequence[Section], entries: Sequence[Entry], folder: Path) -> list[list[render.Picture]]:
+    """The pictures of each section, then those against published curves; none without matplotlib."""
     try:
         from utils.results import figures
     except ImportError as error:
         print(f"No pictures: they need matplotlib ({error}); pip install matplotlib")
         return []
     pictures = [figures.draw_section(section, folder) for section in sections]
+    pictures.append(figures.draw_published(entries, folder))
     print(f"Pictures: {sum(map(len, pictures))} in {folder}, each as PNG and PDF")
     return pictures
 

@@ -21,6 +21,7 @@ from utils.files import atomic_write
 from utils.results.comparison import BATCH, NOT_COMPARED, single_image
 from utils.results.escape import terminal
 from utils.results.metrics import selection_name
+from utils.results.published import Entry
 from utils.results.render import Picture
 from utils.results.tables import Group, Section
 from utils.words import counted, fixed
@@ -291,4 +292,26 @@ def draw_section(section: Section, folder: Path) -> list[Picture]:
         for kind, (caption, *_) in KINDS.items():
             if figure := matrices(group, kind, title):
                 add(f"{group.key}-{kind}", f"{group.name}, {caption.format(_task_word(group))}", figure)
+    return drawn
+
+
+# -- published curves -------------------------------------------------------------------------------------------------
+
+
+def draw_published(entries: Sequence[Entry], folder: Path) -> list[Picture]:
+    """For each entry with a whole curve and runs a picture, as PNG and PDF: the published one dashed behind ours."""
+    drawn = []
+    for entry in entries:
+        if entry.runs and len(entry.curve) > 1:
+            runs = [run.values for run in entry.runs]
+            lines: list[Line] = [
+                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve.tolist()])
+            ]
+            for place, name in enumerate(entry.selections):
+                curves = [run["results"][name]["top1_curve"] for run in runs]
+                lines.append((len(_STYLES) * place, f"here, {selection_name(name)}", curves))
+            path = folder / f"published-{entry.data_set}-{entry.method}.png"
+            figure = _curves(f"{entry.method} on {entry.data_set}", {"": lines}, runs, 5.2, 3.8)
+            save(figure, path, path.with_suffix(".pdf"))
+            drawn.append(Picture(f"{entry.data_set}: {entry.method} against the published curve", path))
     return drawn

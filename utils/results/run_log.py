@@ -176,5 +176,5 @@ def log_seeds(runs: Sequence[dict[str, Any]], selections: Sequence[str] | None =
 def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]]) -> None:
     """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
     log_seeds(runs, [cells[0].config.selection, "sample", "oracle"])
-    log.info("Sweep: %s", counted(len(runs), "run"))
-    log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)
+    folder = Path(cells[0].config.log_dir).parents[cells[0].name.count("/")]
+    log.info("%s; every selection, and pictures: python report.py %s", counted(len(runs), "run"), folder)
