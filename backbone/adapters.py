@@ -51,13 +51,15 @@ class AdaptedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
         x = x + block.ls1(block.attn(block.norm1(x)))
-        out: Tensor = adapted(self, x) + block.ls2(block.mlp(block.norm2(x)))
-        return out
+        return x + plus_adapter(self, x, block.ls2(block.mlp(block.norm2(x))))
 
 
-def adapted(block: nn.Module, x: Tensor) -> Tensor:
-    """The stream after attention ``(images, tokens, dim)`` with what the block's adapter adds, if it has one."""
-    return x + block.adapter(x) if isinstance(block, AdaptedBlock) else x
+def plus_adapter(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """``y``, what a block's MLP makes of the stream ``x``, plus what its adapter makes of ``x``, if it has one.
+
+    The sum takes the place of ``y`` and has its type: no further tensor of the stream's size is allocated.
+    """
+    return y.add_(block.adapter(x)) if isinstance(block, AdaptedBlock) else y
 
 
 def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
@@ -70,11 +72,12 @@ def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
     blocks = list(getattr(model, "blocks", ()))
     if not blocks or any(type(block) is not Block for block in blocks):
         raise BackboneError(f"adapters go into the plain blocks of a ViT, which {type(model).__name__} does not have")
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     with fixed_seed(seed):
         adapters = [Adapter(model.embed_dim, width).to(next(block.parameters()).device) for block in blocks]
     for index, (block, adapter) in enumerate(zip(blocks, adapters, strict=True)):
         model.blocks[index] = AdaptedBlock(block, adapter)
+    model.eval()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

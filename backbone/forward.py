@@ -18,7 +18,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from backbone.adapters import AdaptedBlock, adapted
+from backbone.adapters import AdaptedBlock, plus_adapter
 from backbone.half import HALF, drop_key_bias, fold_scale, use_half_products
 
 TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
@@ -94,7 +94,7 @@ def cls_block(block: TimmModel, x: Tensor, dtype: torch.dtype) -> Tensor:
     v = heads(y, slice(2 * width, 3 * width))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return cast(Tensor, adapted(block, x) + block.ls2(block.mlp(block.norm2(x).to(dtype))))
+    return cast(Tensor, x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x).to(dtype)))))
 
 
 def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
     if biases[2] is not None:
         out = out + biases[2]
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))[:, None]
-    return cast(Tensor, adapted(block, x) + block.ls2(block.mlp(block.norm2(x))))
+    return cast(Tensor, x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x)))))
 
 
 class Pixels(nn.Module):
@@ -213,7 +213,7 @@ class ProductFeatures(Features):
         x = model.norm_pre(self.embed(images))  # (images, tokens, dim) float32, as the residual stream stays
         for block in model.blocks[:-1] if self.cls_only else model.blocks:
             x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
-            x = adapted(block, x).add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
+            x = x.add_(plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x).to(HALF)))))
         if self.last_in_fp32:
             x = pooled_cls_block(model.blocks[-1], x)
         elif self.cls_only:
