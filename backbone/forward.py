@@ -94,7 +94,7 @@ def cls_block(block: TimmModel, x: Tensor, dtype: torch.dtype) -> Tensor:
     v = heads(y, slice(2 * width, 3 * width))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return cast(Tensor, x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x).to(dtype)))))
+    return x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x).to(dtype))))
 
 
 def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
     if biases[2] is not None:
         out = out + biases[2]
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))[:, None]
-    return cast(Tensor, x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x)))))
+    return x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x))))
 
 
 class Pixels(nn.Module):
