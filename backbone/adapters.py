@@ -21,7 +21,7 @@ class Adapter(nn.Module):
 
     ``down``'s weights are drawn as those of any linear layer, kaiming_uniform with a = √5; all else begins at zero.
 
-    Shape: ``(…, dim) -> (…, dim)``, in the type of its weights.
+    Shape: ``(…, dim) -> (…, dim)``.
     """
 
     def __init__(self, dim: int, width: int = WIDTH) -> None:
@@ -31,7 +31,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(F.relu(self.down(x.to(self.down.weight.dtype))), self.dropout, self.training)
+        hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
         return F.linear(hidden, SCALE * self.up.weight, SCALE * self.up.bias)  # no pass over the product for the scale
 
 

@@ -18,8 +18,8 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from backbone.adapters import AdaptedBlock, plus_adapter
-from backbone.half import HALF, drop_key_bias, fold_scale, use_half_products
+from backbone.adapters import SCALE, AdaptedBlock, Adapter, plus_adapter
+from backbone.half import HALF, HalfProduct, drop_key_bias, fold_scale, use_half_products
 
 TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
 
@@ -203,7 +203,7 @@ class ProductFeatures(Features):
             use_half_products(block.attn)
             use_half_products(block.mlp)
             if isinstance(block, AdaptedBlock):
-                block.adapter.to(HALF)
+                block.adapter = HalfAdapter(block.adapter)
         if self.cls_only and not self.last_in_fp32:  # whose products ``cls_block`` takes apart
             model.blocks[-1].attn.to(HALF)
             model.blocks[-1].mlp.to(HALF)
@@ -219,6 +219,19 @@ class ProductFeatures(Features):
         elif self.cls_only:
             x = cls_block(model.blocks[-1], x, HALF)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
+
+
+class HalfAdapter(nn.Module):
+    """An adapter in bf16, its scale in the weights of ``up``."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        for parameter in adapter.up.parameters():
+            parameter.data.mul_(SCALE)
+        self.down, self.up = HalfProduct(adapter.down), HalfProduct(adapter.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.up(F.relu(self.down(x.to(HALF)))))
 
 
 def _embedding(model: TimmModel, *, normalize: bool) -> nn.Module:
