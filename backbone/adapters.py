@@ -46,7 +46,7 @@ class AdaptedBlock(nn.Module):
         super().__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
-        self.adapter = adapter
+        self.adapter: nn.Module = adapter  # in bf16 another one takes its place
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self

@@ -203,7 +203,7 @@ class ProductFeatures(Features):
             use_half_products(block.attn)
             use_half_products(block.mlp)
             if isinstance(block, AdaptedBlock):
-                block.adapter = HalfAdapter(block.adapter)
+                block.adapter = HalfAdapter(cast(Adapter, block.adapter))
         if self.cls_only and not self.last_in_fp32:  # whose products ``cls_block`` takes apart
             model.blocks[-1].attn.to(HALF)
             model.blocks[-1].mlp.to(HALF)
