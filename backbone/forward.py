@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from backbone.adapters import SCALE, AdaptedBlock, Adapter, plus_adapter
+
 TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
 HALF = torch.bfloat16
 
@@ -63,7 +65,8 @@ def _is_plain_block(block: TimmModel) -> bool:
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block
 
-    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+    plain = type(block) is Block or isinstance(block, AdaptedBlock)
+    return plain and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
 def _is_plain_embedding(model: TimmModel) -> bool:
@@ -113,7 +116,7 @@ def cls_block(block: TimmModel, x: Tensor) -> Tensor:
     v = heads(y, slice(2 * width, 3 * width))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
+    return x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x))))
 
 
 def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
     if biases[2] is not None:
         out = out + biases[2]
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))[:, None]
-    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
+    return x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x))))
 
 
 class Pixels(nn.Module):
@@ -215,16 +218,31 @@ class ProductFeatures(Features):
             drop_key_bias(block.attn)
             use_half_products(block.attn)
             use_half_products(block.mlp)
+            if isinstance(block, AdaptedBlock):
+                block.adapter = HalfAdapter(cast(Adapter, block.adapter))
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
         x = model.norm_pre(self.embed(model, images))  # (images, tokens, dim) float32, as the residual stream stays
         for block in model.blocks[:-1] if self.cls_only else model.blocks:
             x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
-            x = x.add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
+            x = x.add_(plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x).to(HALF)))))
         if self.cls_only:
             x = self.last_block(model.blocks[-1], x)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
+
+
+class HalfAdapter(nn.Module):
+    """An adapter in bf16, its scale in the weights of ``up``."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        for parameter in adapter.up.parameters():
+            parameter.data.mul_(SCALE)
+        self.down, self.up = HalfProduct(adapter.down), HalfProduct(adapter.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.up(F.relu(self.down(x.to(HALF)))))
 
 
 class PatchProduct(nn.Module):

@@ -1,0 +1,98 @@
+"""Adapters beside the MLPs of a ViT, the one part of the backbone that may be trained: on the first task, then no more.
+
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022, Section 3.2, set
+as LAMDA-PILOT sets it: beside the MLP, on the same stream, with a fixed scale and no LayerNorm of its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import BackboneError
+from utils.seeds import fixed_seed
+
+WIDTH, SCALE, DROPOUT = 64, 0.1, 0.1
+
+
+class Adapter(nn.Module):
+    """``0.1 · up(dropout(relu(down(x))))``, at first zero.
+
+    ``down``'s weights are drawn as those of any linear layer, kaiming_uniform with a = √5; all else begins at zero.
+
+    Shape: ``(…, dim) -> (…, dim)``.
+    """
+
+    def __init__(self, dim: int, width: int = WIDTH) -> None:
+        super().__init__()
+        self.down, self.up, self.dropout = nn.Linear(dim, width), nn.Linear(width, dim), DROPOUT
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
+        return F.linear(hidden, SCALE * self.up.weight, SCALE * self.up.bias)  # no pass over the product for the scale
+
+
+class AdaptedBlock(nn.Module):
+    """A timm ``Block`` with an adapter: ``x + ls2(mlp(norm2(x))) + adapter(x)``, x being the stream after attention.
+
+    It takes over the block's parts under their names. Layer scale is the MLP's alone; stochastic depth is off in a
+    frozen model.
+    """
+
+    def __init__(self, block: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.adapter: nn.Module = adapter  # in bf16 another one takes its place
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        return x + plus_adapter(self, x, block.ls2(block.mlp(block.norm2(x))))
+
+
+def plus_adapter(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """``y``, what a block's MLP makes of the stream ``x``, plus what its adapter makes of ``x``, if it has one.
+
+    The sum takes the place of ``y`` and has its type: no further tensor of the stream's size is allocated.
+    """
+    return y.add_(block.adapter(x)) if isinstance(block, AdaptedBlock) else y
+
+
+def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
+    """Freeze a timm ViT and put a new adapter into every block; the adapters alone require gradients.
+
+    Their parameters are the model's ``blocks.<i>.adapter.{down,up}.{weight,bias}``.
+    """
+    from timm.models.vision_transformer import Block
+
+    blocks = list(getattr(model, "blocks", ()))
+    if not blocks or any(type(block) is not Block for block in blocks):
+        raise BackboneError(f"adapters go into the plain blocks of a ViT, which {type(model).__name__} does not have")
+    model.requires_grad_(False)
+    with fixed_seed(seed):
+        adapters = [Adapter(model.embed_dim, width).to(next(block.parameters()).device) for block in blocks]
+    for index, (block, adapter) in enumerate(zip(blocks, adapters, strict=True)):
+        model.blocks[index] = AdaptedBlock(block, adapter)
+    model.eval()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapters' parameters on the CPU, under the model's names."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if ".adapter." in name}
+
+
+def load_adapters(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Put the adapters of a saved ``adapter_state`` into a plain model, frozen as all of it.
+
+    Raises:
+        ValueError, RuntimeError, KeyError: they are of another model.
+    """
+    add_adapters(model, seed=0, width=len(state["blocks.0.adapter.down.bias"]))
+    if state.keys() != adapter_state(model).keys():
+        raise ValueError(f"the adapters are not those of the model's {len(model.blocks)} blocks")
+    model.load_state_dict(state, strict=False)
+    model.requires_grad_(False)
