@@ -36,9 +36,6 @@ def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | No
 
     Returns:
         a ``models.ContinualClassifier``: ``predict``, ``learn``, ``save``.
-
-    Raises:
-        UserError: one line that says what is wrong with checkpoint or weights.
     """
     load = _models().ContinualClassifier.load
     return cast("ContinualClassifier", load(checkpoint, backbone_weights=backbone_weights, device=device))

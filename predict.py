@@ -1,8 +1,10 @@
 """Classify images with a saved run: python predict.py --checkpoint tosca photo.jpg folder/ ... (or - for a list)"""
 
 import argparse
+import codecs
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +17,12 @@ from utils.errors import DataError, UserError
 from utils.hardware import use_full_fp32
 
 if TYPE_CHECKING:
+    from models import ContinualClassifier
     from models.api.predictor import FileAnswers
     from utils.data.folders import Unused
     from utils.results.answers import FeatureFile, Form
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how lists begin that some programs of Windows write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +53,18 @@ def _export(args: argparse.Namespace) -> int:
     from models.api.export import export
 
     model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
+    _check_output("--export", args.export, args.checkpoint, model)
     path = export(model, args.export, args.selection)
     print(f"{path}: {model!r}")
     return 0
+
+
+def _check_output(option: str, output: Path, checkpoint: Path, model: "ContinualClassifier") -> None:
+    """The files of run and backbone are no place for an output."""
+    from utils.results.answers import check_output
+
+    weights = model.config.backbone_weights
+    check_output(option, output, [*checkpoint.iterdir(), *([Path(weights)] if weights else [])])
 
 
 def _parser() -> Parser:
@@ -92,21 +106,34 @@ def named_paths(paths: Sequence[str]) -> Iterator[Path]:
             continue
         if sys.stdin is None:
             raise UserError("- reads names from standard input, which is closed; give the images themselves")
-        for line in getattr(sys.stdin, "buffer", sys.stdin):
-            name = os.fsdecode(line).rstrip("\r\n")
-            if name:
+        for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin)):
+            if not number and line[:2] in UTF_16:
+                raise UserError("the list on standard input is UTF-16; write it as UTF-8, a path a line")
+            name = os.fsdecode(line.removeprefix(codecs.BOM_UTF8) if isinstance(line, bytes) and not number else line)
+            if name := name.rstrip("\r\n"):
                 yield Path(name)
+
+
+def _files(args: argparse.Namespace, unused: "Unused") -> Iterator[Path]:
+    """Every image that is asked for, in order; none of them may be the file that features go to."""
+    from utils.data.folders import find_images
+    from utils.results.answers import check_output
+
+    for path in find_images(named_paths(args.paths), unused):
+        if args.features:
+            check_output("--features", args.features, [path])
+        yield path
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the run, answer image after image, return the exit code."""
     from models import ContinualClassifier
-    from utils.data.folders import Unused, find_images
+    from utils.data.folders import Unused
     from utils.logs import progress
     from utils.results.answers import FORMATS, FeatureFile
 
     unused = Unused()
-    total = None if "-" in args.paths else sum(1 for _ in find_images(named_paths(args.paths), unused))
+    total = None if "-" in args.paths else sum(1 for _ in _files(args, unused))
     if total == 0:
         raise DataError(f"{', '.join(args.paths)}: no image there{unused_sentence(unused)}")
     model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
@@ -116,15 +143,15 @@ def run(args: argparse.Namespace) -> int:
     top_k = min(args.top_k, len(model.class_names))
     tasks = model.tasks if model.has_modules else 0
     shown = {"top_k": top_k, "tasks": tasks, "selection": selection, "explain": args.explain, "domains": model.domains}
-    form = FORMATS[args.form](model.class_names, **shown)
-    counted = unused if total is None else Unused()
-    files = find_images(named_paths(args.paths), counted)
+    form, order = FORMATS[args.form](model.class_names, **shown), deque[Path]()
     with ExitStack() as stack:
         features = None
         if args.features:
+            _check_output("--features", args.features, args.checkpoint, model)
             features = stack.enter_context(FeatureFile(args.features, model.backbone.feature_dim))
         bar = stack.enter_context(progress(total=total, unit="img"))
-        unreadable = _answer_all(model.predict_files(files, top_k, selection), form, features, bar)
+        files = _noted(_files(args, unused if total is None else Unused()), order)
+        unreadable = _answer_all(model.predict_files(files, top_k, selection), order, form, features, bar)
     if sentence := unused_sentence(unused):
         print(f"predict.py: not used{sentence}", file=sys.stderr)
     if unreadable:
@@ -132,24 +159,35 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def _answer_all(batches: Iterable["FileAnswers"], form: "Form", features: "FeatureFile | None", bar: Any) -> int:
-    """Write every answer; return how many images could not be read."""
+def _noted(files: Iterable[Path], order: deque[Path]) -> Iterator[Path]:
+    for path in files:
+        order.append(path)
+        yield path
+
+
+def _answer_all(
+    batches: Iterable["FileAnswers"], order: deque[Path], form: "Form", features: "FeatureFile | None", bar: Any
+) -> int:
+    """Write an answer for each path of ``order``, in that order; return how many images could not be read."""
     from tqdm import tqdm
 
     unreadable = 0
     _print(form.head())
     for paths, predictions, errors in batches:
-        for path, error in errors:
-            unreadable += 1
-            tqdm.write(f"predict.py: {error}", file=sys.stderr)
-            _print(form.failed(str(path), str(error)))
-        if predictions is not None:
-            for path, answer in zip(paths, predictions.to_dicts(), strict=True):
-                _print(form.lines({"file": str(path), **answer}))
-            if features is not None:
-                features.write(predictions.features.numpy())
+        answers = iter(predictions.to_dicts() if predictions is not None else ())
+        broken, unreadable = {id(path): error for path, error in errors}, unreadable + len(errors)
+        here = [order.popleft() for _ in range(len(paths) + len(errors))]
+        for path in here:
+            if (error := broken.get(id(path))) is not None:
+                tqdm.write(f"predict.py: {error}", file=sys.stderr)
+                _print(form.failed(str(path), str(error)))
+            else:
+                _print(form.lines({"file": str(path), **next(answers)}))
+        if features is not None:
+            rows = predictions.features.numpy() if predictions is not None else None
+            features.write(rows, [id(path) not in broken for path in here])
         sys.stdout.flush()
-        bar.update(len(paths) + len(errors))
+        bar.update(len(here))
     return unreadable
 
 

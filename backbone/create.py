@@ -5,14 +5,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backbone.forward import TimmModel
 from backbone.weights import Remarks, load_weights
 from utils.config.config import Config
 from utils.errors import BackboneError
 from utils.files import expanded
-from utils.seeds import fixed_seed
+from utils.seeds import fixed_seed, modes_of_a_run
 
 # The small ViT that ships with the repository, for a first run without a model hub (assets/README.md).
 _BUNDLED = {"glyphs_vit": Path(__file__).resolve().parent.parent / "assets" / "glyphs_vit.safetensors"}
@@ -123,16 +121,12 @@ def create_model(name: str, image_size: int, pretrained: bool = False) -> TimmMo
         pretrained: fetch the weights that timm names; else they are random, the same in every run.
     """
     build = {**_BUILDS.get(name, {"model_name": name}), "pretrained": pretrained, "num_classes": 0}
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # whatever the caller's project works in: the weights are float32
     try:
-        with fixed_seed(0), warnings.catch_warnings():
+        with modes_of_a_run(), fixed_seed(0), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = _build(build, image_size)
     except Exception as error:
         raise _cannot_build(name, image_size, pretrained, error) from error
-    finally:
-        torch.set_default_dtype(default)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is not None and min(grid) < 1:
         raise BackboneError(f"image_size {image_size} is smaller than one patch of {name!r}")

@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from utils.hardware import single_thread
+
 aten = torch.ops.aten
 TRIES = 5  # of a piece of work that is timed: the quickest counts, since load on the machine only adds
 SECONDS = 0.5  # after which no further try begins
@@ -119,15 +121,19 @@ def whole_forward_flops(model: nn.Module, image_size: int) -> int:
 
 
 def quickest_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Return the milliseconds of the quickest of some tries of ``work``, after one that does not count."""
+    """Return the milliseconds of the quickest of some tries of ``work``, after one that does not count.
+
+    On a CPU they are those of one thread, as a run computes: several would wait for each other on a busy machine.
+    """
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < 2 or (len(times) <= TRIES and time.perf_counter() - begun < SECONDS):
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - started)
+    with single_thread():
+        while len(times) < 2 or (len(times) <= TRIES and time.perf_counter() - begun < SECONDS):
+            started = time.perf_counter()
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            times.append(time.perf_counter() - started)
     return min(times[1:]) * 1000
 
 

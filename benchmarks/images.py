@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.hardware import forget_peak, peak_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,7 +49,6 @@ def timed_process(*arguments: str) -> float:
 
 
 def resident_bytes() -> int:
-    """The memory that this process has resident now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    """The memory that this process has now: a peak that begins anew is at first what is there (Linux)."""
+    forget_peak()
+    return peak_bytes()

@@ -1,4 +1,4 @@
-"""How is the module to be chosen, and what should answer? The study behind docs/selection.md.
+"""How is the module to be chosen, and what should answer? The study behind benchmarks/selection.md.
 
     python -m benchmarks.selection --config=exps/tosca_demo.json seed=1993,1994,1995,1996,1997
     python -m benchmarks.selection --config=exps/tosca_demo.json --repairs seed=1993,1994,1995,1996,1997

@@ -2,10 +2,11 @@
 
     python -m benchmarks.startup [--rounds 9]
 
-*Summary*: ``main.py`` once more on a finished run, the demo, until it ends. *First forward*: ``main.py`` on a fresh
-folder until its first batch of features is there. The rest are commands that need no PyTorch: ``--help``, a mistake in
-the config, and ``report.py`` without pictures. Rounds of all of them alternate, and the ratios are of the medians; the
-files were read before, so that disks do not count.
+*Summary*: ``main.py`` once more on a finished run, the demo, until it ends. *Complete bank*: the demo from its first
+task to its end, when all features are in the bank. *Predicting*: ``predict.py`` on one image. *First forward*:
+``main.py`` on a fresh folder until its first batch of features is there. The rest are commands that need no PyTorch:
+``--help``, a mistake in the config, and ``report.py`` without pictures. Rounds of all of them alternate, and the ratios
+are of the medians; the files were read before, so that disks do not count.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from benchmarks.images import ROOT, machine, timed_process
 
@@ -43,6 +46,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
     return {
         LIBRARIES: ["-c", LIBRARIES],
         "a finished run's summary": ["main.py", *below(folder)],
+        "a run on a complete bank": ["main.py", "--fresh", *below(folder)],
+        "predicting": ["predict.py", f"--checkpoint={folder / 'checkpoint_dir'}", str(folder / "image.png")],
         "first forward": ["-c", UNTIL_FORWARD, "--fresh", *below(folder / "fresh"), "cache_dir=none"],
         "main.py --help": ["main.py", "--help"],
         "main.py, a wrong key": ["main.py", "epoch=1"],
@@ -63,6 +68,7 @@ def seconds_of(arguments: Sequence[str], expected: int) -> float:
 def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of each command, round after round."""
     what = commands(folder)
+    Image.new("RGB", (32, 32)).save(folder / "image.png")
     timed_process(*what["a finished run's summary"])  # which finishes it
     taken: dict[str, list[float]] = {name: [] for name in what}
     for number in range(rounds + 1):

@@ -1,7 +1,7 @@
 """What answers best without exemplars or order, and what each ingredient of ``tosca_white`` brings?
 
     python -m benchmarks.white --config=exps/tosca_demo.json seed=1993-1997
-    python -m benchmarks.white --config=exps/tosca_demo.json seed=1993-1997 --figure docs/selection_digits.png
+    python -m benchmarks.white --config=exps/tosca_demo.json seed=1993-1997 --figure selection_digits.png
 
 Prints two Markdown tables. The first has the answers: Ā and A_T, mean ± sample standard deviation over the seeds, the
 paired difference to RanPAC with its 95 % interval, and the calibration error. The second has the modules with one

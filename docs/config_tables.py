@@ -1,4 +1,4 @@
-"""The tables of docs/config.md, from what the code declares: ``python -m docs.config_tables`` writes them anew."""
+"""What docs/config.md and docs/outputs.md take from the code: ``python -m docs.config_tables`` writes it anew."""
 
 import json
 import re
@@ -8,16 +8,18 @@ from pathlib import Path
 from utils.config.config import KEYS
 from utils.config.keys import AFFECTS, REQUIRED, UNUSED_KEYS, Key
 from utils.config.methods import METHODS
+from utils.results.tables import glossary_markdown
 
-PAGE = Path(__file__).with_name("config.md")
+PAGE, GLOSSARY_PAGE = (Path(__file__).with_name(name) for name in ("config.md", "outputs.md"))
 
 
 def updated(page: str) -> str:
-    """The page in Markdown with its tables as the declarations have them: each begins behind a comment of its name."""
+    """The page in Markdown with its parts as the declarations have them: each begins behind a comment of its name."""
     methods = [f"Keys of `{m.name}` alone:\n\n{_key_table(m.keys)}" for m in METHODS.values() if m.keys]
     tables = {
         "keys": "\n".join([_key_table(KEYS.values()), *methods]),
         "affects": _affects_table(),
+        "glossary": glossary_markdown(),
         "other toolboxes": _table(["key", "what counts here"], ([f"`{k}`", line] for k, line in UNUSED_KEYS.items())),
     }
     for name, table in tables.items():
@@ -50,4 +52,5 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (PAGE, GLOSSARY_PAGE):
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,14 +5,13 @@ whose last block computes the class token alone where that is exact. *As the rel
 for each training image in each epoch and once more for the prototypes, and for each module at inference.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from backbone.flops import FlopCounter, count_flops
+from backbone.flops import FlopCounter, count_flops, quickest_ms
 from backbone.vit import Backbone
 from models.base import Learner, kept_numbers
 from utils.config.config import Config
@@ -30,8 +29,6 @@ from utils.results.cost import (
     TRAINABLE,
 )
 from utils.runs.manifest import RunManifest
-
-_TRIES = 7  # one image is answered so often; the fastest counts, since load on the machine only ever adds
 
 
 class CostMeter:
@@ -62,7 +59,7 @@ class CostMeter:
         feature = torch.zeros(1, learner.dim, device=learner.device)
         answers = {name: partial(learner.answer, feature, name) for name in learner.selections}
         answering = {name: count_flops(answer) / 1e9 for name, answer in answers.items()}
-        answer_ms = {name: milliseconds(answer, learner.device) for name, answer in answers.items()}
+        answer_ms = {name: quickest_ms(answer, learner.device) for name, answer in answers.items()}
         images = sum(len(task.train) for task in stream.tasks)  # none for the tasks of a run that is continued
         passes = images * (config.epochs + 1 if config.method.augmented else 1)
         first = learner.selections[0]
@@ -81,15 +78,3 @@ class CostMeter:
             **{f"{INFERENCE}, {name}": forward + answering[name] for name in learner.selections[1:]},
             **{f"{EVAL_MS}, {name}": backbone.forward_ms + answer_ms[name] for name in learner.selections[1:]},
         }
-
-
-def milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest time that ``work`` took, after one time that does not count."""
-    times = []
-    for _ in range(1 + _TRIES):
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:]) * 1000

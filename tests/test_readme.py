@@ -7,7 +7,6 @@ from docs import config_tables
 from utils.config.config import KEYS
 from utils.config.keys import UNUSED_KEYS
 from utils.config.methods import METHODS
-from utils.results.tables import glossary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,14 +20,29 @@ def test_every_config_key_stands_in_its_page_with_its_default_and_meaning():
 
 
 def test_the_glossary_is_the_programs():
-    assert glossary_markdown() in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    page = config_tables.GLOSSARY_PAGE.read_text(encoding="utf-8")
+    assert "- **A_T**" in page
+    assert config_tables.updated(page) == page, "run: python -m docs.config_tables"
 
 
-def test_every_file_that_the_documents_link_to_exists():
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+def headings(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings, to be linked to."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_place_that_the_documents_link_to_exists():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("*/README.md")]:
+        for target, place in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+                to = page.parent / target if target else page
+                assert to.exists(), f"{page.relative_to(ROOT)} links to {target}"
+                assert not place or place in headings(to), f"{page.relative_to(ROOT)} links to {target}#{place}"
+
+
+def test_the_documents_are_few_and_the_first_one_short():
+    assert len(README.splitlines()) <= 180
+    assert len(list(ROOT.glob("docs/*.md"))) <= 15
 
 
 def test_every_config_that_the_readme_runs_is_shipped():

@@ -91,6 +91,20 @@ def test_the_top_level_is_seen_at_a_glance():
     assert len(list(ROOT.glob("*.py"))) <= 7
 
 
+def test_benchmarks_need_what_the_readmes_first_command_installs():
+    required = {line.partition(">")[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    known = {"PIL" if name == "pillow" else name for name in required} | OWN | {"benchmarks", *sys.stdlib_module_names}
+    known |= {"matplotlib"}  # only for pictures that are asked for, and to kill runs that draw some
+    wrong = {}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names = [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(module) for module in imports(path)]
+        if foreign := {name.partition(".")[0] for name in names} - known:
+            wrong[path.name] = foreign
+    assert wrong == {}
+
+
 def test_private_names_stay_in_their_file():
     wrong = []
     for path in [*PRODUCT, *sorted((ROOT / "benchmarks").glob("*.py"))]:

@@ -88,7 +88,7 @@ def _torchrun(config: Path, name: str, *options: str) -> Agent:
 
 
 def _two_nodes(config: Path) -> tuple[Agent, Agent]:
-    """As docs/cluster.md starts two nodes, one rank on each; the first is the head.
+    """As docs/scale.md starts two nodes, one rank on each; the first is the head.
 
     Between machines torchrun tells the head by its name; here both have that name, and the faster one would be it.
     """

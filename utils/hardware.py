@@ -21,19 +21,6 @@ def available_accelerator() -> "torch.device | None":
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
-@contextmanager
-def float32_default() -> Iterator[None]:
-    """New tensors are float32, whatever default a user has set for the process. Serves as a decorator, too."""
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def available_cpus() -> int:
     """CPUs that this process may use, by its affinity and by the quota of its container (``docker --cpus=2``)."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -35,11 +35,11 @@ from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
-from utils.hardware import float32_default
 from utils.logs import epoch_bar
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.continuing import read_run
 from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
+from utils.seeds import modes_of_a_run
 from utils.words import task_place
 
 
@@ -49,7 +49,7 @@ class ContinualClassifier(Predictor):
     # -- making one ------------------------------------------------------------------------------------------------
 
     @classmethod
-    @float32_default()
+    @modes_of_a_run()
     def start(cls, **keys: Any) -> "ContinualClassifier":
         """Begin with nothing learned.
 
@@ -66,7 +66,7 @@ class ContinualClassifier(Predictor):
         return cls(config, backbone, Known.after(learner, manifest))
 
     @classmethod
-    @float32_default()
+    @modes_of_a_run()
     def load(
         cls, folder: str | Path, *, backbone_weights: str | Path | None = None, device: str | None = None
     ) -> "ContinualClassifier":
@@ -88,7 +88,7 @@ class ContinualClassifier(Predictor):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    @float32_default()
+    @modes_of_a_run()
     def learn(self, images: Images, labels: Iterable[str], *, domain: str | None = None) -> None:
         """Learn the next task from its images alone, by the model's settings (epochs, views, rate …).
 
@@ -102,14 +102,14 @@ class ContinualClassifier(Predictor):
             domain: makes the images a new domain of this name: known class names may come again.
         """
         sources = sources_of(images)
-        given = checked_labels(labels, len(sources))
         if not sources:
             raise DataError("there is no image to learn from")
+        labels = checked_labels(labels, len(sources))
         if not self.config.method.continual:
             raise ConfigError(f"{self.config.model_name} needs the data of all tasks; it cannot learn a task alone")
         if self.domains and domain is None:
             raise DataError("the run is domain-incremental: name the new images' domain, learn(..., domain=<name>)")
-        named = [normal_name(label) for label in given]  # one form for names that look the same
+        named = [normal_name(label) for label in labels]  # one form for names that look the same
         if domain is not None:
             spelled = spelled_as(dict.fromkeys(named), self.class_names, "class", "the labels")
             named = [spelled[label] for label in named]
@@ -157,6 +157,7 @@ class ContinualClassifier(Predictor):
         """Take over a manifest that tells more of the same tasks, such as their results."""
         self._known = self._known._replace(manifest=manifest)
 
+    @modes_of_a_run()
     def evaluate(
         self, images: Images, labels: Iterable[str], *, domain: str | None = None
     ) -> dict[str, dict[str, Any]]:
@@ -235,7 +236,7 @@ class ContinualClassifier(Predictor):
         return maker(ContinualClassifier.from_state, "from_state"), (state,)
 
     @classmethod
-    @float32_default()
+    @modes_of_a_run()
     def from_state(cls, state: dict[str, Any]) -> "ContinualClassifier":
         """The object that was pickled; the backbone's weights are read again, and must be the same."""
         manifest = RunManifest.from_json(state["manifest"])
@@ -268,7 +269,8 @@ class ContinualClassifier(Predictor):
 def load_same_backbone(config: Config, device: torch.device, sha256: str | None) -> Backbone:
     """The backbone that ``config`` names; its weights must have that hash, if one is given."""
     try:
-        backbone = load_backbone(config, device, resolve_cache_dir(config.cache_dir))
+        cache_dir = resolve_cache_dir(config.cache_dir)  # of the run's machine, which may be another one
+        backbone = load_backbone(config, device, cache_dir if cache_dir and cache_dir.is_dir() else None)
     except BackboneError as error:
         if sha256 and config.backbone_weights and not Path(config.backbone_weights).is_file():
             raise BackboneError(f"{error}; say where it is now with --backbone-weights=<file>") from None

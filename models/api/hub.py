@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.config import KEYS
 from utils.config.keys import REQUIRED
-from utils.config.methods import Method
 from utils.errors import CheckpointError, UserError
-from utils.files import expanded, open_regular, partial_path, replacing
+from utils.files import expanded, partial_path, replacing
 from utils.results.metrics import selection_name
 from utils.results.record import run_json
 from utils.runs.checkpoint import MANIFEST
@@ -22,31 +20,26 @@ if TYPE_CHECKING:
 CARD, WEIGHTS = "README.md", "backbone"
 _CARD = """\
 ---
-library_name: tosca
-pipeline_tag: image-classification
-tags:
-- continual-learning
-- class-incremental-learning
-- {method}
+{{ card_data }}
 ---
 
-# {title}
+# {{ title }}
 
-A frozen {backbone} and what {method} learned on it, task after task.
+A frozen {{ backbone }} and what {{ method }} learned on it, task after task.
 
 ## Data
 
-`{dataset}`: {train} and {test}, {classes}.
+`{{ dataset }}`: {{ data }}.
 
 ## Protocol
 
-{protocol} {kept}
+{{ protocol }} {{ kept }}
 
 ## Results
 
 Per cent, after the last task. Selections are different claims: never mix them.
 
-{results}
+{{ results }}
 
 ## Use
 
@@ -62,52 +55,48 @@ model.predict(["image.jpg"]).classes
 `python main.py --config=config.json data_path=<the data's folder>` with this config:
 
 ```json
-{config}
+{{ config }}
 ```
 """
 _MEASURES = ("average", "last", "forgetting")
-_HTTP_CLIENTS = ("httpx", "httpx2", "requests")  # one of them, as the version of huggingface_hub has it
+_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "requests")  # whose errors are the hub's or the network's
 HINT_PATHS = ("data_path", "backbone_weights", "continue_from")  # places on the machine of the run, beside "place" keys
 
 
 def save_pretrained(model: "ContinualClassifier", folder: str | Path) -> Path:
-    """Write ``model`` into ``folder``; what another run has there is moved aside.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    folder = expanded(folder)
-    model.save(folder)
-    weights = model.config.backbone_weights
+    """Write ``model`` into ``folder``, also into that which it was loaded from; all of another run is moved aside."""
+    folder, weights = expanded(folder), model.config.backbone_weights
+    source = expanded(weights).resolve() if weights else None
+    own = [path for path in (*folder.glob(f"{WEIGHTS}.*"), folder / CARD) if path.is_file()]
+    foreign = [path for path in own if path.name != CARD and path.resolve() != source]
+    if foreign and not (folder / MANIFEST).is_file():
+        raise UserError(f"{foreign[0]} would be taken for the backbone of this model; give another folder")
     try:
-        kept = folder / f"{WEIGHTS}{Path(weights).suffix}" if weights else None
-        if weights and kept:  # read before anything goes: the weights may be this folder's own
-            with replacing(kept, partial_path(kept)) as file, open_regular(expanded(weights)) as source:
-                shutil.copyfileobj(source, file)
-        for old in folder.glob(f"{WEIGHTS}.*"):
-            if old != kept:
-                old.unlink()
-        (folder / CARD).write_text(model_card(model), encoding="utf-8")
+        aside = model.save(folder)
+        for path in own if aside else ():
+            assert aside is not None
+            of_model = path.resolve() == source
+            moved = path.rename(aside / path.name)
+            source = moved if of_model else source
+        target = folder / f"{WEIGHTS}{source.suffix if source else ''}"
+        if source and source != target.resolve():
+            with open(source, "rb") as old, replacing(target, partial_path(target)) as new:
+                shutil.copyfileobj(old, new)
+        if not (folder / CARD).exists():
+            (folder / CARD).write_text(model_card(model), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read or written ({error.strerror})") from error
     return folder
 
 
 def find_pretrained(name: str | Path) -> Path:
-    """The folder ``name``, or the downloaded copy of the hub's ``user/repo``.
-
-    Raises:
-        CheckpointError: no such folder and no such repository, or one without a run.
-    """
+    """The folder ``name``, or the downloaded copy of the hub's ``user/repo``."""
     folder = expanded(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
 
         try:
             folder = Path(snapshot_download(str(name)))
-        except HFValidationError as error:
-            raise CheckpointError(f"{str(name)!r} is no folder, and no user/repo of the Hugging Face hub") from error
         except Exception as error:
             reason = _reason(error)
             raise CheckpointError(f"{str(name)!r} is no folder, and cannot be had from the hub ({reason})") from error
@@ -122,54 +111,57 @@ def shipped_weights(folder: Path) -> Path | None:
 
 
 def push_to_hub(model: "ContinualClassifier", repo_id: str, *, private: bool = False) -> str:
-    """Create the repository if need be and upload the model; return its address.
+    """Create the repository if need be and upload the model; return the address of the commit."""
+    from huggingface_hub import ModelHubMixin
 
-    Raises:
-        UserError: the hub refused, in one line.
-    """
-    from huggingface_hub import HfApi
+    class Upload(ModelHubMixin):
+        def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+            save_pretrained(model, save_directory)
 
-    api = HfApi()
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        try:
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[".lock"])
-        except Exception as error:
-            raise UserError(f"{repo_id} cannot be uploaded to the hub ({_reason(error)})") from error
-    return str(url)
+    try:
+        return str(Upload().push_to_hub(repo_id, private=private, ignore_patterns=".lock"))
+    except Exception as error:
+        raise UserError(f"{repo_id} cannot be uploaded to the hub ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
     """The first line of a fault of the hub, the network or the disk; any other error is raised again."""
-    known = type(error).__module__.partition(".")[0] in ("huggingface_hub", *_HTTP_CLIENTS)
-    if not known and not isinstance(error, OSError):
+    of_client = any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+    if not of_client and not isinstance(error, OSError):
         raise error
+    if type(error).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
+        return "there is none, or it is private or gated: log in with hf auth login"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def model_card(model: "ContinualClassifier") -> str:
     """Markdown with the hub's header: data, protocol, results under every selection, how to load and to run again."""
-    run, config = run_json(model.manifest), model.config
+    from huggingface_hub import ModelCard, ModelCardData
+
+    run, config, counts = run_json(model.manifest), model.config, model.manifest.data
     names = ", ".join(_plain(name) for name in model.class_names[:20])
     more = f" and {len(model.class_names) - 20} more" if len(model.class_names) > 20 else ""
-    return _CARD.format(
+    images = f"{counted(counts['train_images'], 'training image')} and {counted(counts['test_images'], 'test image')}"
+    tags = ["continual-learning", "class-incremental-learning", config.model_name]
+    card = ModelCard.from_template(
+        ModelCardData(library_name="tosca", pipeline_tag="image-classification", tags=tags),
+        template_str=_CARD,
         method=config.model_name,
         title=f"{_plain(config.model_name)} on {_plain(config.dataset)}",
         backbone=f"`{model.backbone.name}` ({model.backbone.pooling}, {config.image_size} px)",
         dataset=config.dataset,
-        train=counted(run["data"]["train_images"], "training image"),
-        test=counted(run["data"]["test_images"], "test image"),
-        classes=f"{counted(len(model.class_names), 'class')}: {names}{more}",
+        data=f"{images}, {counted(len(model.class_names), 'class')}: {names}{more}",
         protocol=_protocol(model),
-        kept=_kept(config.method),
+        kept=_kept(model),
         results=_results(run),
         config=json.dumps(_given(model), indent=1, ensure_ascii=False),
     )
+    return str(card)
 
 
-def _kept(method: Method) -> str:
+def _kept(model: "ContinualClassifier") -> str:
     """What the method needs of earlier tasks."""
+    method = model.config.method
     if not method.continual:
         return "Not continual: it saw the images of all tasks at once, an upper bound."
     return "The features of all earlier images are kept." if method.exemplars else "No earlier image is kept."

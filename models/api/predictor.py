@@ -15,7 +15,7 @@ from models.base import Learner, make_learner
 from models.evaluation import class_scores
 from models.modular import ModularLearner
 from utils.config.config import Config
-from utils.data.given import Images, ImageSource, as_image, loaded_ahead, sources_of
+from utils.data.given import Images, ImageSource, as_image, checked_top_k, loaded_ahead, numbered, sources_of
 from utils.data.images import MAX_PIXELS
 from utils.data.loader import load_ahead
 from utils.data.tasks import LearnedClasses
@@ -24,6 +24,7 @@ from utils.errors import BackboneError, CheckpointError, DamagedRunError, DataEr
 from utils.hardware import default_batch_size, forward_threads
 from utils.runs.checkpoint import CheckpointFolder, first_line
 from utils.runs.manifest import RunManifest
+from utils.seeds import modes_of_a_run
 from utils.words import counted
 
 FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
@@ -139,6 +140,7 @@ class Predictor:
             f"{self.backbone.name}, selection {self.selection}, {self.backbone.device})"
         )
 
+    @modes_of_a_run()
     def to(self, device: str | int | torch.device) -> "Predictor":
         """Move backbone and learner to ``device``; return this object. Where there is none, the model stays."""
         try:
@@ -163,6 +165,7 @@ class Predictor:
 
     # -- predicting ------------------------------------------------------------------------------------------------
 
+    @modes_of_a_run()
     def predict(self, images: Images, top_k: int = 5, selection: str | None = None) -> Predictions:
         """Classify images, each by itself, whatever is in the batch.
 
@@ -173,10 +176,10 @@ class Predictor:
             top_k: how many classes to name for each; at most as many as there are.
             selection: how the module that answers is chosen, one of ``selections``; by default ``self.selection``.
         """
-        selection = self._checked(selection, top_k)
-        sources = sources_of(images)
-        starts = range(0, len(sources), self.batch_size)
-        batches = ([self._pixels(source) for source in sources[start : start + self.batch_size]] for start in starts)
+        selection, top_k = self._checked(selection), checked_top_k(top_k)
+        sources, size = sources_of(images), self.batch_size
+        starts = range(0, len(sources), size)
+        batches = (numbered(sources[start : start + size], self._pixels, start) for start in starts)
         parts = [self._answer(pixels, top_k, selection) for pixels in batches]
         empty = torch.empty(0, self.backbone.feature_dim, device=self.backbone.device)
         return Predictions.joined(parts) if parts else self.classify_features(empty, top_k, selection)
@@ -189,7 +192,7 @@ class Predictor:
         Yields one batch after another: the files that could be read, their answers (None if there are none), and
         the files that could not be read, each with its error.
         """
-        selection = self._checked(selection, top_k)
+        selection, top_k = self._checked(selection), checked_top_k(top_k)
         threads = forward_threads(self.backbone.device)
 
         def answer(batch: tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]) -> Predictions | None:
@@ -216,14 +219,16 @@ class Predictor:
         if good or errors:
             yield good, pixels, errors
 
+    @modes_of_a_run()
     def extract_features(self, pixels: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8, S being ``config.image_size`` -> ``(images, dim)`` on the backbone's device."""
         return self.backbone(pixels).clone()  # the backbone's own is an inference tensor, useless for autograd
 
+    @modes_of_a_run()
     @torch.no_grad()
     def classify_features(self, features: Tensor, top_k: int = 5, selection: str | None = None) -> Predictions:
         """What ``predict`` does after the backbone: ``(images, dim)`` features to answers."""
-        selection, known = self._checked(selection, top_k), self._known
+        selection, top_k, known = self._checked(selection), checked_top_k(top_k), self._known
         answer = known.learner.answer(features, selection)
         probabilities = class_scores(answer.scores, known.learned.row_class).softmax(dim=1)
         best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
@@ -247,10 +252,8 @@ class Predictor:
         if not self.tasks:
             raise CheckpointError("nothing is learned yet: call learn(images, labels) first")
 
-    def _checked(self, selection: str | None, top_k: int) -> str:
+    def _checked(self, selection: str | None) -> str:
         self.check_learned()
-        if top_k < 1:
-            raise DataError(f"top_k must be at least 1, got {top_k}")
         if selection is not None:
             self.learner.check_selection(selection)
         return selection or self.selection

@@ -12,6 +12,7 @@ from torch import nn
 
 from backbone.create import POOLINGS, with_tag
 from backbone.vit import load_backbone, resolve_device
+from models import ContinualClassifier
 from tests.conftest import tiny_config
 from utils.errors import BackboneError
 
@@ -410,13 +411,17 @@ def test_a_random_vit_is_the_same_one_every_time_and_leaves_the_generator_alone(
     assert load_backbone(config, CPU).weights_sha256 == first
 
 
-def test_the_callers_default_type_is_not_that_of_the_weights():
-    expected = load().weights_sha256
+def test_the_callers_default_type_is_not_that_of_the_weights(finished_run):
+    config = tiny_config(backbone_type="deit_tiny_patch16_224")  # tests/conftest.py builds the other one once
+    image, expected = np.zeros((8, 8, 3), dtype=np.uint8), load_backbone(config, CPU).weights_sha256
+    answer = ContinualClassifier.load(finished_run.checkpoints).predict(image)
     torch.set_default_dtype(torch.float64)
     try:
-        assert load_backbone(tiny_config(backbone_type=NAME), CPU).weights_sha256 == expected
+        assert load_backbone(config, CPU).weights_sha256 == expected
+        there = ContinualClassifier.load(finished_run.checkpoints).predict(image)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert torch.equal(there.probabilities, answer.probabilities)
 
 
 def test_the_backbone_is_frozen_and_in_evaluation_mode():

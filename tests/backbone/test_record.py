@@ -44,6 +44,7 @@ def test_a_second_load_knows_all_without_building_and_computes_the_same(tmp_path
         assert str(again) == str(first) and caplog.messages == 2 * said and "mean of all patch tokens" in said[0]
         again.to(torch.device("cpu:0"))
     assert torch.equal(again(IMAGES), features)
+    assert not any(tensor.is_inference() for tensor in again.features.state_dict().values())
 
 
 def test_neither_timm_nor_torchvision_is_imported_where_there_is_a_record(tmp_path):

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from PIL import Image
 
 from models import ContinualClassifier
 from tests.conftest import ROOT, tiny_config
-from utils.data.given import as_image
 from utils.errors import BackboneError, CheckpointError, ConfigError, DataError, UserError
 from utils.runs.checkpoint import CheckpointFolder
 
@@ -106,29 +106,69 @@ def test_no_image_gives_no_answer(model):
     assert len(model.predict(torch.empty(0, 3, 8, 8))) == 0
 
 
+def closed_image() -> Image.Image:
+    image = Image.new("RGB", (4, 4))
+    image.close()
+    return image
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         (torch.zeros(1, 8, 8), r"\(3, H, W\), got \(1, 8, 8\)"),
+        (torch.zeros(3, 8, 3), r"\(3, H, W\), got \(3, 8, 3\)"),
         (torch.full((3, 8, 8), 2.0), r"lies in \[0, 1\], got 2 to 2"),
         (torch.full((3, 8, 8), torch.nan), r"lies in \[0, 1\]"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "uint8 or floating point, got torch.int32"),
         (np.zeros((8, 8, 4), dtype=np.uint8), r"\(H, W, 3\) or \(H, W\), got \(8, 8, 4\)"),
+        (np.zeros((3, 8, 8), dtype=np.uint8), r"\(H, W, 3\) or \(H, W\), got \(3, 8, 8\)"),
+        (np.zeros((0, 0), dtype=np.uint8), r"an image has pixels, got the shape \(0, 0\)"),
+        (np.array(["a.png", "b.png"]), r"\(H, W, 3\) or \(H, W\), got \(2,\)"),
         (np.zeros((8, 8), dtype=np.int64), "array is uint8 or floating point, got int64"),
-        (np.full((8, 8), 1.5), r"lies in \[0, 1\], got 1.5 to 1.5"),
         (io.BytesIO(b"no image"), "cannot identify"),
-        ("nowhere.png", "nowhere.png does not exist"),
+        (closed_image(), "closed image"),
         (7, "got int"),
+        (None, "got NoneType"),
     ],
 )
-def test_what_is_no_image_is_said(source, words):
+def test_what_is_no_image_is_said_with_its_number(model, source, words):
+    with pytest.raises(DataError, match=rf"^images\[1\]: .*{words}"):
+        model.predict([np.zeros((8, 8), dtype=np.uint8), source])
     with pytest.raises(DataError, match=words):
-        as_image(source)
+        model.learn([np.zeros((8, 8), dtype=np.uint8), source], ["x", "y"])
+    assert model.tasks == 2
 
 
-def test_one_tensor_must_be_a_batch(model):
-    with pytest.raises(DataError, match=r"\(images, 3, H, W\)"):
-        model.predict(torch.zeros(3, 8, 8))
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(2, 8, 8, 3),
+        torch.zeros(2, 3, 8, 3),
+        np.zeros((3, 8, 8), dtype=np.uint8),
+        np.zeros((2, 3, 8, 8), dtype=np.uint8),
+        np.zeros((2, 8, 8, 4), dtype=np.uint8),
+        np.zeros((8, 8, 4), dtype=np.uint8),
+        np.zeros((8, 8), dtype=np.uint8),
+    ],
+    ids=lambda batch: f"{type(batch).__name__} {tuple(batch.shape)}",
+)
+def test_what_is_not_surely_a_batch_or_an_image_is_refused_with_its_shape(model, batch):
+    with pytest.raises(DataError, match=re.escape(f"shape {tuple(batch.shape)}")):
+        model.predict(batch)
+
+
+def test_paths_in_an_array_and_numbers_for_images_are_one_line(model):
+    with pytest.raises(DataError, match=r"an array of type <U5 holds no pixels; give paths and images as a list"):
+        model.predict(np.array(["a.png", "b.png"]))
+    with pytest.raises(DataError, match="got int"):
+        model.predict(7)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, True, None])
+def test_how_many_classes_to_name_is_a_whole_number_above_nothing(model, top_k):
+    with pytest.raises(DataError, match=f"top_k is how many classes .* got {top_k}"):
+        model.predict(np.zeros((8, 8, 3), dtype=np.uint8), top_k=top_k)
 
 
 def test_every_selection_answers_as_the_runs_own_evaluation_does(model, run_of_four):
@@ -238,7 +278,7 @@ def test_a_pickled_model_is_the_same_in_another_process(model, run_of_four, tmp_
 
 def test_labels_of_one_look_are_one_class_and_known_ones_are_found(model):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    model.learn(torch.rand(4, 3, 32, 32), [composed, decomposed, f"{composed} ", "tea"])
+    model.learn(torch.rand(4, 3, 32, 32), (name for name in (composed, decomposed, f"{composed} ", "tea")))
     assert model.class_names[-2:] == (composed, "tea")
     with pytest.raises(DataError, match="is learned already"):
         model.learn(torch.rand(1, 3, 32, 32), [decomposed])
@@ -297,6 +337,10 @@ def test_saving_moves_another_run_aside(model, tmp_path):
         (["x"], "2 images but 1 label"),
         (["x", ""], "labels are class names, got ''"),
         (["x", 3], "labels are class names, got 3"),
+        ("ox", "labels are a sequence with the class name of each image, got 'ox'"),
+        (None, "labels are a sequence .* got None"),
+        (7, "labels are a sequence .* got 7"),
+        ({"x", "y"}, "labels are a sequence"),
     ],
 )
 def test_what_cannot_be_learned_is_said_and_changes_nothing(model, labels, words):
@@ -383,6 +427,7 @@ import torch, utils                                   # the caller's own utils, 
 model = torch.hub.load({root!r}, "tosca", source="local", checkpoint={checkpoint!r}, verbose=False)
 answers = model.predict(torch.rand(2, 3, 32, 32))
 model.learn(torch.rand(2, 3, 32, 32), ["x", "y"])     # after the load, when our folder is on no path
+model.save_pretrained("there")                        # by a module that is needed late
 import models                                         # the caller's own models, loaded later
 assert utils.WHO == models.WHO == "foreign", (utils, models)
 assert {root!r} not in sys.path

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -192,14 +193,6 @@ def test_onnx_with_its_metadata(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-@pytest.mark.parametrize("selection", ["sample", "ridges", "blend"])
-def test_a_hundred_white_modules(tmp_path, selection, suffix):
-    model = learned("tosca_white", 100, Projection(), 24)
-    assert_same_answers(model, export(model, tmp_path / f"model{suffix}", selection), selection)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("selection", ["sample", "lda", "ridge"])
 def test_a_hundred_modules_on_a_vit(tmp_path, selection, suffix):
     backbone = load_backbone(tiny_config(), CPU)
@@ -229,6 +222,14 @@ def test_a_missing_package_is_named(saved, tmp_path, monkeypatch):
         export(saved, tmp_path / "model.onnx")
 
 
+def test_what_onnx_cannot_hold_is_one_line_before_the_work(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.api.export.find_spec", lambda name: True)
+    monkeypatch.setattr("models.api.export.ONNX_BYTES", 10_000_000)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("it worked"))
+    with pytest.raises(UserError, match=r"the model has 22\.0 MB, ONNX holds 10\.0 MB; give a name in \.pt2"):
+        export(saved, tmp_path / "model.onnx")
+
+
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,11 +239,14 @@ def test_a_saved_folder_loads_and_answers_as_before(saved, tmp_path):
     assert torch.equal(loaded.predict(images(4)).probabilities, saved.predict(images(4)).probabilities)
 
 
+def with_weights(saved: ContinualClassifier, checkpoints: Path, weights: Path) -> ContinualClassifier:
+    torch.save(saved.backbone.model.state_dict(), weights)
+    return ContinualClassifier.load(checkpoints, backbone_weights=weights)
+
+
 def test_the_backbones_file_goes_with_the_model(finished_run, tmp_path, saved):
     weights = tmp_path / "vit.pth"
-    torch.save(saved.backbone.model.state_dict(), weights)
-    model = ContinualClassifier.load(finished_run.checkpoints, backbone_weights=weights)
-    folder = model.save_pretrained(tmp_path / "model")
+    folder = with_weights(saved, finished_run.checkpoints, weights).save_pretrained(tmp_path / "model")
     assert (folder / "backbone.pth").read_bytes() == weights.read_bytes()
     weights.unlink()
     loaded = ContinualClassifier.from_pretrained(folder)
@@ -252,6 +256,42 @@ def test_the_backbones_file_goes_with_the_model(finished_run, tmp_path, saved):
     assert loaded.save_pretrained(folder) == folder  # over itself
     assert [path.name for path in folder.glob("*backbone*")] == ["backbone.pth"]
     assert (folder / "backbone.pth").read_bytes() == before
+
+
+def test_a_model_saved_over_itself_or_another_loses_nothing(finished_run, tmp_path, saved):
+    weights, folder = tmp_path / "vit.pth", tmp_path / "model"
+    with_weights(saved, finished_run.checkpoints, weights).save_pretrained(folder)
+    expected = saved.predict(images(4)).probabilities
+    for again in range(2):  # from the folder into itself
+        ContinualClassifier.from_pretrained(folder).save_pretrained(folder)
+        found = [path for path in tmp_path.glob("model*") if path.is_dir()]
+        assert len(found) == again + 2
+        for copy in found:
+            loaded = ContinualClassifier.from_pretrained(copy)
+            assert torch.equal(loaded.predict(images(4)).probabilities, expected)
+            assert (copy / "README.md").is_file() and loaded.config.backbone_weights == str(copy / "backbone.pth")
+    saved.save_pretrained(folder)  # without a file of weights: the other's goes with the other
+    assert not (folder / "backbone.pth").exists() and len(list(tmp_path.glob("model*/backbone.pth"))) == 3
+    (tmp_path / "mine").mkdir()
+    for name in ("backbone.pth", "README.md"):
+        (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(UserError, match=r"backbone\.pth would be taken for the backbone of this model"):
+        saved.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "backbone.pth").unlink()
+    assert (saved.save_pretrained(tmp_path / "mine") / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--export", "--features"])
+def test_no_output_replaces_what_is_read(finished_run, digit_folder, tmp_path, capsys, option):
+    image, link = tmp_path / "image.png", tmp_path / "link.pt2"
+    shutil.copy(next(digit_folder.rglob("*.png")), image)
+    manifest = finished_run.checkpoints / MANIFEST
+    link.symlink_to(manifest)
+    for output in (manifest, link, *((image,) if option == "--features" else ())):
+        before = output.read_bytes()
+        images = [str(tmp_path)] if option == "--features" else []
+        assert predict.main([f"--checkpoint={finished_run.checkpoints}", f"{option}={output}", *images]) == 2
+        assert f"{option} {str(output)!r} would replace" in capsys.readouterr().err and output.read_bytes() == before
 
 
 def test_the_card_holds_data_protocol_every_selection_and_the_command(saved, finished_run, tmp_path):
@@ -275,36 +315,42 @@ def test_the_card_counts_tasks_and_says_what_a_method_keeps(digit_folder, run_ma
     assert "2 tasks of 4, 2 classes, seed 1993. Not continual: it saw the images of all tasks at once" in card
 
 
+class Hub:
+    """The hub's client, as ``ModelHubMixin`` calls it."""
+
+    uploaded: ClassVar[dict[str, list[str]]] = {}
+    fault: ClassVar[Exception | None] = None
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, repo_id, private, exist_ok):
+        if self.fault:
+            raise self.fault
+        assert private and exist_ok
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, **_):
+        assert ignore_patterns == ".lock"
+        self.uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
 def test_the_upload_hands_the_folder_to_the_hubs_client(saved, monkeypatch):
-    uploaded = {}
-
-    class Api:
-        def create_repo(self, repo_id, private, exist_ok):
-            assert (repo_id, private, exist_ok) == ("someone/owls", True, True)
-            return "https://huggingface.co/someone/owls"
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert saved.push_to_hub("someone/owls", private=True) == "https://huggingface.co/someone/owls"
-    assert {"README.md", MANIFEST, "task0.pth", "task1.pth", "task2.pth"} <= set(uploaded["someone/owls"])
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    assert saved.push_to_hub("someone/owls", private=True) == "https://huggingface.co/someone/owls/commit/1"
+    assert {"README.md", MANIFEST, "task0.pth", "task1.pth", "task2.pth"} <= set(Hub.uploaded["someone/owls"])
 
 
-@pytest.mark.parametrize("fault", ["network", "our own"])
-def test_an_upload_without_a_network_is_one_line_and_our_own_fault_is_none(saved, monkeypatch, fault):
-    of_a_client = type("ConnectError", (Exception,), {"__module__": "httpx2.errors"})  # no OSError, nor the hub's own
-    kind = of_a_client if fault == "network" else KeyError
-
-    class Api:
-        def create_repo(self, *_, **__):
-            raise kind("Name or service not known\nsecond line")
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    expected = UserError if fault == "network" else KeyError
+@pytest.mark.parametrize("module", ["httpx2.errors", "builtins"])
+def test_an_upload_without_a_network_is_one_line_and_our_own_fault_is_none(saved, monkeypatch, module):
+    kind = type("ConnectError", (Exception,), {"__module__": module})  # no OSError, nor the hub's own
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    monkeypatch.setattr(Hub, "fault", kind("Name or service not known\nsecond line"))
+    expected = kind if module == "builtins" else UserError
     with pytest.raises(expected, match="Name or service not known") as caught:
-        saved.push_to_hub("someone/owls")
-    if fault == "network":
+        saved.push_to_hub("someone/owls", private=True)
+    if expected is UserError:
         assert str(caught.value) == "someone/owls cannot be uploaded to the hub (Name or service not known)"
 
 

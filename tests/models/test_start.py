@@ -192,3 +192,28 @@ def test_a_learn_interrupted_at_any_line_leaves_the_model_as_it_was():
     model.learn(*images)
     assert_same(everything(model), everything(whole))
     assert np.isfinite(model.evaluate(*images)["sample"]["top1"])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "default device"],
+)
+def test_a_model_computes_as_a_run_whatever_mode_the_caller_is_in(mode):
+    images, labels = pixels("owl", "fox")
+    wanted = start(epochs=1, train_views=0)
+    wanted.learn(images, labels)
+    with mode():
+        model = start(epochs=1, train_views=0)
+        model.learn(images, labels)
+        found = model.evaluate(images, labels)
+        answers = model.predict(images)
+    assert_same(everything(model), everything(wanted))
+    assert found == wanted.evaluate(images, labels)
+    assert torch.equal(answers.probabilities, wanted.predict(images).probabilities)
+    model.learn(*pixels("bee", seed=1))

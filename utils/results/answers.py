@@ -2,18 +2,17 @@
 
 import csv
 import io
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from utils.config.methods import SELECTIONS
 from utils.errors import UserError
-from utils.files import json_text, output_file, partial_path
+from utils.files import json_text, output_file, partial_path, replacing
 from utils.results.escape import csv_cell, terminal
 from utils.words import fixed, task_place
 
@@ -21,21 +20,8 @@ from utils.words import fixed, task_place
 Answer = Mapping[str, Any]
 
 
-class Form(Protocol):
-    """How answers are written."""
-
-    def head(self) -> list[str]:
-        """The lines before all answers."""
-
-    def lines(self, answer: Answer) -> list[str]:
-        """The lines of one answer."""
-
-    def failed(self, file: str, message: str) -> list[str]:
-        """The lines in place of an answer, for an image that cannot be read."""
-
-
-class Table:
-    """Columns for people: file, class, probability, runners-up, task, entropy and margin; tasks count from 1.
+class Form:
+    """How answers are written.
 
     Args:
         class_names: all that there are.
@@ -57,32 +43,51 @@ class Table:
         domains: Sequence[str] = (),
     ) -> None:
         self.top_k, self.tasks, self.selection, self.explain = top_k, tasks, selection, explain
-        self.width = min(24, max(5, *(len(terminal(name)) for name in class_names)))
         self.domains = [terminal(domain) for domain in domains]
-        self.task_width = max(len("task"), *(len(self._task(task)) for task in range(tasks)), 0)
+        self.width = min(24, max(5, *(len(terminal(name)) for name in class_names)))
 
     def head(self) -> list[str]:
-        """How the module is chosen, then the names of the columns."""
-        runners = f"  {'runners-up':{self._runners_width}}" if self.top_k > 1 else ""
-        modules = f"  {'task':>{self.task_width}}  {'entropy':>7}  {'margin':>7}" if self.tasks else ""
-        columns = f"{'file':40}  {'class':{self.width}}  {'prob':>6}{runners}{modules}".rstrip()
-        return [f"selection {self.selection}: {SELECTIONS[self.selection].definition}", columns][not self.tasks :]
+        """The lines before all answers."""
+        return []
 
-    @property
-    def _runners_width(self) -> int:
-        return (self.top_k - 1) * (self.width + 8) - 2
+    def lines(self, answer: Answer) -> list[str]:
+        """The lines of one answer."""
+        raise NotImplementedError
+
+    def failed(self, file: str, message: str) -> list[str]:
+        """The lines in place of an answer, for an image that cannot be read; standard error says it in any case."""
+        return []
+
+
+class AnswerTable(Form):
+    """Columns for people: file, class, probability, runners-up, task, entropy and margin; tasks count from 1."""
+
+    def head(self) -> list[str]:
+        titles = {"file": "file", "class": "class", "probability": "prob", "top": "runners-up"}
+        columns = self._line({**titles, "module": "task", "entropy": "entropy", "margin": "margin"})
+        return [f"selection {self.selection}: {SELECTIONS[self.selection].definition}", columns][not self.tasks :]
 
     def lines(self, answer: Answer) -> list[str]:
         """One line; a second one with what the selection compared."""
-        name = terminal(answer["class"])
-        line = f"{terminal(answer['file']):40}  {name:{self.width}}  {answer['probability']:6.1%}"
-        if self.top_k > 1:
-            runners = ", ".join(f"{terminal(o['class'])} {o['probability']:.1%}" for o in answer["top"][1:])
-            line += f"  {runners:{self._runners_width}}"
-        if self.tasks:
-            task = self._task(answer["module"]) if answer.get("module") is not None else "–"
-            line += f"  {task:>{self.task_width}}  {_number(answer.get('entropy'))}  {_number(answer.get('margin'))}"
-        return [line.rstrip(), *self._compared(answer)] if self.explain else [line.rstrip()]
+        runners = ", ".join(f"{terminal(o['class'])} {o['probability']:.1%}" for o in answer["top"][1:])
+        module = answer.get("module")
+        texts = {
+            "file": terminal(answer["file"]),
+            "class": terminal(answer["class"]),
+            "probability": f"{answer['probability']:.1%}",
+            "top": runners,
+            "module": "–" if module is None else self._task(module),
+            **{name: _number(answer.get(name)) for name in ("entropy", "margin")},
+        }
+        return [self._line(texts), *(self._compared(answer) if self.explain else ())]
+
+    def _line(self, texts: Mapping[str, str]) -> str:
+        task = max(len("task"), *(len(self._task(task)) for task in range(self.tasks)), 0)
+        widths = {"file": -40, "class": -self.width, "probability": 6}
+        widths |= {"top": -((self.top_k - 1) * (self.width + 8) - 2)} if self.top_k > 1 else {}
+        widths |= {"module": task, "entropy": 7, "margin": 7} if self.tasks else {}
+        cells = (texts[name].ljust(-width) if width < 0 else texts[name].rjust(width) for name, width in widths.items())
+        return "  ".join(cells).rstrip()
 
     def _task(self, task: int) -> str:
         return task_place(task, self.tasks, self.domains)
@@ -97,64 +102,40 @@ class Table:
                 lines.append(f"    {what}  {'  '.join(shown)}")
         return lines
 
-    def failed(self, file: str, message: str) -> list[str]:
-        """Nothing: standard error says it."""
-        return []
-
 
 def _number(value: float | None) -> str:
-    return f"{'–' if value is None else fixed(value, 4):>7}"
+    return "–" if value is None else fixed(value, 4)
 
 
-class JsonLines:
+class JsonLines(Form):
     """One JSON object a line; a file that cannot be read has ``file`` and ``error``. Modules count from 0."""
 
-    def __init__(self, class_names: Sequence[str], *, explain: bool, **_: object) -> None:
-        self.left_out = () if explain else ("entropies", "task_scores")
-
-    def head(self) -> list[str]:
-        """Nothing."""
-        return []
-
     def lines(self, answer: Answer) -> list[str]:
-        """One line."""
-        return [json_text({key: value for key, value in answer.items() if key not in self.left_out})]
+        left_out = () if self.explain else ("entropies", "task_scores")
+        return [json_text({key: value for key, value in answer.items() if key not in left_out})]
 
     def failed(self, file: str, message: str) -> list[str]:
-        """One line."""
         return [json_text({"file": file, "error": message})]
 
 
-class Csv:
+class Csv(Form):
     """One line an image, after a line of names. Modules count from 0."""
 
-    def __init__(
-        self, class_names: Sequence[str], *, top_k: int, tasks: int, selection: str, explain: bool, **_: object
-    ) -> None:
-        self.top_k, self.tasks, self.explain = top_k, tasks, explain
-        self.compared = "entropies" if selection == "sample" else "task_scores"
-
     def head(self) -> list[str]:
-        """The names of the columns."""
         runners = [f"{what}_{rank}" for rank in range(2, self.top_k + 1) for what in ("class", "probability")]
         chosen = ["module", "entropy", "margin"] if self.tasks else []
-        what = "entropy" if self.compared == "entropies" else "score"
+        what = "entropy" if self.selection == "sample" else "score"
         explained = [f"{what}_{module}" for module in range(self.tasks)] if self.explain else []
         return [_csv_line(["file", "class", "probability", *runners, "selection", *chosen, *explained])]
 
     def lines(self, answer: Answer) -> list[str]:
-        """One line."""
         top = [value for other in answer["top"] for value in (other["class"], other["probability"])]
         chosen = [answer.get(key) for key in ("module", "entropy", "margin")] if self.tasks else []
-        explained = answer.get(self.compared, [None] * self.tasks) if self.explain and self.tasks else []
-        return [_csv_line([answer["file"], *top, answer["selection"], *chosen, *explained])]
-
-    def failed(self, file: str, message: str) -> list[str]:
-        """Nothing: standard error says it."""
-        return []
+        compared = answer.get("entropies" if self.selection == "sample" else "task_scores", [None] * self.tasks)
+        return [_csv_line([answer["file"], *top, answer["selection"], *chosen, *(compared if self.explain else ())])]
 
 
-FORMATS: dict[str, Callable[..., Form]] = {"table": Table, "json": JsonLines, "csv": Csv}
+FORMATS: dict[str, type[Form]] = {"table": AnswerTable, "json": JsonLines, "csv": Csv}
 
 
 def _csv_line(values: Sequence[Any]) -> str:
@@ -163,25 +144,29 @@ def _csv_line(values: Sequence[Any]) -> str:
     return text.getvalue()
 
 
+def check_output(option: str, output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output whose file is one that is read: it would be lost."""
+    for path in inputs if output.exists() else ():
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if path.samefile(output):
+                raise UserError(f"{option} {str(output)!r} would replace {path}, which is read here; give another file")
+
+
 class FeatureFile:
     """An ``.npy`` of ``(images, dim)`` float32 that grows row by row and has its name only when it is whole.
 
     Use it as a context manager. A link is followed; only a regular file is replaced.
-
-    Raises:
-        UserError: it cannot be written, or a device, a pipe or a folder has its name.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
         self.path, self.dim, self.rows = output_file(path, "--features"), dim, 0
-        self._partial = partial_path(self.path)
+        self.shown = str(path) if path.absolute() == self.path else f"{path} (a link to {self.path})"
+        self._writing = ExitStack()
 
     def __enter__(self) -> "FeatureFile":
-        try:
-            self._file: BinaryIO = open(self._partial, "wb")
+        with self._said():
+            self._file: BinaryIO = self._writing.enter_context(replacing(self.path, partial_path(self.path)))
             self._write_header()
-        except OSError as error:
-            raise self._cannot(error) from error
         return self
 
     def _write_header(self) -> None:
@@ -189,27 +174,27 @@ class FeatureFile:
         description = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
         np.lib.format.write_array_header_1_0(self._file, description)
 
-    def write(self, features: npt.NDArray[np.float32]) -> None:
-        """Append ``(images, dim)``."""
-        try:
-            self._file.write(features.astype("<f4").tobytes())
-        except OSError as error:
-            raise self._cannot(error) from error
-        self.rows += len(features)
+    def write(self, features: npt.NDArray[np.float32] | None, there: Sequence[bool]) -> None:
+        """Append a row for each of ``there``: the next one of ``features`` where it is true, else NaN."""
+        rows = np.full((len(there), self.dim), np.nan, dtype="<f4")
+        if features is not None:
+            rows[np.asarray(there)] = features
+        with self._said():
+            self._file.write(rows.tobytes())
+        self.rows += len(rows)
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
+    def __exit__(self, *error: Any) -> None:
+        with self._said():
+            if error[0] is None:
                 self._file.seek(0)
                 self._write_header()
-                self._file.close()
-                os.replace(self._partial, self.path)
-        except OSError as error:
-            raise self._cannot(error) from error
-        finally:
-            with suppress(OSError):  # what it still holds cannot be written either
-                self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self._writing.__exit__(*error)
 
-    def _cannot(self, error: OSError) -> UserError:
-        return UserError(f"--features {str(self.path)!r} cannot be written ({error.strerror}); give another file")
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--features {self.shown!r} cannot be written ({error.strerror}); give another file"
+            ) from error
