@@ -23,6 +23,7 @@ from utils.config.grid import SweepCell
 from utils.data.loader import load_ahead
 from utils.data.tasks import TaskStream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
+from utils.features.bank import FeatureBank
 from utils.hardware import use_full_fp32
 from utils.logs import logging_to, progress
 from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
@@ -107,7 +108,15 @@ def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
     failed = list[str]()
     ready = _prepared(cells, ONE_RANK, failed)
     plan = module("utils.runs.plan")
-    planned = [plan.plan(setup, wanted_features(setup.config)) for _, setup in ready]
+    session = module("models.first_session") if any(s.config.first_session != "none" for _, s in ready) else None
+    planned = [
+        plan.plan(
+            setup,
+            wanted_features(setup.config),
+            *(session.planned(setup) if session and setup.config.first_session != "none" else ()),
+        )
+        for _, setup in ready
+    ]
     if len(cells) > 1:
         plan.log_total(planned)
     if failed:
@@ -122,7 +131,7 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
     """Learn all tasks under one seed, from wherever an earlier start of the same run stopped."""
     if not setup.ranks.first:
         if not setup.ranks.share(None):  # rank 0 says whether there is anything left to do
-            setup.bank(seed).fill(wanted_features(setup.config))
+            _features(setup, seed)[1].fill(wanted_features(setup.config))
         return None
     paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
     with held_folders(setup.config, seed) as check_folders:
@@ -165,12 +174,12 @@ def _finished_already(config: Config, outputs: Outputs, manifest: RunManifest) -
 
 def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[str, Any]:
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
-    config, backbone, checkpoint = setup.config, cast(Backbone, setup.backbone), outputs.checkpoint
-    stream, manifest = setup.stream(seed), start.manifest
-    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, manifest)
+    config, checkpoint, stream, manifest = setup.config, outputs.checkpoint, setup.stream(seed), start.manifest
     _log_start(setup, seed, outputs, stream, manifest)
-    seconds = dict(manifest.seconds)
-    bank, wanted = setup.bank(seed), wanted_features(config)
+    seconds, meter, wanted = dict(manifest.seconds), CostMeter(manifest.cost), wanted_features(config)
+    with _timed(seconds, "train"), meter.learning(setup.backbone.device):
+        backbone, bank = _features(setup, seed, start)
+    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, manifest)
     missing = bank.missing(wanted)
     first_missing = missing if manifest.missing_at_start is None else manifest.missing_at_start
     manifest = replace(manifest, config=config.as_dict(), missing_at_start=first_missing)
@@ -181,7 +190,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[
     # what earlier, interrupted starts of this run computed counts as well
     manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
 
-    model, meter = ContinualClassifier(config, backbone, known._replace(manifest=manifest)), CostMeter(manifest.cost)
+    model = ContinualClassifier(config, backbone, known._replace(manifest=manifest))
     for task in stream.tasks[model.tasks :]:
         data = BankTask(bank, stream, task, config.views, backbone.device)
         run_log.log_task_start(task, {"backbone": backbone.parameters, **model.learner.parameter_counts()})
@@ -197,7 +206,7 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[
             manifest = manifest.with_last_results(answers.details(), cost)
         outputs.check_folders()
         modules = {task.index: model.learner.module_state(task.index)}
-        model.note(checkpoint.commit(manifest, model.learner.state_dict(), modules))
+        model.note(checkpoint.commit(manifest, model.learner.state_dict(), modules, backbone.adapters))
         run = _report_task(config, outputs, stream, model.manifest)
     outputs.check_folders()
     checkpoint.verify(model.manifest)
@@ -205,6 +214,15 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[
     outputs.tracker.finish(run, [outputs.paths.file(".png")])
     run_log.log_summary(run, _shown_selection(config, model.manifest))
     return run
+
+
+def _features(setup: Setup, seed: int, start: Start | None = None) -> tuple[Backbone, FeatureBank]:
+    """What the run's learner reads. All ranks call it; where there is a first session, rank 0 trains its adapters."""
+    if setup.config.first_session == "none":
+        return cast(Backbone, setup.backbone), setup.bank(seed)
+    session = module("models.first_session")
+    backbone = session.with_adapters(setup.config, setup.backbone, session.run_adapters(setup, seed, start))
+    return backbone, session.Banks(setup, seed, backbone)
 
 
 def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> dict[str, Any]:
@@ -267,7 +285,7 @@ def side_by_side(todo: Todo, jobs: int, failed: list[str]) -> Iterator[dict[str,
     for _, setup, seed in todo:
         if setup.config.cache_dir == "none":
             raise ConfigError("--jobs needs a feature bank that processes share; cache_dir is none")
-        setup.bank(seed).fill(wanted_features(setup.config))
+        _features(setup, seed)[1].fill(wanted_features(setup.config))
     work = [(setup.config, seed, torch.get_num_threads()) for _, setup, seed in todo]
     os.environ["TQDM_DISABLE"] = "1"  # in the processes: there is one bar, this one
     try:

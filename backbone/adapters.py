@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from utils.errors import BackboneError
 from utils.seeds import fixed_seed
 
+Adapters = dict[str, Tensor]  # their parameters, on the CPU, under the names that they have in the model
 WIDTH, SCALE, DROPOUT = 64, 0.1, 0.1
 
 
@@ -62,16 +63,25 @@ def plus_adapter(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return y.add_(block.adapter(x)) if isinstance(block, AdaptedBlock) else y
 
 
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The blocks that take an adapter."""
+    from timm.models.vision_transformer import Block
+
+    blocks = list(getattr(model, "blocks", ()))
+    if not blocks or any(type(block) is not Block for block in blocks):
+        raise BackboneError(
+            f"first_session: adapters go into the plain blocks of a ViT, which {type(model).__name__} does not have; "
+            "set first_session=none or another backbone_type"
+        )
+    return blocks
+
+
 def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
     """Freeze a timm ViT and put a new adapter into every block; the adapters alone require gradients.
 
     Their parameters are the model's ``blocks.<i>.adapter.{down,up}.{weight,bias}``.
     """
-    from timm.models.vision_transformer import Block
-
-    blocks = list(getattr(model, "blocks", ()))
-    if not blocks or any(type(block) is not Block for block in blocks):
-        raise BackboneError(f"adapters go into the plain blocks of a ViT, which {type(model).__name__} does not have")
+    blocks = blocks_of(model)
     model.requires_grad_(False)
     with fixed_seed(seed):
         adapters = [Adapter(model.embed_dim, width).to(next(block.parameters()).device) for block in blocks]
@@ -80,7 +90,7 @@ def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
     model.eval()
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module) -> Adapters:
     """A copy of the adapters' parameters on the CPU, under the model's names."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if ".adapter." in name}
 

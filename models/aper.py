@@ -8,7 +8,12 @@ You Need", IJCV 2024 (arXiv 2303.07338, 2023), Section 5, with adapters that wer
 from models.simplecil import SimpleCIL
 from utils.config.methods import Method
 
-METHOD = Method("aper", "cosine similarity to the class means of the plain and the adapted feature side by side")
+METHOD = Method(
+    "aper",
+    "cosine similarity to the class means of the plain and the adapted feature side by side",
+    fixed=(("first_session", "adapter"),),
+    plain_too=True,
+)
 
 
 class APER(SimpleCIL):

@@ -5,10 +5,14 @@ Phase 1; Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Mo
 as LAMDA-PILOT sets it, with a cosine classifier that is thrown away afterwards. All is computed in fp32.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,20 +20,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backbone.adapters import adapter_state, add_adapters
+from backbone.adapters import Adapters, adapter_state, add_adapters
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.forward import Features, TimmModel, make_features
+from backbone.vit import Backbone, build_backbone
 from models.base import OnEpoch
 from models.tensors import host_values
 from models.training import Epoch, check_finite, checked_mean
+from utils.config.config import KEYS, Config
 from utils.data.loader import load_ahead
 from utils.data.splits import Split
 from utils.data.transforms import Draws, Transforms
+from utils.errors import CheckpointError
+from utils.features.bank import FeatureBank, resolve_cache_dir
+from utils.features.rows import View
 from utils.features.views import ViewsJob, load_views
+from utils.hardware import default_workers
+from utils.logs import progress
+from utils.runs.checkpoint import CheckpointFolder, load_tensors, save_tensors
 from utils.runs.manifest import EpochStats
+from utils.runs.resume import Start
+from utils.runs.setup import Setup
 from utils.seeds import derive_seed
 
-HINT = "lower the rate of the first session"
+HINT = "lower the rate of the first session: first_session_lr"
 
 
 @dataclass(frozen=True)
@@ -102,43 +116,184 @@ def adapt(
 
 
 def shuffled_views(
-    split: Split,
-    images: np.ndarray,
-    rows: np.ndarray,
-    transforms: Transforms,
-    settings: FirstSession,
-    seed: int,
-    num_workers: int,
+    images: Split, rows: np.ndarray, transforms: Transforms, settings: FirstSession, seed: int, num_workers: int
 ) -> Iterator[Epoch]:
     """The batches of each epoch for ``adapt``, loaded ahead: all images under the epoch's view, in a fresh order.
 
     Args:
-        split: the training images.
-        images: the first task's, as numbers in ``split``.
+        images: of the first task alone.
         rows: the row of each of them.
         transforms: whose view e epoch e sees.
         num_workers: processes that load; 0 loads in a thread of this one.
     """
-    row_of = dict(zip(images.tolist(), rows.tolist(), strict=True))
 
     def jobs() -> Iterator[ViewsJob]:
         for epoch in range(settings.epochs):
-            order = np.random.default_rng(derive_seed("first session's batches", seed, epoch)).permutation(images)
-            for start in range(0, len(order), settings.batch_size):
+            order = np.random.default_rng(derive_seed("first session's batches", seed, epoch)).permutation(len(rows))
+            for start in range(0, len(rows), settings.batch_size):
                 batch = order[start : start + settings.batch_size]
-                numbers = batch.tolist()
                 views: list[list[tuple[int, Draws | None]]] = [
-                    [(epoch, transforms.draws(split.keys[image], epoch))] for image in numbers
+                    [(epoch, transforms.draws(images.keys[image], epoch))] for image in batch
                 ]
-                yield ViewsJob("train", split.subset(batch), numbers, views, None, transforms.size)
+                yield ViewsJob("train", images.subset(batch), batch.tolist(), views, None, transforms.size)
 
     workers = max(1, num_workers)
-    loaded = load_ahead(
-        load_views, jobs(), workers=workers, ahead=2 * workers, processes=num_workers > 0, name=ViewsJob.__str__
-    )
+    loaded = load_ahead(load_views, jobs(), workers=workers, ahead=2 * workers, processes=num_workers > 0)
     with closing(loaded):
         for _ in range(settings.epochs):
             yield (
-                (torch.from_numpy(pixels), torch.tensor([row_of[image] for image in job.rows]))
-                for job, pixels in islice(loaded, -(-len(images) // settings.batch_size))
+                (torch.from_numpy(pixels), torch.from_numpy(rows[job.rows]))
+                for job, pixels in islice(loaded, -(-len(rows) // settings.batch_size))
             )
+
+
+# -- the first session of a run ---------------------------------------------------------------------------------------
+
+
+def train_adapters(
+    config: Config, plain: Backbone, images: Split, rows: np.ndarray, seed: int, num_workers: int
+) -> Adapters:
+    """Train adapters on ``images``, those of the first task, whose rows are 0, 1, …; a bar shows the steps."""
+    lr, decay = config.first_session_lr, config.first_session_weight_decay
+    settings = FirstSession(config.first_session_epochs, lr, decay)
+    model = build_backbone(config, plain.device, "fp32").model  # a new one: bf16 has taken over the other
+    features, classifier = new_session(model, int(rows.max()) + 1, seed, normalize=config.normalize)
+    transforms = Transforms(config.image_size, config.view_seed(seed))
+    epochs = shuffled_views(images, rows, transforms, settings, seed, num_workers)
+    steps = settings.epochs * -(-len(rows) // settings.batch_size)
+    with progress(total=steps, desc="First session", unit="step", leave=False) as bar:
+
+        def shown(batches: Epoch) -> Epoch:
+            for batch in batches:
+                yield batch
+                bar.update()
+
+        return adapt(features, classifier, map(shown, epochs), settings, seed)
+
+
+def run_adapters(setup: Setup, seed: int, start: Start | None) -> Adapters | None:
+    """Those of a run: from its folder, from an earlier run with the same first task, or trained now, on rank 0.
+
+    Args:
+        start: what the run was found to go on from; None: another start of the run will look.
+    """
+    adapters = None
+    if setup.ranks.first:
+        if start:
+            adapters = start.source.load_session(start.manifest)
+        elif setup.base:
+            adapters = CheckpointFolder(setup.base.folder).load_session(setup.base.manifest)
+        adapters = adapters or _remembered(setup, seed)
+    shared: Adapters | None = setup.ranks.share(adapters)
+    return shared
+
+
+def _remembered(setup: Setup, seed: int) -> Adapters:
+    images, rows, path = first_task(setup, seed)
+    with suppress(CheckpointError):  # there is none, or it is damaged
+        return load_tensors(path) if path else {}
+    workers = default_workers() if setup.config.num_workers is None else setup.config.num_workers
+    adapters = train_adapters(setup.config, cast(Backbone, setup.backbone), images, rows, seed, workers)
+    if path:
+        save_tensors(path, adapters)
+    return adapters
+
+
+def first_task(setup: Setup, seed: int) -> tuple[Split, np.ndarray, Path | None]:
+    """The images of the first task, their rows, and where below ``cache_dir`` all runs keep the adapters of these."""
+    config, task, cache_dir = setup.config, setup.stream(seed).tasks[0], resolve_cache_dir(setup.config.cache_dir)
+    identity = {
+        **{name: getattr(config, name) for name, key in KEYS.items() if key.affects == "session"},
+        "weights": setup.backbone.weights_sha256,
+        "features": [config.image_size, config.normalize, setup.backbone.pooling],
+        "images": [setup.fingerprints["train"], task.train.tolist(), task.train_rows.tolist()],
+        "seeds": [seed, config.view_seed(seed)],
+    }
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    path = cache_dir / "first_sessions" / f"{name}.pth" if cache_dir else None
+    return setup.data.train.subset(task.train), task.train_rows, path
+
+
+def planned(setup: Setup) -> tuple[list[FeatureBank], int]:
+    """For each seed the bank of the features with adapters; how many images would be passed to train those."""
+    banks, passes = [], 0
+    for seed in setup.config.seed:
+        images, _, path = first_task(setup, seed)
+        plain = cast(Backbone, setup.backbone)
+        if path and path.exists():
+            adapted = with_adapters(setup.config, plain, load_tensors(path))
+        else:
+            adapted, passes = (
+                replace(plain, weights_sha256=""),
+                passes + setup.config.first_session_epochs * len(images),
+            )
+        banks.append(setup.bank(seed, (adapted.parts or [adapted])[-1]))
+    return banks, passes
+
+
+# -- what reads the adapters ------------------------------------------------------------------------------------------
+
+
+class SideBySide(Features):
+    """``(images, 2 · dim)``: the plain backbone's features, then those with adapters."""
+
+    def __init__(self, plain: Features, adapted: Features) -> None:
+        super().__init__()
+        self.plain, self.adapted = plain, adapted
+        object.__setattr__(self, "model", adapted.model)  # not a further part of this module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.plain(images), self.adapted(images)], dim=1)
+
+
+def with_adapters(config: Config, plain: Backbone, adapters: Adapters | None) -> Backbone:
+    """The backbone whose features the method of ``config`` reads: ``plain`` with ``adapters``, if there are any."""
+    adapted = plain
+    if adapters:
+        digest = hashlib.sha256(plain.weights_sha256.encode())
+        for name, tensor in sorted(adapters.items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        adapted = replace(
+            plain,
+            weights_sha256=digest.hexdigest(),
+            parameters=plain.parameters + sum(tensor.numel() for tensor in adapters.values()),
+            cost=None,
+            ready=None,
+            build=lambda: build_backbone(config, plain.device, plain.precision, adapters),
+            adapters=adapters,
+        )
+    if not config.method.plain_too:
+        return adapted
+    return replace(
+        adapted,
+        feature_dim=2 * plain.feature_dim,
+        cost=None,
+        ready=None,
+        build=lambda: replace(adapted, ready=SideBySide(plain.features, adapted.features)),
+        parts=(plain, adapted),
+    )
+
+
+class Banks:
+    """The banks of a backbone's parts; what is read of them are features one behind the other.
+
+    Args:
+        backbone: what ``with_adapters`` made.
+    """
+
+    def __init__(self, setup: Setup, seed: int, backbone: Backbone) -> None:
+        self.banks = [setup.bank(seed, part) for part in backbone.parts or (backbone,)]
+
+    @property
+    def forwards(self) -> int:
+        return sum(bank.forwards for bank in self.banks)
+
+    def missing(self, wanted: Sequence[View]) -> int:
+        return sum(bank.missing(wanted) for bank in self.banks)
+
+    def fill(self, wanted: Sequence[View]) -> None:
+        for bank in self.banks:
+            bank.fill(wanted)
+
+    def read(self, split: str, view: int, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([bank.read(split, view, rows) for bank in self.banks], axis=1)

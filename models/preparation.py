@@ -2,8 +2,10 @@
 
 import logging
 from dataclasses import replace
+from typing import cast
 
-from backbone.vit import load_backbone, resolve_device
+from backbone.adapters import blocks_of
+from backbone.vit import Backbone, load_backbone, resolve_device
 from models.base import training_features
 from utils import module
 from utils.config.config import Config
@@ -38,6 +40,8 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
     if config.num_workers is not None and config.num_workers > available_cpus():
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
     backbone = shared.backbone if shared else load_backbone(config, device, resolve_cache_dir(config.cache_dir))
+    if config.first_session != "none":
+        blocks_of(cast(Backbone, backbone).model)  # a model without such blocks is known here
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
             width = f"the feature width {backbone.feature_dim} of {backbone.name}"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backbone.adapters import Adapters
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models.api.pickling import maker
 from models.api.predictor import Known, Predictor
@@ -30,7 +31,7 @@ from utils.config.config import Config, make_config
 from utils.data.given import GivenImages, Images, checked_labels, sources_of
 from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
-from utils.data.tasks import Task, TaskStream, next_task
+from utils.data.tasks import LearnedClasses, Task, TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
@@ -83,7 +84,8 @@ class ContinualClassifier(Predictor):
         changed |= {} if backbone_weights is None else {"backbone_weights": str(backbone_weights)}
         changed |= {} if device is None else {"device": [device]}
         config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
-        backbone = load_same_backbone(config, resolve_device(config), manifest.backbone["weights_sha256"])
+        sha256, adapters = manifest.backbone["weights_sha256"], checkpoint.load_session(manifest)
+        backbone = load_same_backbone(config, resolve_device(config), sha256, adapters)
         return cls(config, backbone, Known.read(config, backbone.feature_dim, backbone.device, checkpoint, manifest))
 
     # -- learning --------------------------------------------------------------------------------------------------
@@ -114,15 +116,33 @@ class ContinualClassifier(Predictor):
             spelled = spelled_as(dict.fromkeys(named), self.class_names, "class", "the labels")
             named = [spelled[label] for label in named]
         names = list(dict.fromkeys(named))
-        before = self._known.learned
-        learned = before.with_task(names, domain)
-        task = next_task(before, np.asarray([names.index(label) for label in named]), len(names))
-        bank = self._bank(GivenImages(sources, named, self.max_pixels))
+        learned = self._known.learned.with_task(names, domain)
+        task = next_task(self._known.learned, np.asarray([names.index(label) for label in named]), len(names))
+        split = GivenImages(sources, named, self.max_pixels)
+        before, self.backbone = self.backbone, self._adapted(split, task)
+        try:
+            self._learn_images(split, task, learned)
+        except BaseException:
+            self.backbone = before
+            raise
+
+    def _adapted(self, split: Split, task: Task) -> Backbone:
+        """The backbone; at the first task, where the config says so, with adapters that are trained on its images."""
+        config, plain = self.config, (self.backbone.parts or [self.backbone])[0]
+        if config.first_session == "none" or self.tasks:
+            return self.backbone
+        session, images = module("models.first_session"), split.subset(task.train)
+        adapters = session.train_adapters(config, plain, images, task.train_rows, self.manifest.seed, 0)
+        adapted: Backbone = session.with_adapters(config, plain, adapters)
+        return adapted
+
+    def _learn_images(self, split: Split, task: Task, learned: LearnedClasses) -> None:
+        bank = self._bank(split)
         bank.fill(training_features(self.config))
         self.backbone_forwards += bank.forwards
         content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
         stream = TaskStream((task,), learned.class_names, learned.row_class)
-        manifest = self.manifest.with_images(learned, len(sources), content)
+        manifest = self.manifest.with_images(learned, len(split), content)
         self.learn_task(BankTask(bank, stream, task, self.config.views, self.backbone.device), manifest)
 
     def learn_task(
@@ -219,8 +239,8 @@ class ContinualClassifier(Predictor):
         checkpoint = CheckpointFolder(expanded(folder))
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
-            modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules
-            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), dict(enumerate(modules))))
+            by_task = {task: self.learner.module_state(task) for task in range(self.tasks)}
+            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), by_task, self.backbone.adapters))
         return aside
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -230,6 +250,7 @@ class ContinualClassifier(Predictor):
             "manifest": self.manifest.to_json(),
             "device": str(self.backbone.device),
             "max_pixels": self.max_pixels,
+            "adapters": self.backbone.adapters,
             "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
             "modules": [{name: t.cpu() for name, t in of_task.items()} for of_task in self.module_states()],
         }
@@ -241,7 +262,8 @@ class ContinualClassifier(Predictor):
         """The object that was pickled; the backbone's weights are read again, and must be the same."""
         manifest = RunManifest.from_json(state["manifest"])
         config = make_config(state["config"], "the state of a model")
-        backbone = load_same_backbone(config, torch.device(state["device"]), manifest.backbone["weights_sha256"])
+        sha256, adapters = manifest.backbone["weights_sha256"], state["adapters"]
+        backbone = load_same_backbone(config, torch.device(state["device"]), sha256, adapters)
         learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
         if manifest.tasks:
             learner.load_state_dict(state["learner"], state["modules"])
@@ -266,8 +288,10 @@ class ContinualClassifier(Predictor):
         return str(module("models.api.hub").push_to_hub(self, repo_id, private=private))
 
 
-def load_same_backbone(config: Config, device: torch.device, sha256: str | None) -> Backbone:
-    """The backbone that ``config`` names; its weights must have that hash, if one is given."""
+def load_same_backbone(
+    config: Config, device: torch.device, sha256: str | None, adapters: Adapters | None = None
+) -> Backbone:
+    """The backbone that ``config`` names, with ``adapters``; its weights must have that hash, if one is given."""
     try:
         cache_dir = resolve_cache_dir(config.cache_dir)  # of the run's machine, which may be another one
         backbone = load_backbone(config, device, cache_dir if cache_dir and cache_dir.is_dir() else None)
@@ -281,4 +305,7 @@ def load_same_backbone(config: Config, device: torch.device, sha256: str | None)
             f"{backbone.weights_sha256[:12]}…, the run's {str(sha256)[:12]}…; modules fit the weights that they were "
             "trained on alone: give that file with --backbone-weights"
         )
-    return backbone
+    if config.first_session == "none":
+        return backbone
+    adapted: Backbone = module("models.first_session").with_adapters(config, backbone, adapters)
+    return adapted

@@ -10,20 +10,26 @@ from typing import Any
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW, View
 from utils.files import human_size
-from utils.runs.checkpoint import MANIFEST, RESULTS, classifier_name, module_name
+from utils.runs.checkpoint import MANIFEST, RESULTS, SESSION, classifier_name, module_name
 from utils.runs.paths import WRITTEN_WHOLE, run_paths
 from utils.runs.setup import Setup
 from utils.words import counted
 
 log = logging.getLogger(__name__)
 
+SESSION_FORWARDS = 3  # forward passes in the time of one that trains adapters, with its backward pass
 
-def plan(setup: Setup, wanted: Sequence[View]) -> dict[str, Any]:
+
+def plan(
+    setup: Setup, wanted: Sequence[View], adapted: Sequence[FeatureBank] = (), session_passes: int = 0
+) -> dict[str, Any]:
     """Log the tasks, forward passes, disk, files and time of a run that was only set up. Nothing is written.
 
     Args:
         setup: the run.
         wanted: every (split, view) that it reads.
+        adapted: of each seed, the bank of the features with adapters; empty without a first session.
+        session_passes: images that are passed to train the adapters.
 
     Returns:
         ``forwards`` and ``bytes`` that the feature bank lacks, ``seconds`` that the forward passes would take
@@ -32,12 +38,16 @@ def plan(setup: Setup, wanted: Sequence[View]) -> dict[str, Any]:
     log.info("Backbone: %s", setup.backbone)
     for seed in setup.config.seed:
         _log_tasks(setup, seed)
-    lacking = _lacking(setup, wanted)
+    lacking = [(bank, wanted) for bank in adapted]
+    if not adapted or setup.config.method.plain_too:
+        lacking += _lacking(setup, wanted)
     forwards = sum(bank.missing(views) for bank, views in lacking)
     size = sum(bank.bytes_needed(views) for bank, views in lacking)
     log.info("Forward passes missing from the feature bank, all seeds: %d", forwards)
     _log_space(setup, size)
-    seconds = _probe(lacking, forwards) if forwards else None
+    if adapted:
+        log.info("Images to train the adapters of the first session with, all epochs and seeds: %d", session_passes)
+    seconds = _probe(lacking, forwards, session_passes) if forwards else None
     if seconds is None:
         log.info("Time: every feature is there; only learning and evaluation remain")
     files = [path for seed in setup.config.seed for path in _files(setup, seed)]
@@ -79,13 +89,15 @@ def _log_space(setup: Setup, size: int) -> None:
         log.warning("That is too little space: the run would stop before its first forward pass")
 
 
-def _probe(lacking: Sequence[tuple[FeatureBank, Sequence[View]]], forwards: int) -> float:
-    """Estimated seconds of all missing forward passes."""
+def _probe(lacking: Sequence[tuple[FeatureBank, Sequence[View]]], forwards: int, session_passes: int) -> float:
+    """Estimated seconds of the first session and of all missing forward passes."""
+    forwards += SESSION_FORWARDS * session_passes
     rate = next(bank.probe(views) for bank, views in lacking if bank.missing(views))
     log.info(
         "Time, an estimate from a short probe of this backbone, device and images: %.1f images a second, %s "
-        "(hours:minutes:seconds) for all missing forward passes; learning and evaluation come on top",
+        "(hours:minutes:seconds) for %s; learning and evaluation come on top",
         *(rate, timedelta(seconds=round(forwards / rate))),
+        "first session and all missing forward passes" if session_passes else "all missing forward passes",
     )
     return forwards / rate
 
@@ -94,6 +106,7 @@ def _files(setup: Setup, seed: int) -> list[Path]:
     """Modules, results, classifier and report of one seed."""
     folder, paths, tasks = setup.checkpoint(seed).folder, run_paths(setup.config, seed), len(setup.stream(seed).tasks)
     modules = [module_name(task) for task in range(tasks)] if setup.config.method.modular else []
+    modules += [SESSION] if setup.config.first_session != "none" else []
     names = (*modules, RESULTS, classifier_name(tasks - 1), MANIFEST)
     return [*(folder / name for name in names), *(paths.file(suffix) for suffix in (".log", *WRITTEN_WHOLE))]
 
