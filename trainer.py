@@ -108,15 +108,10 @@ def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
     failed = list[str]()
     ready = _prepared(cells, ONE_RANK, failed)
     plan = module("utils.runs.plan")
-    session = module("models.first_session") if any(s.config.first_session != "none" for _, s in ready) else None
-    planned = [
-        plan.plan(
-            setup,
-            wanted_features(setup.config),
-            *(session.planned(setup) if session and setup.config.first_session != "none" else ()),
-        )
-        for _, setup in ready
-    ]
+    planned = []
+    for _, setup in ready:
+        session = () if setup.config.first_session == "none" else module("models.first_session").planned(setup)
+        planned.append(plan.plan(setup, wanted_features(setup.config), *session))
     if len(cells) > 1:
         plan.log_total(planned)
     if failed:

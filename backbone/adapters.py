@@ -96,13 +96,7 @@ def adapter_state(model: nn.Module) -> Adapters:
 
 
 def load_adapters(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Put the adapters of a saved ``adapter_state`` into a plain model, frozen as all of it.
-
-    Raises:
-        ValueError, RuntimeError, KeyError: they are of another model.
-    """
+    """Put the adapters of a saved ``adapter_state`` into a plain model, frozen as all of it."""
     add_adapters(model, seed=0, width=len(state["blocks.0.adapter.down.bias"]))
-    if state.keys() != adapter_state(model).keys():
-        raise ValueError(f"the adapters are not those of the model's {len(model.blocks)} blocks")
     model.load_state_dict(state, strict=False)
     model.requires_grad_(False)

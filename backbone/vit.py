@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone.adapters import load_adapters
 from backbone.create import HEADS_OWN, POOLINGS, choose_pooling, load_model, pooling_of, source_files, weights_file
@@ -86,7 +86,7 @@ class Backbone:
         **about: Any,
     ) -> "Backbone":
         """The backbone that takes over ``model``; ``about`` are further attributes."""
-        parameters, weights = sum(p.numel() for p in model.parameters()), _sha256(model)
+        parameters, weights = sum(p.numel() for p in model.parameters()), sha256_of(model.state_dict())
         features = make_features(model, precision=precision, normalize=normalize).to(device)
         variant = {"numerics": features.numerics} if features.numerics else {}
         if pooling != default_pooling:
@@ -220,11 +220,12 @@ def build_backbone(
     )
 
 
-def _sha256(model: nn.Module) -> str:
+def sha256_of(state: Mapping[str, Tensor]) -> str:
+    """Over names, shapes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

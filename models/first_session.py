@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -23,9 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backbone.adapters import Adapters, adapter_state, add_adapters
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.forward import Features, TimmModel, make_features
-from backbone.vit import Backbone, build_backbone
-from models.base import OnEpoch
-from models.tensors import host_values
+from backbone.vit import Backbone, build_backbone, sha256_of
 from models.training import Epoch, check_finite, checked_mean
 from utils.config.config import KEYS, Config
 from utils.data.loader import load_ahead
@@ -38,22 +36,12 @@ from utils.features.views import ViewsJob, load_views
 from utils.hardware import default_workers
 from utils.logs import progress
 from utils.runs.checkpoint import CheckpointFolder, load_tensors, save_tensors
-from utils.runs.manifest import EpochStats
 from utils.runs.resume import Start
 from utils.runs.setup import Setup
 from utils.seeds import derive_seed
 
+BATCH = 48
 HINT = "lower the rate of the first session: first_session_lr"
-
-
-@dataclass(frozen=True)
-class FirstSession:
-    """How the adapters are trained. The defaults are LAMDA-PILOT's; for ImageNet-R it has 10 epochs, 0.05 and 0.005."""
-
-    epochs: int = 20
-    lr: float = 0.01
-    weight_decay: float = 0.0005
-    batch_size: int = 48
 
 
 def new_session(model: TimmModel, rows: int, seed: int, *, normalize: bool) -> tuple[Features, CosineClassifier]:
@@ -67,71 +55,56 @@ def new_session(model: TimmModel, rows: int, seed: int, *, normalize: bool) -> t
 
 
 def adapt(
-    features: Features,
-    classifier: CosineClassifier,
-    epochs: Iterable[Epoch],
-    settings: FirstSession,
-    seed: int,
-    on_epoch: OnEpoch | None = None,
-) -> dict[str, Tensor]:
+    features: Features, classifier: CosineClassifier, epochs: Iterable[Epoch], config: Config, seed: int
+) -> Adapters:
     """Train the adapters of ``features.model``, classifier and σ in place; on one device a seed gives the same bits.
 
     Args:
         epochs: of each epoch its batches: ``(images, 3, S, S)`` uint8 and rows ``(images,)``.
-        on_epoch: is called after each epoch with its mean loss and its accuracy in training.
-
-    Returns:
-        The ``adapter_state``.
 
     Raises:
         NumericError: a loss, or an adapter in the end, is NaN or infinite; epoch and step are named.
     """
     device, adapters = classifier.weight.device, [block.adapter.train() for block in features.model.blocks]
     trained = [p for part in (*adapters, classifier) for p in part.parameters()]
-    optimizer = torch.optim.SGD(trained, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
+    decay = config.first_session_weight_decay
+    optimizer = torch.optim.SGD(trained, lr=config.first_session_lr, momentum=0.9, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.first_session_epochs)
     on_cpu = device.type == "cpu"
     attention = nullcontext() if on_cpu else sdpa_kernel(SDPBackend.MATH)  # others may add gradients in any order
     with attention, torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         torch.manual_seed(derive_seed("dropout", seed))
         for epoch, batches in enumerate(epochs):
-            losses, hits = [], []
-            for pixels, on_host in batches:
-                rows = on_host.to(device)
+            losses = []
+            for pixels, rows in batches:
                 logits = classifier(features(pixels.to(device, non_blocking=True)))
-                loss = F.cross_entropy(logits, rows)
+                loss = F.cross_entropy(logits, rows.to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
-                hits.append(logits.detach().argmax(dim=1) == rows)
             schedule.step()
-            mean = checked_mean(torch.stack(losses), epoch, HINT)
-            if on_epoch is not None:
-                on_epoch(epoch, EpochStats(mean, 100 * float(host_values(torch.cat(hits).double().mean()))))
+            checked_mean(torch.stack(losses), epoch, HINT)
     features.eval().requires_grad_(False)
     state = adapter_state(features.model)
     check_finite(state, HINT)
     return state
 
 
-def shuffled_views(
-    images: Split, rows: np.ndarray, transforms: Transforms, settings: FirstSession, seed: int, num_workers: int
-) -> Iterator[Epoch]:
-    """The batches of each epoch for ``adapt``, loaded ahead: all images under the epoch's view, in a fresh order.
+def shuffled_views(images: Split, rows: np.ndarray, config: Config, seed: int, num_workers: int) -> Iterator[Epoch]:
+    """The batches of each epoch for ``adapt``, loaded ahead: all images, in a fresh order; epoch e sees view e.
 
     Args:
         images: of the first task alone.
         rows: the row of each of them.
-        transforms: whose view e epoch e sees.
         num_workers: processes that load; 0 loads in a thread of this one.
     """
+    transforms = Transforms(config.image_size, config.view_seed(seed))
 
     def jobs() -> Iterator[ViewsJob]:
-        for epoch in range(settings.epochs):
+        for epoch in range(config.first_session_epochs):
             order = np.random.default_rng(derive_seed("first session's batches", seed, epoch)).permutation(len(rows))
-            for start in range(0, len(rows), settings.batch_size):
-                batch = order[start : start + settings.batch_size]
+            for batch in np.split(order, range(BATCH, len(rows), BATCH)):
                 views: list[list[tuple[int, Draws | None]]] = [
                     [(epoch, transforms.draws(images.keys[image], epoch))] for image in batch
                 ]
@@ -140,27 +113,28 @@ def shuffled_views(
     workers = max(1, num_workers)
     loaded = load_ahead(load_views, jobs(), workers=workers, ahead=2 * workers, processes=num_workers > 0)
     with closing(loaded):
-        for _ in range(settings.epochs):
+        for _ in range(config.first_session_epochs):
             yield (
                 (torch.from_numpy(pixels), torch.from_numpy(rows[job.rows]))
-                for job, pixels in islice(loaded, -(-len(rows) // settings.batch_size))
+                for job, pixels in islice(loaded, steps_of(rows))
             )
+
+
+def steps_of(rows: np.ndarray) -> int:
+    """Of one epoch."""
+    return -(-len(rows) // BATCH)
 
 
 # -- the first session of a run ---------------------------------------------------------------------------------------
 
 
-def train_adapters(
+def adapted_to(
     config: Config, plain: Backbone, images: Split, rows: np.ndarray, seed: int, num_workers: int
 ) -> Adapters:
-    """Train adapters on ``images``, those of the first task, whose rows are 0, 1, …; a bar shows the steps."""
-    lr, decay = config.first_session_lr, config.first_session_weight_decay
-    settings = FirstSession(config.first_session_epochs, lr, decay)
-    model = build_backbone(config, plain.device, "fp32").model  # a new one: bf16 has taken over the other
+    """Adapters trained on ``images``, those of the first task, whose rows are 0, 1, …; a bar shows the steps."""
+    model = build_backbone(config, plain.device, "fp32").model  # a new one: bf16 takes over what it is given
     features, classifier = new_session(model, int(rows.max()) + 1, seed, normalize=config.normalize)
-    transforms = Transforms(config.image_size, config.view_seed(seed))
-    epochs = shuffled_views(images, rows, transforms, settings, seed, num_workers)
-    steps = settings.epochs * -(-len(rows) // settings.batch_size)
+    steps = config.first_session_epochs * steps_of(rows)
     with progress(total=steps, desc="First session", unit="step", leave=False) as bar:
 
         def shown(batches: Epoch) -> Epoch:
@@ -168,65 +142,52 @@ def train_adapters(
                 yield batch
                 bar.update()
 
-        return adapt(features, classifier, map(shown, epochs), settings, seed)
+        epochs = shuffled_views(images, rows, config, seed, num_workers)
+        return adapt(features, classifier, map(shown, epochs), config, seed)
 
 
-def run_adapters(setup: Setup, seed: int, start: Start | None) -> Adapters | None:
-    """Those of a run: from its folder, from an earlier run with the same first task, or trained now, on rank 0.
-
-    Args:
-        start: what the run was found to go on from; None: another start of the run will look.
-    """
-    adapters = None
-    if setup.ranks.first:
-        if start:
-            adapters = start.source.load_session(start.manifest)
-        elif setup.base:
-            adapters = CheckpointFolder(setup.base.folder).load_session(setup.base.manifest)
-        adapters = adapters or _remembered(setup, seed)
-    shared: Adapters | None = setup.ranks.share(adapters)
-    return shared
+def run_adapters(setup: Setup, seed: int, start: Start | None) -> Adapters:
+    """Those of a run: saved ones, or trained now on rank 0; ``start`` is what the run was found to go on from."""
+    adapters = saved_adapters(setup, seed, start) if setup.ranks.first else None
+    if setup.ranks.first and adapters is None:
+        config, (images, rows, path) = setup.config, first_task(setup, seed)
+        workers = default_workers() if config.num_workers is None else config.num_workers
+        adapters = adapted_to(config, cast(Backbone, setup.backbone), images, rows, seed, workers)
+        if path:
+            save_tensors(path, adapters)
+    return cast(Adapters, setup.ranks.share(adapters))
 
 
-def _remembered(setup: Setup, seed: int) -> Adapters:
-    images, rows, path = first_task(setup, seed)
+def saved_adapters(setup: Setup, seed: int, start: Start | None = None) -> Adapters | None:
+    """From the run's own folder, that of the run which it continues, or an earlier run with the same first task."""
+    if setup.base:
+        return CheckpointFolder(setup.base.folder).load_session(setup.base.manifest)
+    adapters, path = start.source.load_session(start.manifest) if start else None, first_task(setup, seed)[2]
     with suppress(CheckpointError):  # there is none, or it is damaged
-        return load_tensors(path) if path else {}
-    workers = default_workers() if setup.config.num_workers is None else setup.config.num_workers
-    adapters = train_adapters(setup.config, cast(Backbone, setup.backbone), images, rows, seed, workers)
-    if path:
-        save_tensors(path, adapters)
-    return adapters
+        return load_tensors(path) if path and adapters is None else adapters
+    return None
 
 
 def first_task(setup: Setup, seed: int) -> tuple[Split, np.ndarray, Path | None]:
     """The images of the first task, their rows, and where below ``cache_dir`` all runs keep the adapters of these."""
     config, task, cache_dir = setup.config, setup.stream(seed).tasks[0], resolve_cache_dir(setup.config.cache_dir)
-    identity = {
-        **{name: getattr(config, name) for name, key in KEYS.items() if key.affects == "session"},
-        "weights": setup.backbone.weights_sha256,
-        "features": [config.image_size, config.normalize, setup.backbone.pooling],
-        "images": [setup.fingerprints["train"], task.train.tolist(), task.train_rows.tolist()],
-        "seeds": [seed, config.view_seed(seed)],
-    }
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    path = cache_dir / "first_sessions" / f"{name}.pth" if cache_dir else None
+    keys = [getattr(config, name) for name, key in KEYS.items() if key.affects == "session"]
+    features = [setup.backbone.weights_sha256, config.image_size, config.normalize, setup.backbone.pooling]
+    images = [setup.fingerprints["train"], task.train.tolist(), task.train_rows.tolist()]
+    identity = json.dumps([keys, features, images, seed, config.view_seed(seed)])
+    name = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pth"
+    path = cache_dir / "first_sessions" / name if cache_dir else None
     return setup.data.train.subset(task.train), task.train_rows, path
 
 
 def planned(setup: Setup) -> tuple[list[FeatureBank], int]:
     """For each seed the bank of the features with adapters; how many images would be passed to train those."""
-    banks, passes = [], 0
+    banks, passes, plain = [], 0, cast(Backbone, setup.backbone)
     for seed in setup.config.seed:
-        images, _, path = first_task(setup, seed)
-        plain = cast(Backbone, setup.backbone)
-        if path and path.exists():
-            adapted = with_adapters(setup.config, plain, load_tensors(path))
-        else:
-            adapted, passes = (
-                replace(plain, weights_sha256=""),
-                passes + setup.config.first_session_epochs * len(images),
-            )
+        adapted = with_adapters(setup.config, plain, saved_adapters(setup, seed))
+        if adapted.adapters is None:  # a bank of its own, in which nothing is yet
+            adapted = replace(plain, weights_sha256="")
+            passes += setup.config.first_session_epochs * len(first_task(setup, seed)[1])
         banks.append(setup.bank(seed, (adapted.parts or [adapted])[-1]))
     return banks, passes
 
@@ -248,14 +209,13 @@ class SideBySide(Features):
 
 def with_adapters(config: Config, plain: Backbone, adapters: Adapters | None) -> Backbone:
     """The backbone whose features the method of ``config`` reads: ``plain`` with ``adapters``, if there are any."""
+    plain = plain.parts[0] if plain.parts else plain
     adapted = plain
     if adapters:
-        digest = hashlib.sha256(plain.weights_sha256.encode())
-        for name, tensor in sorted(adapters.items()):
-            digest.update(name.encode() + tensor.numpy().tobytes())
+        both = f"{plain.weights_sha256} {sha256_of(adapters)}"
         adapted = replace(
             plain,
-            weights_sha256=digest.hexdigest(),
+            weights_sha256=hashlib.sha256(both.encode()).hexdigest(),
             parameters=plain.parameters + sum(tensor.numel() for tensor in adapters.values()),
             cost=None,
             ready=None,

@@ -31,7 +31,7 @@ from utils.config.config import Config, make_config
 from utils.data.given import GivenImages, Images, checked_labels, sources_of
 from utils.data.names import normal_name, spelled_as
 from utils.data.splits import Dataset, Split
-from utils.data.tasks import LearnedClasses, Task, TaskStream, next_task
+from utils.data.tasks import Task, TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
@@ -116,34 +116,26 @@ class ContinualClassifier(Predictor):
             spelled = spelled_as(dict.fromkeys(named), self.class_names, "class", "the labels")
             named = [spelled[label] for label in named]
         names = list(dict.fromkeys(named))
-        learned = self._known.learned.with_task(names, domain)
-        task = next_task(self._known.learned, np.asarray([names.index(label) for label in named]), len(names))
+        before = self._known.learned
+        learned = before.with_task(names, domain)
+        task = next_task(before, np.asarray([names.index(label) for label in named]), len(names))
         split = GivenImages(sources, named, self.max_pixels)
-        before, self.backbone = self.backbone, self._adapted(split, task)
+        backbone, seed = self.backbone, self.manifest.seed
         try:
-            self._learn_images(split, task, learned)
+            if self.config.first_session != "none" and not self.tasks:
+                session, first = module("models.first_session"), split.subset(task.train)
+                adapters = session.adapted_to(self.config, backbone, first, task.train_rows, seed, 0)
+                self.backbone = session.with_adapters(self.config, backbone, adapters)
+            bank = self._bank(split)
+            bank.fill(training_features(self.config))
+            self.backbone_forwards += bank.forwards
+            content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
+            stream = TaskStream((task,), learned.class_names, learned.row_class)
+            manifest = self.manifest.with_images(learned, len(sources), content)
+            self.learn_task(BankTask(bank, stream, task, self.config.views, self.backbone.device), manifest)
         except BaseException:
-            self.backbone = before
+            self.backbone = backbone
             raise
-
-    def _adapted(self, split: Split, task: Task) -> Backbone:
-        """The backbone; at the first task, where the config says so, with adapters that are trained on its images."""
-        config, plain = self.config, (self.backbone.parts or [self.backbone])[0]
-        if config.first_session == "none" or self.tasks:
-            return self.backbone
-        session, images = module("models.first_session"), split.subset(task.train)
-        adapters = session.train_adapters(config, plain, images, task.train_rows, self.manifest.seed, 0)
-        adapted: Backbone = session.with_adapters(config, plain, adapters)
-        return adapted
-
-    def _learn_images(self, split: Split, task: Task, learned: LearnedClasses) -> None:
-        bank = self._bank(split)
-        bank.fill(training_features(self.config))
-        self.backbone_forwards += bank.forwards
-        content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
-        stream = TaskStream((task,), learned.class_names, learned.row_class)
-        manifest = self.manifest.with_images(learned, len(split), content)
-        self.learn_task(BankTask(bank, stream, task, self.config.views, self.backbone.device), manifest)
 
     def learn_task(
         self,
@@ -239,8 +231,8 @@ class ContinualClassifier(Predictor):
         checkpoint = CheckpointFolder(expanded(folder))
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
-            by_task = {task: self.learner.module_state(task) for task in range(self.tasks)}
-            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), by_task, self.backbone.adapters))
+            modules = {task: self.learner.module_state(task) for task in range(self.tasks)}  # None without modules
+            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), modules, self.backbone.adapters))
         return aside
 
     def __reduce__(self) -> tuple[Any, ...]:

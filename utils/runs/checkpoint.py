@@ -1,10 +1,11 @@
 """A run's folder: checked when it is read, committed in one step after each task, never overwritten.
 
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
-learning need after task t. ``first_session.pth`` holds the backbone's adapters, of a run that has any. ``results.jsonl`` has a line for each task, to which nothing but lines are ever added.
-``run.manifest`` names these files with their SHA-256 and says how much of the last one counts; it holds the run's
-identity, and a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the last
-one whole: what lies beyond it in ``results.jsonl`` is not read, and the next commit cuts it off.
+learning need after task t. ``first_session.pth`` holds the backbone's adapters, of a run that has any.
+``results.jsonl`` has a line for each task, to which nothing but lines are ever added. ``run.manifest`` names these
+files with their SHA-256 and says how much of the last one counts; it holds the run's identity, and a SHA-256 of its
+own; replacing it is the commit. A process that dies between two commits leaves the last one whole: what lies beyond it
+in ``results.jsonl`` is not read, and the next commit cuts it off.
 """
 
 import hashlib

@@ -45,9 +45,10 @@ def plan(
     size = sum(bank.bytes_needed(views) for bank, views in lacking)
     log.info("Forward passes missing from the feature bank, all seeds: %d", forwards)
     _log_space(setup, size)
-    if adapted:
-        log.info("Images to train the adapters of the first session with, all epochs and seeds: %d", session_passes)
-    seconds = _probe(lacking, forwards, session_passes) if forwards else None
+    if session_passes:
+        text = "First session, all seeds: %d images in all epochs, each as long as %d forward passes"
+        log.info(text, session_passes, SESSION_FORWARDS)
+    seconds = _probe(lacking, forwards + SESSION_FORWARDS * session_passes) if forwards else None
     if seconds is None:
         log.info("Time: every feature is there; only learning and evaluation remain")
     files = [path for seed in setup.config.seed for path in _files(setup, seed)]
@@ -89,15 +90,13 @@ def _log_space(setup: Setup, size: int) -> None:
         log.warning("That is too little space: the run would stop before its first forward pass")
 
 
-def _probe(lacking: Sequence[tuple[FeatureBank, Sequence[View]]], forwards: int, session_passes: int) -> float:
-    """Estimated seconds of the first session and of all missing forward passes."""
-    forwards += SESSION_FORWARDS * session_passes
+def _probe(lacking: Sequence[tuple[FeatureBank, Sequence[View]]], forwards: int) -> float:
+    """Estimated seconds of the forward passes, of which all may not be missing from the bank."""
     rate = next(bank.probe(views) for bank, views in lacking if bank.missing(views))
     log.info(
         "Time, an estimate from a short probe of this backbone, device and images: %.1f images a second, %s "
-        "(hours:minutes:seconds) for %s; learning and evaluation come on top",
+        "(hours:minutes:seconds) for all missing forward passes; learning and evaluation come on top",
         *(rate, timedelta(seconds=round(forwards / rate))),
-        "first session and all missing forward passes" if session_passes else "all missing forward passes",
     )
     return forwards / rate
 
