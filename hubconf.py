@@ -19,7 +19,6 @@ _LATER = [  # imported late, yet within the window below
         "models.api.predictions",
         "models.api.hub",
         "models.api.export",
-        "utils.runs.continuing",
     ),
     *("utils.data.transforms", "utils.data.folders", "utils.data.loader"),
     *("utils.features.views", "utils.features.extraction"),

@@ -16,7 +16,8 @@ from utils.config.methods import ROOT, methods_help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (``utils.cli``), or 1 if --check-data finds problems."""
-    return run_command("main.py", lambda: _run(_parser().parse_intermixed_args(argv)), needs_output=False)
+    hint = "start the same command again to go on (without --fresh)"
+    return run_command("main.py", lambda: _run(_parser().parse_intermixed_args(argv)), hint=hint, needs_output=False)
 
 
 DEMO = ROOT / "exps" / "tosca_demo.json"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,6 @@ from utils import module
 from utils.cli import fault_of
 from utils.config.config import Config
 from utils.config.grid import SweepCell
-from utils.data.loader import load_ahead
 from utils.data.tasks import TaskStream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
 from utils.features.bank import FeatureBank
@@ -31,11 +30,22 @@ from utils.results import record, run_log
 from utils.results.tracker import Tracker, tracking
 from utils.runs.checkpoint import CheckpointFolder, module_name
 from utils.runs.manifest import RunManifest
-from utils.runs.paths import RunPaths, run_paths
-from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, report_belongs_to, started_over
-from utils.runs.setup import Setup
+from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, start_over
+from utils.runs.setup import RunPaths, Setup, run_paths
 
 log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One seed of one cell."""
+
+    cell: SweepCell
+    setup: Setup
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}, seed {self.seed}".removeprefix(", ")
 
 
 def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
@@ -49,29 +59,27 @@ def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> li
         fresh: start over; what is there is moved aside.
         jobs: so many runs side by side, each in a process of its own, once the feature bank is filled.
     """
-    runs, failed, done = list[dict[str, Any]](), list[str](), 0
+    runs, failed = list[dict[str, Any]](), list[str]()
     with joined_ranks() as ranks:
         ready = _prepared(cells, ranks, failed)
-        with started_over([setup.config for _, setup in ready] if fresh and ranks.first else []):
-            todo = []
-            for cell, setup in ready:
-                for seed in setup.config.seed:
-                    kept = _finished(setup, seed) if len(cells) > 1 or jobs > 1 else None
-                    runs += [] if kept is None else [kept]
-                    todo += [(cell, setup, seed)] if kept is None else []
-            done = len(runs)
-            finished = side_by_side(todo, jobs, failed) if jobs > 1 else _one_by_one(todo, failed, len(cells))
-            runs += [result for result in finished if result is not None]
+        todo = [Job(cell, setup, seed) for cell, setup in ready for seed in setup.config.seed]
+        if fresh and ranks.first:
+            start_over([setup.config for _, setup in ready])
+        for job, found in zip(todo, _side_by_side(todo, jobs) if jobs > 1 else _one_by_one(todo), strict=True):
+            if isinstance(found, UserError):
+                if len(todo) == 1 or ranks.count > 1:  # other ranks wait in a barrier that this one will not reach
+                    raise found
+                failed.append(f"{job.name}: {found}")
+                log.error("%s", failed[-1])
+            elif found is not None:
+                runs.append(found)
     if ranks.first and len(cells) > 1:
-        run_log.log_sweep(cells, runs, done)
+        run_log.log_sweep(cells, runs)
     elif len(runs) > 1:
         run_log.log_seeds(runs)
     if failed:
         raise UserError(f"{len(failed)} of {len(failed) + len(runs)} runs are missing: {'; '.join(failed)}")
     return runs
-
-
-Todo = Sequence[tuple[SweepCell, Setup, int]]
 
 
 def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> list[tuple[SweepCell, Setup]]:
@@ -83,22 +91,55 @@ def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> li
         except (DataError, BackboneError) as error:
             if len(cells) == 1 or ranks.count > 1:
                 raise
-            log.error("%s: %s", cell.name, error)
             failed.append(f"{cell.name}: {error}")
+            log.error("%s", failed[-1])
     return ready
 
 
-def _one_by_one(todo: Todo, failed: list[str], cells: int) -> Iterator[dict[str, Any] | None]:
-    for number, (cell, setup, seed) in enumerate(todo, start=1):
-        if cells > 1:
-            log.info("%s, seed %d (run %d of %d)", cell.name, seed, number, len(todo))
+Outcome = dict[str, Any] | UserError | None  # what a run's JSON holds, or why there is none; None on other ranks
+
+
+def _one_by_one(todo: Sequence[Job]) -> Iterator[Outcome]:
+    for number, job in enumerate(todo, start=1):
+        if job.cell.name:
+            log.info("%s (run %d of %d)", job.name, number, len(todo))
         try:
-            yield run_seed(setup, seed)
+            yield run_seed(job.setup, job.seed)
         except NumericError as error:
-            if cells == 1 or setup.ranks.count > 1:  # the other ranks wait in a barrier that this one would not reach
-                raise
-            failed.append(f"{cell.name}, seed {seed}: {error}")
-            log.error("%s", failed[-1])
+            yield error
+
+
+def _side_by_side(todo: Sequence[Job], jobs: int) -> Iterator[Outcome]:
+    """Fill the bank here, then let each run learn in a process of its own, ``jobs`` of them at a time."""
+    for job in todo:
+        if job.setup.config.cache_dir == "none":
+            raise ConfigError("--jobs needs a feature bank that processes share; cache_dir is none")
+        _features(job.setup, job.seed)[1].fill(wanted_features(job.setup.config))
+    work = [(job.setup.config, job.seed, torch.get_num_threads()) for job in todo]
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes: there is one bar, this one
+    load_ahead = module("utils.data.loader").load_ahead
+    try:
+        results = load_ahead(_run_alone, work, workers=min(jobs, len(work)), ahead=len(work) + 1, processes=True)
+        with closing(results), progress(total=len(todo), desc="Runs", unit="run") as bar:
+            for job, (_, found) in zip(todo, results, strict=True):
+                bar.update()
+                if not isinstance(found, UserError):
+                    log.info("%s: finished", job.name)
+                yield found
+    finally:
+        del os.environ["TQDM_DISABLE"]
+
+
+def _run_alone(work: tuple[Config, int, int]) -> Outcome:
+    """One seed of one config, in a process of its own."""
+    config, seed, threads = work
+    torch.set_num_threads(threads)  # as in the process that would run it otherwise: its last bits are the same
+    logging.getLogger().setLevel(logging.INFO)  # for the run's own log; nothing goes to the terminal
+    use_full_fp32()
+    try:
+        return run_seed(prepare(config, ONE_RANK), seed)
+    except Exception as error:
+        return fault_of(error)
 
 
 def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
@@ -106,8 +147,7 @@ def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
     if world_size() > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     failed = list[str]()
-    ready = _prepared(cells, ONE_RANK, failed)
-    plan = module("utils.runs.plan")
+    plan, ready = module("utils.runs.plan"), _prepared(cells, ONE_RANK, failed)
     planned = []
     for _, setup in ready:
         session = () if setup.config.first_session == "none" else module("models.first_session").planned(setup)
@@ -122,28 +162,6 @@ def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
 # -- one seed ---------------------------------------------------------------------------------------------------------
 
 
-def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
-    """Learn all tasks under one seed, from wherever an earlier start of the same run stopped."""
-    if not setup.ranks.first:
-        if not setup.ranks.share(None):  # rank 0 says whether there is anything left to do
-            _features(setup, seed)[1].fill(wanted_features(setup.config))
-        return None
-    paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
-    with held_folders(setup.config, seed) as check_folders:
-        start = find_earlier_start(setup, seed, paths, checkpoint)
-        manifest = start.manifest
-        record.write_run_json(paths, manifest)  # before the log begins, so that the next start knows whose log it is
-        with (
-            logging_to(paths.file(".log")),
-            tracking(setup.config, paths.folder, paths.stem) as tracker,
-        ):
-            setup.ranks.share(manifest.finished)
-            outputs = Outputs(paths, checkpoint, tracker, check_folders)
-            if manifest.finished:
-                return _finished_already(setup.config, outputs, manifest)
-            return _run_tasks(setup, seed, outputs, start)
-
-
 @dataclass(frozen=True)
 class Outputs:
     """Where a run's results go, and a check that this is still the same place."""
@@ -154,37 +172,44 @@ class Outputs:
     check_folders: Callable[[], None]
 
 
-def _finished_already(config: Config, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
-    """Say how a finished run ended; make again what the start that finished it may have been killed before."""
-    outputs.checkpoint.verify(manifest)  # damage shows here
-    log.info("This run is finished (%s); --fresh starts it over", outputs.checkpoint.folder)
-    run, selection = record.run_json(manifest), _shown_selection(config, manifest)
-    run_log.log_curves(run["results"], selection)
-    outputs.tracker.update(manifest.tasks[manifest.first_reported :])
-    record.draw_curves(outputs.paths, run)
-    outputs.tracker.finish(run, [outputs.paths.file(".png")])
-    run_log.log_summary(run, selection)
-    return run
+def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
+    """Learn all tasks under one seed, from wherever an earlier start of the same run stopped."""
+    config, ranks = setup.config, setup.ranks
+    if not ranks.first:
+        if not ranks.share(None):  # rank 0 says whether there is anything left to do
+            _features(setup, seed)[1].fill(wanted_features(config))
+        return None
+    paths, checkpoint = run_paths(config, seed), setup.checkpoint(seed)
+    with held_folders(paths, checkpoint) as check_folders:
+        start = find_earlier_start(setup, seed, paths, checkpoint)
+        manifest = start.manifest
+        run = record.write_run_json(paths, manifest)  # before the log begins: the next start knows whose log it is
+        with logging_to(paths.file(".log")), tracking(config, paths.folder, paths.stem) as tracker:
+            outputs = Outputs(paths, checkpoint, tracker, check_folders)
+            ranks.share(manifest.finished)
+            if manifest.finished:
+                log.info("This run is finished (%s); --fresh starts it over", checkpoint.folder)
+                run_log.log_curves(run["results"], _shown_selection(config, manifest))
+                tracker.update(manifest.tasks[manifest.first_reported :])
+            else:
+                manifest = _learn_tasks(setup, seed, outputs, start)
+            return _end(config, outputs, manifest)
 
 
-def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[str, Any]:
+def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> RunManifest:
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
-    config, checkpoint, stream, manifest = setup.config, outputs.checkpoint, setup.stream(seed), start.manifest
-    _log_start(setup, seed, outputs, stream, manifest)
-    seconds, meter, wanted = dict(manifest.seconds), CostMeter(manifest.cost), wanted_features(config)
+    config, stream, meter = setup.config, setup.stream(seed), CostMeter(start.manifest.cost)
+    _log_start(setup, seed, stream, start)
+    wanted, seconds, saved = wanted_features(config), dict(start.manifest.seconds), start.saved
     with _timed(seconds, "train"), meter.learning(setup.backbone.device):
         backbone, bank = _features(setup, seed, start)
-    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, manifest)
-    missing = bank.missing(wanted)
-    first_missing = missing if manifest.missing_at_start is None else manifest.missing_at_start
-    manifest = replace(manifest, config=config.as_dict(), missing_at_start=first_missing)
+    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, start.manifest)
+    forwards = start.manifest.backbone_forwards or bank.missing(wanted)
+    manifest = replace(start.manifest, config=config.as_dict(), backbone_forwards=forwards)
     record.write_run_json(outputs.paths, manifest)
     with _timed(seconds, "features"):
         bank.fill(wanted)
-    manifest = start.begin(manifest)
-    # what earlier, interrupted starts of this run computed counts as well
-    manifest = replace(manifest, backbone_forwards=max(0, first_missing - missing) + bank.forwards)
-
+    start.begin(manifest)
     model = ContinualClassifier(config, backbone, known._replace(manifest=manifest))
     for task in stream.tasks[model.tasks :]:
         data = BankTask(bank, stream, task, config.views, backbone.device)
@@ -200,28 +225,24 @@ def _run_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> dict[
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
             manifest = manifest.with_last_results(answers.details(), cost)
         outputs.check_folders()
-        modules = {task.index: model.learner.module_state(task.index)}
-        model.note(checkpoint.commit(manifest, model.learner.state_dict(), modules, backbone.adapters))
-        run = _report_task(config, outputs, stream, model.manifest)
-    outputs.check_folders()
-    checkpoint.verify(model.manifest)
-    record.draw_curves(outputs.paths, run)
-    outputs.tracker.finish(run, [outputs.paths.file(".png")])
-    run_log.log_summary(run, _shown_selection(config, model.manifest))
-    return run
+        modules = {number: model.learner.module_state(number) for number in range(saved, model.tasks)}
+        model.note(outputs.checkpoint.commit(manifest, model.learner.state_dict(), modules, backbone.adapters))
+        saved = model.tasks
+        _report_task(config, outputs, stream, model.manifest)
+    return model.manifest
 
 
 def _features(setup: Setup, seed: int, start: Start | None = None) -> tuple[Backbone, FeatureBank]:
     """What the run's learner reads. All ranks call it; where there is a first session, rank 0 trains its adapters."""
     if setup.config.first_session == "none":
-        return cast(Backbone, setup.backbone), setup.bank(seed)
+        return setup.backbone, setup.bank(seed)
     session = module("models.first_session")
     backbone = session.with_adapters(setup.config, setup.backbone, session.run_adapters(setup, seed, start))
     return backbone, session.Banks(setup, seed, backbone)
 
 
-def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> dict[str, Any]:
-    """Write what the newest task gave to JSON, tracker and log; return what the JSON holds."""
+def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> None:
+    """Write what the newest task gave to JSON, tracker and log."""
     run = record.write_run_json(outputs.paths, manifest)
     outputs.tracker.update(manifest.tasks[manifest.first_reported :])
     task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
@@ -230,6 +251,16 @@ def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest:
     run_log.log_task(newest, selection)
     run_log.log_curves(run["results"], selection)
     run_log.log_task_line(newest, selection, stream, task)
+
+
+def _end(config: Config, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
+    """Check what was saved, say how the run ended; make again what an earlier start was killed before."""
+    outputs.check_folders()
+    outputs.checkpoint.verify(manifest)  # damage shows here
+    run = record.run_json(manifest)
+    record.draw_curves(outputs.paths, run)
+    outputs.tracker.finish(run, [outputs.paths.file(".png")])
+    run_log.log_summary(run, _shown_selection(config, manifest))
     return run
 
 
@@ -245,68 +276,11 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] += time.monotonic() - started
 
 
-def _log_start(setup: Setup, seed: int, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> None:
+def _log_start(setup: Setup, seed: int, stream: TaskStream, start: Start) -> None:
     run_log.log_header(setup.config, setup.backbone, stream, seed)
-    if setup.base and manifest.base:
-        run_log.log_base(setup.base.folder, manifest.base)
-    if (done := len(manifest.tasks)) > (setup.base.tasks if setup.base else 0):
-        log.info("Resuming from %s after task %d of %d", outputs.checkpoint.folder, done, len(stream.tasks))
-        if changed := changed_versions(manifest):
+    if setup.base and start.manifest.base:
+        run_log.log_base(setup.base.folder, start.manifest.base)
+    if start.saved:
+        log.info("Resuming from %s after task %d of %d", start.checkpoint.folder, start.saved, len(stream.tasks))
+        if changed := changed_versions(start.manifest):
             log.warning("Versions changed since this run began: %s; its end may differ", ", ".join(changed))
-
-
-def _finished(setup: Setup, seed: int) -> dict[str, Any] | None:
-    """What the JSON of a finished run holds, made again where it does not say so; None if something is left to do."""
-    manifest: RunManifest | None = None
-    if setup.ranks.first:
-        paths, checkpoint = run_paths(setup.config, seed), setup.checkpoint(seed)
-        manifest = checkpoint.read_manifest()
-        same = manifest is not None and manifest.finished and manifest.identity == setup.identity(seed)
-        if manifest is not None and same and report_belongs_to(paths, manifest.identity):
-            with held_folders(setup.config, seed):
-                manifest = find_earlier_start(setup, seed, paths, checkpoint).manifest
-                record.draw_curves(paths, record.write_run_json(paths, manifest))
-        else:
-            manifest = None
-    manifest = setup.ranks.share(manifest)
-    return record.run_json(manifest) if manifest else None
-
-
-# -- side by side ------------------------------------------------------------------------------------------------------
-
-
-def side_by_side(todo: Todo, jobs: int, failed: list[str]) -> Iterator[dict[str, Any] | None]:
-    """Fill the bank here, then let each run learn in a process of its own, ``jobs`` of them at a time."""
-    for _, setup, seed in todo:
-        if setup.config.cache_dir == "none":
-            raise ConfigError("--jobs needs a feature bank that processes share; cache_dir is none")
-        _features(setup, seed)[1].fill(wanted_features(setup.config))
-    work = [(setup.config, seed, torch.get_num_threads()) for _, setup, seed in todo]
-    os.environ["TQDM_DISABLE"] = "1"  # in the processes: there is one bar, this one
-    try:
-        results = load_ahead(run_alone, work, workers=min(jobs, len(work)), ahead=len(work) + 1, processes=True)
-        with closing(results), progress(total=len(todo), desc="Runs", unit="run") as bar:
-            for (cell, _, seed), (_, found) in zip(todo, results, strict=True):
-                bar.update()
-                log.info(
-                    "%s: %s",
-                    f"{cell.name}, seed {seed}".removeprefix(", "),
-                    found if isinstance(found, str) else "finished",
-                )
-                if isinstance(found, str):
-                    failed.append(f"{cell.name}, seed {seed}: {found}".removeprefix(", "))
-                yield None if isinstance(found, str) else found
-    finally:
-        del os.environ["TQDM_DISABLE"]
-
-
-def run_alone(job: tuple[Config, int, int]) -> dict[str, Any] | str | None:
-    """One seed of one config, in a process of its own: what its JSON holds, or why it stopped."""
-    config, seed, threads = job
-    torch.set_num_threads(threads)  # as in the process that would run it otherwise: its last bits are the same
-    logging.getLogger().setLevel(logging.INFO)  # for the run's own log; nothing goes to the terminal
-    use_full_fp32()
-    try:
-        return run_seed(prepare(config, ONE_RANK), seed)
-    except Exception as error:
-        return str(fault_of(error))

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbone.adapters import load_adapters
+from backbone.adapters import Adapters, load_adapters
 from backbone.create import HEADS_OWN, POOLINGS, choose_pooling, load_model, pooling_of, source_files, weights_file
 from backbone.flops import count_flops, quickest_ms, whole_forward_flops
 from backbone.forward import Features, ProductFeatures, TimmModel, make_features
@@ -50,7 +50,7 @@ class Backbone:
         cost: FLOPs of one image here, FLOPs through the whole timm model, and milliseconds here; None: not measured.
         build: makes the same backbone, ready.
         ready: the forward pass, once it is built.
-        adapters: of the first session, maybe without any; None: there was no such session.
+        adapters: those of the first session, None without any.
         parts: the backbones whose features make up this one's, side by side; empty: it is one.
     """
 
@@ -69,7 +69,7 @@ class Backbone:
     cost: tuple[int, int, float] | None = None
     build: "Callable[[], Backbone] | None" = None
     ready: Features | None = None
-    adapters: dict[str, Tensor] | None = None
+    adapters: Adapters | None = None
     parts: "tuple[Backbone, ...]" = ()
     _building: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -86,7 +86,7 @@ class Backbone:
         **about: Any,
     ) -> "Backbone":
         """The backbone that takes over ``model``; ``about`` are further attributes."""
-        parameters, weights = sum(p.numel() for p in model.parameters()), sha256_of(model.state_dict())
+        parameters, weights = sum(p.numel() for p in model.parameters()), _sha256(model)
         features = make_features(model, precision=precision, normalize=normalize).to(device)
         variant = {"numerics": features.numerics} if features.numerics else {}
         if pooling != default_pooling:
@@ -193,9 +193,7 @@ def load_backbone(config: Config, device: torch.device, cache_dir: Path | None =
     return backbone
 
 
-def build_backbone(
-    config: Config, device: torch.device, precision: str, adapters: Mapping[str, Tensor] | None = None
-) -> Backbone:
+def build_backbone(config: Config, device: torch.device, precision: str, adapters: Adapters | None = None) -> Backbone:
     """A new model with its weights, and with ``adapters``, if any."""
     name, model, remarks = load_model(config)
     own, pooling = pooling_of(model), choose_pooling(model, config.pooling, name)
@@ -217,15 +215,15 @@ def build_backbone(
         image_size=config.image_size,
         remarks=remarks,
         sources=source_files(model, config),
+        adapters=adapters,
     )
 
 
-def sha256_of(state: Mapping[str, Tensor]) -> str:
-    """Over names, shapes and values."""
+def _sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

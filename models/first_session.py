@@ -12,7 +12,6 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -23,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backbone.adapters import Adapters, adapter_state, add_adapters
 from backbone.classifier import CosineClassifier, first_rows
 from backbone.forward import Features, TimmModel, make_features
-from backbone.vit import Backbone, build_backbone, sha256_of
+from backbone.vit import Backbone, build_backbone
 from models.training import Epoch, check_finite, checked_mean
-from utils.config.config import KEYS, Config
+from utils.config.config import Config
 from utils.data.loader import load_ahead
 from utils.data.splits import Split
 from utils.data.transforms import Draws, Transforms
@@ -33,7 +32,6 @@ from utils.errors import CheckpointError
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import View
 from utils.features.views import ViewsJob, load_views
-from utils.hardware import default_workers
 from utils.logs import progress
 from utils.runs.checkpoint import CheckpointFolder, load_tensors, save_tensors
 from utils.runs.resume import Start
@@ -94,6 +92,8 @@ def adapt(
 def shuffled_views(images: Split, rows: np.ndarray, config: Config, seed: int, num_workers: int) -> Iterator[Epoch]:
     """The batches of each epoch for ``adapt``, loaded ahead: all images, in a fresh order; epoch e sees view e.
 
+    A bar shows the steps.
+
     Args:
         images: of the first task alone.
         rows: the row of each of them.
@@ -110,71 +110,58 @@ def shuffled_views(images: Split, rows: np.ndarray, config: Config, seed: int, n
                 ]
                 yield ViewsJob("train", images.subset(batch), batch.tolist(), views, None, transforms.size)
 
-    workers = max(1, num_workers)
+    steps, workers = -(-len(rows) // BATCH), max(1, num_workers)
+    total = config.first_session_epochs * steps
     loaded = load_ahead(load_views, jobs(), workers=workers, ahead=2 * workers, processes=num_workers > 0)
-    with closing(loaded):
+    with closing(loaded), progress(loaded, total=total, desc="First session", unit="step", leave=False) as bar:
+        ready = iter(bar)
         for _ in range(config.first_session_epochs):
-            yield (
-                (torch.from_numpy(pixels), torch.from_numpy(rows[job.rows]))
-                for job, pixels in islice(loaded, steps_of(rows))
-            )
-
-
-def steps_of(rows: np.ndarray) -> int:
-    """Of one epoch."""
-    return -(-len(rows) // BATCH)
+            yield ((torch.from_numpy(pixels), torch.from_numpy(rows[job.rows])) for job, pixels in islice(ready, steps))
 
 
 # -- the first session of a run ---------------------------------------------------------------------------------------
 
 
 def adapted_to(
-    config: Config, plain: Backbone, images: Split, rows: np.ndarray, seed: int, num_workers: int
+    config: Config, device: torch.device, images: Split, rows: np.ndarray, seed: int, num_workers: int
 ) -> Adapters:
-    """Adapters trained on ``images``, those of the first task, whose rows are 0, 1, …; a bar shows the steps."""
-    model = build_backbone(config, plain.device, "fp32").model  # a new one: bf16 takes over what it is given
+    """Adapters trained on ``images``, those of the first task, whose rows are 0, 1, …"""
+    model = build_backbone(config, device, "fp32").model  # a new one: bf16 takes over what it is given
     features, classifier = new_session(model, int(rows.max()) + 1, seed, normalize=config.normalize)
-    steps = config.first_session_epochs * steps_of(rows)
-    with progress(total=steps, desc="First session", unit="step", leave=False) as bar:
-
-        def shown(batches: Epoch) -> Epoch:
-            for batch in batches:
-                yield batch
-                bar.update()
-
-        epochs = shuffled_views(images, rows, config, seed, num_workers)
-        return adapt(features, classifier, map(shown, epochs), config, seed)
+    return adapt(features, classifier, shuffled_views(images, rows, config, seed, num_workers), config, seed)
 
 
 def run_adapters(setup: Setup, seed: int, start: Start | None) -> Adapters:
     """Those of a run: saved ones, or trained now on rank 0; ``start`` is what the run was found to go on from."""
     adapters = saved_adapters(setup, seed, start) if setup.ranks.first else None
     if setup.ranks.first and adapters is None:
-        config, (images, rows, path) = setup.config, first_task(setup, seed)
-        workers = default_workers() if config.num_workers is None else config.num_workers
-        adapters = adapted_to(config, cast(Backbone, setup.backbone), images, rows, seed, workers)
+        images, rows, path = first_task(setup, seed)
+        workers = setup.bank(seed).num_workers
+        adapters = adapted_to(setup.config, setup.backbone.device, images, rows, seed, workers)
         if path:
             save_tensors(path, adapters)
-    return cast(Adapters, setup.ranks.share(adapters))
+    shared: Adapters = setup.ranks.share(adapters)
+    return shared
 
 
 def saved_adapters(setup: Setup, seed: int, start: Start | None = None) -> Adapters | None:
     """From the run's own folder, that of the run which it continues, or an earlier run with the same first task."""
     if setup.base:
         return CheckpointFolder(setup.base.folder).load_session(setup.base.manifest)
-    adapters, path = start.source.load_session(start.manifest) if start else None, first_task(setup, seed)[2]
+    if start and (adapters := start.source.load_session(start.manifest)):
+        return adapters
+    path = first_task(setup, seed)[2]
     with suppress(CheckpointError):  # there is none, or it is damaged
-        return load_tensors(path) if path and adapters is None else adapters
+        return load_tensors(path) if path else None
     return None
 
 
 def first_task(setup: Setup, seed: int) -> tuple[Split, np.ndarray, Path | None]:
     """The images of the first task, their rows, and where below ``cache_dir`` all runs keep the adapters of these."""
-    config, task, cache_dir = setup.config, setup.stream(seed).tasks[0], resolve_cache_dir(setup.config.cache_dir)
-    keys = [getattr(config, name) for name, key in KEYS.items() if key.affects == "session"]
-    features = [setup.backbone.weights_sha256, config.image_size, config.normalize, setup.backbone.pooling]
-    images = [setup.fingerprints["train"], task.train.tolist(), task.train_rows.tolist()]
-    identity = json.dumps([keys, features, images, seed, config.view_seed(seed)])
+    c, task, cache_dir = setup.config, setup.stream(seed).tasks[0], resolve_cache_dir(setup.config.cache_dir)
+    settings = [c.first_session_epochs, c.first_session_lr, c.first_session_weight_decay, c.image_size, c.normalize]
+    images = [setup.fingerprints["train"], task.train.tolist(), task.train_rows.tolist(), c.view_seed(seed)]
+    identity = json.dumps([settings, images, seed, setup.backbone.weights_sha256, setup.backbone.pooling])
     name = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pth"
     path = cache_dir / "first_sessions" / name if cache_dir else None
     return setup.data.train.subset(task.train), task.train_rows, path
@@ -182,7 +169,7 @@ def first_task(setup: Setup, seed: int) -> tuple[Split, np.ndarray, Path | None]
 
 def planned(setup: Setup) -> tuple[list[FeatureBank], int]:
     """For each seed the bank of the features with adapters; how many images would be passed to train those."""
-    banks, passes, plain = [], 0, cast(Backbone, setup.backbone)
+    banks, passes, plain = [], 0, setup.backbone
     for seed in setup.config.seed:
         adapted = with_adapters(setup.config, plain, saved_adapters(setup, seed))
         if adapted.adapters is None:  # a bank of its own, in which nothing is yet
@@ -210,18 +197,7 @@ class SideBySide(Features):
 def with_adapters(config: Config, plain: Backbone, adapters: Adapters | None) -> Backbone:
     """The backbone whose features the method of ``config`` reads: ``plain`` with ``adapters``, if there are any."""
     plain = plain.parts[0] if plain.parts else plain
-    adapted = plain
-    if adapters:
-        both = f"{plain.weights_sha256} {sha256_of(adapters)}"
-        adapted = replace(
-            plain,
-            weights_sha256=hashlib.sha256(both.encode()).hexdigest(),
-            parameters=plain.parameters + sum(tensor.numel() for tensor in adapters.values()),
-            cost=None,
-            ready=None,
-            build=lambda: build_backbone(config, plain.device, plain.precision, adapters),
-            adapters=adapters,
-        )
+    adapted = build_backbone(config, plain.device, plain.precision, adapters) if adapters else plain
     if not config.method.plain_too:
         return adapted
     return replace(

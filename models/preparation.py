@@ -2,10 +2,9 @@
 
 import logging
 from dataclasses import replace
-from typing import cast
 
 from backbone.adapters import blocks_of
-from backbone.vit import Backbone, load_backbone, resolve_device
+from backbone.vit import load_backbone, resolve_device
 from models.base import training_features
 from utils import module
 from utils.config.config import Config
@@ -41,7 +40,7 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
     backbone = shared.backbone if shared else load_backbone(config, device, resolve_cache_dir(config.cache_dir))
     if config.first_session != "none":
-        blocks_of(cast(Backbone, backbone).model)  # a model without such blocks is known here
+        blocks_of(backbone.model)  # a model without such blocks is known here
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
             width = f"the feature width {backbone.feature_dim} of {backbone.name}"
@@ -54,10 +53,10 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
     setup = Setup(config, data, backbone, fingerprints, ranks)
     if config.continue_from is None:
         return setup
-    continuing, seed = module("utils.runs.continuing"), config.seed[0]
-    base = continuing.find_saved_run(config, lambda sha256: setup.identity_on(sha256, seed)) if ranks.first else None
+    continuing = module("utils.runs.continuing")
+    base = continuing.find_saved_run(config, setup.identity(config.seed[0])) if ranks.first else None
     setup = replace(setup, base=ranks.share(base))
-    continuing.tests_old(setup.base, setup.stream(seed))
+    continuing.tests_old(setup.base, setup.stream(config.seed[0]))
     return setup
 
 

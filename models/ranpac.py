@@ -12,6 +12,8 @@ With ``ranpac_whitened`` (an extension of this project) half of the random featu
 regression of their own: ``models/streaming/ridge_pair.py``. It is what ``tosca_white`` has without its modules.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,6 @@ class RanPAC(Learner):
     def scores(self, features: Tensor) -> Tensor:
         """Regressed one-hot targets; of two regressions the mean of their log-probabilities."""
         scores = self.ridge.scores(features)
-        if isinstance(self.ridge, RandomRidge) and self.config.own["ranpac_normalized"]:
-            scores = scores / self.ridge.weight.norm(dim=0).clamp_min(EPSILON).to(scores)
+        if self.config.own["ranpac_normalized"]:
+            scores = scores / cast(RandomRidge, self.ridge).weight.norm(dim=0).clamp_min(EPSILON).to(scores)
         return scores

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from utils.config.keys import Key
 from utils.config.methods import METHODS, read_method
 from utils.errors import ConfigError
 from utils.results.read import Run
-from utils.runs.manifest import fixed_once_saved, run_identity
+from utils.runs.continuing import fixed_once_saved
+from utils.runs.manifest import run_identity
 
 MEASURED: dict[str, Any] = {"weights_sha256": "w", "precision": "fp32", "images_sha256": {"train": "a", "test": "b"}}
+BACKBONE = SimpleNamespace(**MEASURED, variant={})
 VALID = {**TINY, "dataset": "imagefolder"}
 # values that pass where the next number or another text would not
 OTHER = {"device": ["cpu"], "seed": [7], "milestones": [3], "backbone_type": "vit_small_patch16_224", "init_cls": 3}
@@ -37,7 +40,7 @@ def other_value(key: Key) -> Any:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    return run_identity(config, config.seed[0], **MEASURED)
+    return run_identity(config, config.seed[0], BACKBONE, MEASURED["images_sha256"])
 
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)

@@ -37,8 +37,7 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import read_run
+from utils.runs.checkpoint import CheckpointFolder, read_run
 from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
 from utils.seeds import modes_of_a_run
 from utils.words import task_place
@@ -124,7 +123,7 @@ class ContinualClassifier(Predictor):
         try:
             if self.config.first_session != "none" and not self.tasks:
                 session, first = module("models.first_session"), split.subset(task.train)
-                adapters = session.adapted_to(self.config, backbone, first, task.train_rows, seed, 0)
+                adapters = session.adapted_to(self.config, backbone.device, first, task.train_rows, seed, 0)
                 self.backbone = session.with_adapters(self.config, backbone, adapters)
             bank = self._bank(split)
             bank.fill(training_features(self.config))
@@ -297,7 +296,6 @@ def load_same_backbone(
             f"{backbone.weights_sha256[:12]}…, the run's {str(sha256)[:12]}…; modules fit the weights that they were "
             "trained on alone: give that file with --backbone-weights"
         )
-    if config.first_session == "none":
-        return backbone
-    adapted: Backbone = module("models.first_session").with_adapters(config, backbone, adapters)
-    return adapted
+    if config.first_session != "none":
+        backbone = module("models.first_session").with_adapters(config, backbone, adapters)
+    return backbone

@@ -13,7 +13,7 @@ import report as report_command
 from utils.results import record as report
 from utils.results.read import read_runs
 from utils.results.tables import make_sections
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests.conftest import tiny_config
-from utils.runs.paths import run_paths
+from utils.runs.setup import run_paths
 from utils.words import fixed
 
 

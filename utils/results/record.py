@@ -11,7 +11,7 @@ from utils.files import atomic_write, json_lines, read_regular
 from utils.results import metrics
 from utils.results.metrics import GLOSSARY
 from utils.runs.manifest import RunManifest, TaskRecord
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,6 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "epochs": [[epoch.to_json() for epoch in task.epochs] for task in tasks] if manifest.shows_all else [],
         "cost": manifest.cost,
         "seconds": _rounded_seconds(manifest.seconds),
-        "missing_at_start": manifest.missing_at_start,
         "backbone_forwards": manifest.backbone_forwards,
         "glossary": GLOSSARY,
     }

@@ -170,15 +170,12 @@ def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]], done: int) -> None:
+def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]]) -> None:
     """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
     selection = cells[0].config.selection
     read, tables, render = (module(f"utils.results.{name}") for name in ("read", "tables", "render"))
     sections, _ = tables.make_sections([read.Run(run) for run in runs])
     for line in render.as_text(sections, [selection, "sample", "oracle"]).splitlines():
         log.info("%s", line)
-    if done == len(runs) and runs:
-        log.info("Sweep: %s, all finished already: nothing to do; --fresh starts them over", counted(done, "run"))
-    else:
-        log.info("Sweep: %s, %d of them finished earlier", counted(len(runs), "run"), done)
+    log.info("Sweep: %s", counted(len(runs), "run"))
     log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)

@@ -11,8 +11,7 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW, View
 from utils.files import human_size
 from utils.runs.checkpoint import MANIFEST, RESULTS, SESSION, classifier_name, module_name
-from utils.runs.paths import WRITTEN_WHOLE, run_paths
-from utils.runs.setup import Setup
+from utils.runs.setup import WRITTEN_WHOLE, Setup, run_paths
 from utils.words import counted
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ def _log_space(setup: Setup, size: int) -> None:
 
 
 def _probe(lacking: Sequence[tuple[FeatureBank, Sequence[View]]], forwards: int) -> float:
-    """Estimated seconds of the forward passes, of which all may not be missing from the bank."""
+    """Estimated seconds of forward passes, also of some that take as long as others."""
     rate = next(bank.probe(views) for bank, views in lacking if bank.missing(views))
     log.info(
         "Time, an estimate from a short probe of this backbone, device and images: %.1f images a second, %s "
