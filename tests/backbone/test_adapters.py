@@ -136,8 +136,6 @@ def test_saved_adapters_give_the_same_features_on_a_plain_model():
     assert torch.equal(features_of(second, "fp32"), features_of(first, "fp32"))
     assert not any(part.training for part in second.modules())
     assert not any(parameter.requires_grad for parameter in second.parameters())
-    with pytest.raises(ValueError, match="not those of the model's 2 blocks"):
-        load_adapters(model_of(kind, depth=2), adapter_state(first))
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "resnet18"])

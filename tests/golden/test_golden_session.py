@@ -14,16 +14,16 @@ from backbone.adapters import add_adapters, load_adapters
 from backbone.classifier import CosineClassifier
 from backbone.forward import Features, TimmModel, make_features
 from models.aper import APER
-from models.first_session import FirstSession, adapt
+from models.first_session import adapt
 from tests.conftest import tiny_config
 from tests.models.test_baselines import Task
 
 with np.load(Path(__file__).with_name("first_session.npz")) as archive:
     GOLDEN = {name: torch.from_numpy(archive[name]) for name in archive.files}
 CASES = {
-    "cifar": FirstSession(epochs=4, lr=0.01, weight_decay=0.0005),
-    "inr": FirstSession(epochs=3, lr=0.05, weight_decay=0.005),
-    "strong": FirstSession(epochs=8, lr=1.0, weight_decay=0.0005),
+    "cifar": {"epochs": 4, "lr": 0.01, "weight_decay": 0.0005},
+    "inr": {"epochs": 3, "lr": 0.05, "weight_decay": 0.005},
+    "strong": {"epochs": 8, "lr": 1.0, "weight_decay": 0.0005},
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -74,8 +74,9 @@ def test_the_first_session_computes_the_numbers_of_lamda_pilot(case):
             rows_now.append(GOLDEN["labels.first"][images])
             yield GOLDEN["images.first"][images], rows_now[-1]
 
-    settings, steps = CASES[case], GOLDEN[f"{case}.batches"]
-    found = adapt(features, classifier, map(batches, steps.chunk(settings.epochs)), settings, seed=0)
+    keys, steps = CASES[case], GOLDEN[f"{case}.batches"]
+    config = tiny_config(first_session="adapter", **{f"first_session_{name}": value for name, value in keys.items()})
+    found = adapt(features, classifier, map(batches, steps.chunk(keys["epochs"])), config, seed=0)
     torch.testing.assert_close(torch.tensor(losses).double(), GOLDEN[f"{case}.losses"], rtol=0, atol=1e-6)
     wanted = {**adapters(f"{case}.end."), "fc": GOLDEN[f"{case}.end.fc"], "sigma": GOLDEN[f"{case}.end.sigma"][0]}
     found |= {"fc": classifier.weight.detach(), "sigma": classifier.sigma.detach()}
