@@ -91,7 +91,7 @@ def test_the_features_are_those_of_the_backbone_with_the_saved_adapters(adapted:
     found = loaded.predict([test.load(index) for index in range(len(test))])
     with np.load(adapted.log_file().with_suffix(".npz")) as answers:
         order = [list(answers["files"]).index(key) for key in test.keys]
-        assert found.indices[:, 0].tolist() == answers["predicted_sample"][order].tolist()
+        assert found.top[:, 0].tolist() == answers["predicted_sample"][order].tolist()
 
 
 def test_another_method_and_a_second_run_train_no_more(
