@@ -1,11 +1,12 @@
 """A run as a story: prepare data and backbone; for each seed and task learn, evaluate, save, report."""
 
 import logging
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from utils.config.grid import SweepCell
 from utils.data.tasks import TaskStream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
 from utils.features.bank import FeatureBank
-from utils.hardware import use_full_fp32
-from utils.logs import logging_to, progress
+from utils.hardware import peak_bytes, use_full_fp32
+from utils.logs import logging_to, logging_to_terminal, progress
 from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
 from utils.results import record, run_log
 from utils.results.tracker import Tracker, tracking
@@ -61,13 +62,14 @@ def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> li
     """
     runs, failed = list[dict[str, Any]](), list[str]()
     with joined_ranks() as ranks:
+        _check_jobs(cells, ranks, jobs)
         ready = _prepared(cells, ranks, failed)
         todo = [Job(cell, setup, seed) for cell, setup in ready for seed in setup.config.seed]
         if fresh and ranks.first:
             start_over([setup.config for _, setup in ready])
-        for job, found in zip(todo, _side_by_side(todo, jobs) if jobs > 1 else _one_by_one(todo), strict=True):
+        for job, found in _side_by_side(todo, jobs) if jobs > 1 else _one_by_one(todo):
             if isinstance(found, UserError):
-                if len(todo) == 1 or ranks.count > 1:  # other ranks wait in a barrier that this one will not reach
+                if ranks.count > 1 or len(cells) == jobs == 1:  # other ranks wait in a barrier
                     raise found
                 failed.append(f"{job.name}: {found}")
                 log.error("%s", failed[-1])
@@ -80,6 +82,17 @@ def run(cells: Sequence[SweepCell], *, fresh: bool = False, jobs: int = 1) -> li
     if failed:
         raise UserError(f"{len(failed)} of {len(failed) + len(runs)} runs are missing: {'; '.join(failed)}")
     return runs
+
+
+def _check_jobs(cells: Sequence[SweepCell], ranks: Ranks, jobs: int) -> None:
+    """Say before anything is touched why runs cannot stand side by side."""
+    wrong = {
+        "torchrun": ranks.count > 1,
+        "Windows": sys.platform == "win32",  # which hands no socket down to a process
+        "cache_dir=none": any(cell.config.cache_dir == "none" for cell in cells),
+    }
+    if jobs > 1 and (found := [name for name, is_so in wrong.items() if is_so]):
+        raise ConfigError(f"--jobs starts processes that share a feature bank; it does not go with {', '.join(found)}")
 
 
 def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> list[tuple[SweepCell, Setup]]:
@@ -99,61 +112,70 @@ def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> li
 Outcome = dict[str, Any] | UserError | None  # what a run's JSON holds, or why there is none; None on other ranks
 
 
-def _one_by_one(todo: Sequence[Job]) -> Iterator[Outcome]:
+def _one_by_one(todo: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
     for number, job in enumerate(todo, start=1):
         if job.cell.name:
             log.info("%s (run %d of %d)", job.name, number, len(todo))
         try:
-            yield run_seed(job.setup, job.seed)
-        except NumericError as error:
-            yield error
+            yield job, run_seed(job.setup, job.seed)
+        except (DataError, BackboneError, NumericError) as error:
+            yield job, error
 
 
-def _side_by_side(todo: Sequence[Job], jobs: int) -> Iterator[Outcome]:
+def _side_by_side(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Outcome]]:
     """Fill the bank here, then let each run learn in a process of its own, ``jobs`` of them at a time."""
+    filled = dict[tuple[Config, int], Job]()
     for job in todo:
-        if job.setup.config.cache_dir == "none":
-            raise ConfigError("--jobs needs a feature bank that processes share; cache_dir is none")
-        _features(job.setup, job.seed)[1].fill(wanted_features(job.setup.config))
-    work = [(job.setup.config, job.seed, torch.get_num_threads()) for job in todo]
-    os.environ["TQDM_DISABLE"] = "1"  # in the processes: there is one bar, this one
-    load_ahead = module("utils.data.loader").load_ahead
-    try:
-        results = load_ahead(_run_alone, work, workers=min(jobs, len(work)), ahead=len(work) + 1, processes=True)
-        with closing(results), progress(total=len(todo), desc="Runs", unit="run") as bar:
-            for job, (_, found) in zip(todo, results, strict=True):
-                bar.update()
-                if not isinstance(found, UserError):
-                    log.info("%s: finished", job.name)
-                yield found
-    finally:
-        del os.environ["TQDM_DISABLE"]
+        try:
+            _features(job.setup, job.seed)[1].fill(wanted_features(job.setup.config))
+            filled[job.setup.config, job.seed] = job
+        except DataError as error:
+            yield job, error
+    alone, as_done = RunAlone(torch.get_num_threads()), module("utils.data.loader").as_done
+    found = as_done(alone, filled, workers=jobs, name=lambda _: "its result", hint="lower --jobs")
+    with closing(found), progress(total=len(filled), desc="Runs", unit="run") as bar:
+        for key, result in found:
+            bar.update()
+            if isinstance(result, dict):
+                log.info("%s: finished", filled[key].name)
+            yield filled[key], result
 
 
-def _run_alone(work: tuple[Config, int, int]) -> Outcome:
-    """One seed of one config, in a process of its own."""
-    config, seed, threads = work
-    torch.set_num_threads(threads)  # as in the process that would run it otherwise: its last bits are the same
-    logging.getLogger().setLevel(logging.INFO)  # for the run's own log; nothing goes to the terminal
-    use_full_fp32()
-    try:
-        return run_seed(prepare(config, ONE_RANK), seed)
-    except Exception as error:
-        return fault_of(error)
+@dataclass
+class RunAlone:
+    """Runs one seed of a config after another, in a process of its own."""
+
+    threads: int  # as in the process that would run them otherwise: their last bits are the same
+    before: Setup | None = None  # of the run before, whose data and backbone may serve the next
+
+    def __call__(self, job: tuple[Config, int]) -> Outcome:
+        config, seed = job
+        torch.set_num_threads(self.threads)
+        use_full_fp32()
+        with logging_to_terminal(shown=False):
+            try:
+                self.before = prepare(config, ONE_RANK, self.before)
+                return run_seed(self.before, seed)
+            except Exception as error:
+                return fault_of(error)
 
 
-def dry_run(cells: Sequence[SweepCell]) -> list[dict[str, Any]]:
+def dry_run(cells: Sequence[SweepCell], *, jobs: int = 1) -> list[dict[str, Any]]:
     """Check config, data and backbone as a run does; log what would be done; write nothing but the images' hashes."""
     if world_size() > 1:
         raise ConfigError("--dry-run looks at one process; start it without torchrun")
     failed = list[str]()
+    _check_jobs(cells, ONE_RANK, jobs)
     plan, ready = module("utils.runs.plan"), _prepared(cells, ONE_RANK, failed)
+    process, filled = peak_bytes(), set[Path]()  # a probe builds the backbone, which takes memory of its own
     planned = []
     for _, setup in ready:
-        session = () if setup.config.first_session == "none" else module("models.first_session").planned(setup)
-        planned.append(plan.plan(setup, wanted_features(setup.config), *session))
+        session = () if setup.config.first_session == "none" else module("models.first_session").planned(setup, filled)
+        planned.append(plan.plan(setup, wanted_features(setup.config), filled, *session))
     if len(cells) > 1:
         plan.log_total(planned)
+    if jobs > 1:
+        plan.log_memory([setup for _, setup in ready], jobs, process)
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} cannot start: {'; '.join(failed)}")
     return planned
@@ -221,7 +243,7 @@ def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> Run
         manifest = replace(model.manifest.tested(tested.record), seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
             answers = tested.predictions(setup.data.test.keys, stream.class_names)
-            module("utils.results.predictions").write_predictions(outputs.paths.file(".npz"), answers)
+            record.write_answers(outputs.paths.file(".npz"), answers)
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
             manifest = manifest.with_last_results(answers.details(), cost)
         outputs.check_folders()

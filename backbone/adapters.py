@@ -25,9 +25,9 @@ class Adapter(nn.Module):
     Shape: ``(…, dim) -> (…, dim)``.
     """
 
-    def __init__(self, dim: int, width: int = WIDTH) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.down, self.up, self.dropout = nn.Linear(dim, width), nn.Linear(width, dim), DROPOUT
+        self.down, self.up, self.dropout = nn.Linear(dim, WIDTH), nn.Linear(WIDTH, dim), DROPOUT
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
 
@@ -76,7 +76,7 @@ def blocks_of(model: Any) -> list[nn.Module]:
     return blocks
 
 
-def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
+def add_adapters(model: Any, seed: int) -> None:
     """Freeze a timm ViT and put a new adapter into every block; the adapters alone require gradients.
 
     Their parameters are the model's ``blocks.<i>.adapter.{down,up}.{weight,bias}``.
@@ -84,7 +84,7 @@ def add_adapters(model: Any, seed: int, width: int = WIDTH) -> None:
     blocks = blocks_of(model)
     model.requires_grad_(False)
     with fixed_seed(seed):
-        adapters = [Adapter(model.embed_dim, width).to(next(block.parameters()).device) for block in blocks]
+        adapters = [Adapter(model.embed_dim) for _ in blocks]
     for index, (block, adapter) in enumerate(zip(blocks, adapters, strict=True)):
         model.blocks[index] = AdaptedBlock(block, adapter)
     model.eval()
@@ -97,6 +97,6 @@ def adapter_state(model: nn.Module) -> Adapters:
 
 def load_adapters(model: Any, state: Mapping[str, Tensor]) -> None:
     """Put the adapters of a saved ``adapter_state`` into a plain model, frozen as all of it."""
-    add_adapters(model, seed=0, width=len(state["blocks.0.adapter.down.bias"]))
+    add_adapters(model, seed=0)
     model.load_state_dict(state, strict=False)
     model.requires_grad_(False)

@@ -14,7 +14,7 @@ from utils.features.bank import FeatureBank
 from utils.features.rows import TEST_VIEW
 from utils.results import metrics
 from utils.results.metrics import SELECTION_NAMES
-from utils.results.predictions import Predictions, SelectionPredictions
+from utils.results.record import SelectionAnswers, TestAnswers
 from utils.runs.manifest import TaskRecord
 from utils.seeds import derive_seed
 
@@ -59,12 +59,12 @@ class Evaluation:
     record: TaskRecord
     images: np.ndarray
     true_class: np.ndarray
-    answers: dict[str, SelectionPredictions]
+    answers: dict[str, SelectionAnswers]
 
-    def predictions(self, keys: Sequence[str], class_names: Sequence[str]) -> Predictions:
+    def predictions(self, keys: Sequence[str], class_names: Sequence[str]) -> TestAnswers:
         """Return the answers with the names of images (of the whole test split) and of all classes."""
         files = np.array([keys[image] for image in self.images], dtype=str)
-        return Predictions(files, self.true_class, tuple(class_names), self.answers)
+        return TestAnswers(files, self.true_class, tuple(class_names), self.answers)
 
 
 def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> Evaluation:
@@ -91,10 +91,10 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
         results[name] = {
             "top1": metrics.percent(hits),
             "top5": metrics.percent(metrics.top_k_hits(kept.top, true_class, 5)),
-            "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
+            "per_task": metrics.group_accuracies(hits, true_task, len(seen)),
             "groups": _groups(stream, task, predicted, true_class, true_task),
         }
-        answers[name] = SelectionPredictions(predicted, kept.probability, kept.module)
+        answers[name] = SelectionAnswers(predicted, kept.probability, kept.module)
         if kept.module is not None:
             results[name]["selection_accuracy"] = metrics.percent(kept.module == true_task)
             confusion[name] = metrics.confusion(true_task, kept.module, len(seen))

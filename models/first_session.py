@@ -27,7 +27,7 @@ from models.training import Epoch, check_finite, checked_mean
 from utils.config.config import Config
 from utils.data.loader import load_ahead
 from utils.data.splits import Split
-from utils.data.transforms import Draws, Transforms
+from utils.data.transforms import Transforms
 from utils.errors import CheckpointError
 from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import View
@@ -39,6 +39,7 @@ from utils.runs.setup import Setup
 from utils.seeds import derive_seed
 
 BATCH = 48
+PASS = 3  # forward passes in the time in which an image is trained with: forward and backward, all tokens to the end
 HINT = "lower the rate of the first session: first_session_lr"
 
 
@@ -105,10 +106,14 @@ def shuffled_views(images: Split, rows: np.ndarray, config: Config, seed: int, n
         for epoch in range(config.first_session_epochs):
             order = np.random.default_rng(derive_seed("first session's batches", seed, epoch)).permutation(len(rows))
             for batch in np.split(order, range(BATCH, len(rows), BATCH)):
-                views: list[list[tuple[int, Draws | None]]] = [
-                    [(epoch, transforms.draws(images.keys[image], epoch))] for image in batch
-                ]
-                yield ViewsJob("train", images.subset(batch), batch.tolist(), views, None, transforms.size)
+                yield ViewsJob(
+                    "train",
+                    images.subset(batch),
+                    batch.tolist(),
+                    [[(epoch, transforms.draws(images.keys[image], epoch))] for image in batch],
+                    None,
+                    transforms.size,
+                )
 
     steps, workers = -(-len(rows) // BATCH), max(1, num_workers)
     total = config.first_session_epochs * steps
@@ -131,16 +136,16 @@ def adapted_to(
     return adapt(features, classifier, shuffled_views(images, rows, config, seed, num_workers), config, seed)
 
 
-def run_adapters(setup: Setup, seed: int, start: Start | None) -> Adapters:
+def run_adapters(setup: Setup, seed: int, start: Start | None) -> Adapters | None:
     """Those of a run: saved ones, or trained now on rank 0; ``start`` is what the run was found to go on from."""
     adapters = saved_adapters(setup, seed, start) if setup.ranks.first else None
     if setup.ranks.first and adapters is None:
         images, rows, path = first_task(setup, seed)
-        workers = setup.bank(seed).num_workers
-        adapters = adapted_to(setup.config, setup.backbone.device, images, rows, seed, workers)
+        device, num_workers = setup.backbone.device, setup.bank(seed).num_workers
+        adapters = adapted_to(setup.config, device, images, rows, seed, num_workers)
         if path:
             save_tensors(path, adapters)
-    shared: Adapters = setup.ranks.share(adapters)
+    shared: Adapters | None = setup.ranks.share(adapters)
     return shared
 
 
@@ -167,14 +172,22 @@ def first_task(setup: Setup, seed: int) -> tuple[Split, np.ndarray, Path | None]
     return setup.data.train.subset(task.train), task.train_rows, path
 
 
-def planned(setup: Setup) -> tuple[list[FeatureBank], int]:
-    """For each seed the bank of the features with adapters; how many images would be passed to train those."""
+def planned(setup: Setup, before: set[Path]) -> tuple[list[FeatureBank], int]:
+    """For each seed the bank of the features with adapters; as long as how many forward passes training those takes.
+
+    Args:
+        before: what an earlier run of the same start will have saved; this run's adapters are added.
+    """
     banks, passes, plain = [], 0, setup.backbone
     for seed in setup.config.seed:
-        adapted = with_adapters(setup.config, plain, saved_adapters(setup, seed))
-        if adapted.adapters is None:  # a bank of its own, in which nothing is yet
-            adapted = replace(plain, weights_sha256="")
-            passes += setup.config.first_session_epochs * len(first_task(setup, seed)[1])
+        adapted, (_, rows, path) = (
+            with_adapters(setup.config, plain, saved_adapters(setup, seed)),
+            first_task(setup, seed),
+        )
+        if adapted.adapters is None:
+            adapted = replace(plain, weights_sha256=str(path))  # a bank of its own, in which nothing is yet
+            passes += 0 if path in before else PASS * setup.config.first_session_epochs * len(rows)
+            before |= {path} if path else set()
         banks.append(setup.bank(seed, (adapted.parts or [adapted])[-1]))
     return banks, passes
 
@@ -203,7 +216,6 @@ def with_adapters(config: Config, plain: Backbone, adapters: Adapters | None) ->
     return replace(
         adapted,
         feature_dim=2 * plain.feature_dim,
-        cost=None,
         ready=None,
         build=lambda: replace(adapted, ready=SideBySide(plain.features, adapted.features)),
         parts=(plain, adapted),
@@ -219,10 +231,6 @@ class Banks:
 
     def __init__(self, setup: Setup, seed: int, backbone: Backbone) -> None:
         self.banks = [setup.bank(seed, part) for part in backbone.parts or (backbone,)]
-
-    @property
-    def forwards(self) -> int:
-        return sum(bank.forwards for bank in self.banks)
 
     def missing(self, wanted: Sequence[View]) -> int:
         return sum(bank.missing(wanted) for bank in self.banks)

@@ -29,8 +29,9 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
         before: another run's, whose data and backbone serve where they are the same.
     """
     shared = before if before is not None and config.shares_backbone_with(before.config) else None
+    same_backbone = before if before is not None and config.shares_backbone_with(before.config, "data") else None
     check_tracker(config)
-    device = shared.backbone.device if shared else resolve_device(config, ranks.local_rank, ranks.count)
+    device = same_backbone.backbone.device if same_backbone else resolve_device(config, ranks.local_rank, ranks.count)
     data = shared.data if shared else load_dataset(config)
     if config.continue_from is None:
         make_stream(data, config, config.seed[0])  # more classes asked for than there are is known here
@@ -38,7 +39,8 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
         raise ConfigError(f"{config.model_name} needs the data of all tasks; it cannot continue a saved run")
     if config.num_workers is not None and config.num_workers > available_cpus():
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
-    backbone = shared.backbone if shared else load_backbone(config, device, resolve_cache_dir(config.cache_dir))
+    cache_dir = resolve_cache_dir(config.cache_dir)
+    backbone = same_backbone.backbone if same_backbone else load_backbone(config, device, cache_dir)
     if config.first_session != "none":
         blocks_of(backbone.model)  # a model without such blocks is known here
     for name in ("mlp_ratio", "se_ratio"):
@@ -48,7 +50,7 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
     if shared:
         fingerprints = shared.fingerprints
     else:
-        found = fingerprint_splits(data, resolve_cache_dir(config.cache_dir)) if ranks.first else None
+        found = fingerprint_splits(data, cache_dir) if ranks.first else None
         fingerprints = ranks.share(found)
     setup = Setup(config, data, backbone, fingerprints, ranks)
     if config.continue_from is None:

@@ -63,13 +63,13 @@ def test_a_key_may_be_swept_as_its_declaration_says(key, tmp_path):
     path.write_text(json.dumps(VALID))
     value = other_value(key)
     text = json.dumps(value) if isinstance(value, (list, bool)) else value
-    cells = make_grid(path, [], [f"{key.name}={text}"])
+    cells = make_grid([path], [], [f"{key.name}={text}"])
     named = cells[0].name.partition("=")[0]
     assert cells[0].config.as_dict()[key.name] == value or named == key.name
     assert named == (key.name if key.changes_the_run and not key.is_list else "")
     if not key.changes_the_run and not key.is_list:
         with pytest.raises(ConfigError, match="does not change what a run computes"):
-            make_grid(path, [], [f"{key.name}={text},{text}"])
+            make_grid([path], [], [f"{key.name}={text},{text}"])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

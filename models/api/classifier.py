@@ -21,7 +21,6 @@ import torch
 
 from backbone.adapters import Adapters
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models.api.pickling import maker
 from models.api.predictor import Known, Predictor
 from models.base import TaskData, make_learner, training_features, twin
 from models.evaluation import BankTask, evaluate
@@ -29,8 +28,7 @@ from models.modular import ModularLearner
 from utils import module
 from utils.config.config import Config, make_config
 from utils.data.given import GivenImages, Images, checked_labels, sources_of
-from utils.data.names import normal_name, spelled_as
-from utils.data.splits import Dataset, Split
+from utils.data.splits import Dataset, Split, normal_name
 from utils.data.tasks import Task, TaskStream, next_task
 from utils.errors import BackboneError, ConfigError, DataError
 from utils.features.bank import FeatureBank, resolve_cache_dir
@@ -111,9 +109,6 @@ class ContinualClassifier(Predictor):
         if self.domains and domain is None:
             raise DataError("the run is domain-incremental: name the new images' domain, learn(..., domain=<name>)")
         named = [normal_name(label) for label in labels]  # one form for names that look the same
-        if domain is not None:
-            spelled = spelled_as(dict.fromkeys(named), self.class_names, "class", "the labels")
-            named = [spelled[label] for label in named]
         names = list(dict.fromkeys(named))
         before = self._known.learned
         learned = before.with_task(names, domain)
@@ -183,17 +178,14 @@ class ContinualClassifier(Predictor):
         """
         self.check_learned()
         sources, learned = sources_of(images), self._known.learned
-        given = checked_labels(labels, len(sources))
+        given = [normal_name(label) for label in checked_labels(labels, len(sources))]
         if not sources:
             raise DataError("there is no image to test on")
-        spelled = spelled_as(
-            [normal_name(label) for label in dict.fromkeys(given)], self.class_names, "class", "labels"
-        )
-        if unknown := [name for name in spelled.values() if name not in self.class_names]:
+        if unknown := [name for name in given if name not in self.class_names]:
             raise DataError(f"class {unknown[0]!r} is not learned, so it cannot be tested")
         if bool(self.domains) != (domain is not None) or (domain is not None and domain not in self.domains):
             raise DataError(f"domain {domain!r}: give one of {', '.join(self.domains) or 'none: there are no domains'}")
-        classes = np.array([self.class_names.index(spelled[normal_name(label)]) for label in given])
+        classes = np.array([self.class_names.index(label) for label in given])
         nothing, tasks = np.empty(0, dtype=np.int64), []
         for index, rows in enumerate(learned.task_rows):
             mine = np.isin(classes, learned.row_class[rows]) & (domain is None or self.domains[index] == domain)
@@ -245,7 +237,7 @@ class ContinualClassifier(Predictor):
             "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
             "modules": [{name: t.cpu() for name, t in of_task.items()} for of_task in self.module_states()],
         }
-        return maker(ContinualClassifier.from_state, "from_state"), (state,)
+        return ContinualClassifier.from_state, (state,)
 
     @classmethod
     @modes_of_a_run()

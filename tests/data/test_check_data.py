@@ -101,8 +101,7 @@ def test_odd_counts_and_sizes_are_warnings(run, data):
         "smaller than image_size 38, so enlarged: 17 images",
         "1 image with transparency: laid on white",
     ]
-    assert facts["smallest_class"]["train"] == {"class": "2", "images": 1} and facts["kinds"] == {"alpha": 1}
-    assert facts["largest_class"]["train"]["images"] == 4
+    assert facts["images_by_class"]["train"] == {"0": 4, "1": 4, "2": 1} and facts["kinds"] == {"alpha": 1}
 
 
 def test_a_continued_run_may_test_what_is_not_learned_here(run, data):
@@ -119,17 +118,6 @@ def test_domains_are_checked_class_by_class(run, data):
     code, facts = found(run, scenario="domain")
     assert code == 0
     assert list(facts["images_by_class"]["train"]) == ["photo/0", "photo/1", "photo/2"]
-
-
-def test_several_processes_find_the_same(data, monkeypatch):
-    config = make_config({**TINY, "data_path": str(data)})
-    shutil.copy(data / "train" / "0" / "000.png", data / "train" / "0" / "again.png")
-    (data / "test" / "1" / "broken.png").touch()
-    alone = check.check_data(config)
-    monkeypatch.setattr(check, "PROCESSES_FROM", 2)
-    monkeypatch.setattr(check, "available_cpus", lambda: 2)
-    assert check.check_data(config) == alone
-    assert set(alone["problems"]) == {"duplicates", "unreadable"}
 
 
 def test_long_lists_are_cut_in_the_summary_only(run, data):

@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from utils.data.splits import Dataset, ImageArray
-from utils.data.tasks import LearnedClasses, check_new_names, class_order, make_stream, next_task, task_sizes
+from utils.data.tasks import LearnedClasses, class_order, make_stream, next_task, task_sizes
 from utils.errors import ConfigError, DataError
 
 
@@ -73,21 +73,20 @@ def test_labels_are_renumbered_by_the_order_and_images_keep_file_order():
         assert task.test_classes.tolist() == [order.index(data.test.labels[i]) for i in expected]
 
 
-# -- names that a saved run knows in another letter case --------------------------------------------------------------
+# -- on top of a saved run --------------------------------------------------------------------------------------------
 
 LEARNED = LearnedClasses().with_task(["cat", "dog"])
 
 
-def test_known_classes_keep_the_spelling_of_the_saved_run_and_new_ones_their_own(caplog):
-    data = named_dataset([1, 1], [0, 1], ("Cat", "Dog"))  # images of cats to test alone, of dogs to learn
+def test_a_new_class_that_differs_in_letter_case_alone_is_learned_with_a_warning(caplog):
+    data = named_dataset([1, 1], [0, 1], ("cat", "Dog"))  # images of cats to test alone, of dogs to learn
     stream = make_stream(data, tiny_config(init_cls=1, increment=1), seed=1, learned=LEARNED)
     assert stream.class_names == ("cat", "dog", "Dog")
     assert [task.test.tolist() for task in stream.tasks] == [[0], [1]]
     assert [task.train.tolist() for task in stream.tasks] == [[], [0, 1]]
     assert "Class 'Dog' is learned as a new one, though 'dog' is learned" in caplog.text
-    caplog.clear()
-    check_new_names(["bird"], LEARNED)
-    assert caplog.text == ""
+    with pytest.raises(DataError, match="class 'Cat' has test images, but there are no images to learn it from"):
+        make_stream(named_dataset([1], [0, 1], ("Cat", "cow")), tiny_config(init_cls=1), seed=1, learned=LEARNED)
 
 
 def test_the_next_task_of_images_that_nobody_tests_is_sorted_by_row():
@@ -101,18 +100,20 @@ def test_the_next_task_of_images_that_nobody_tests_is_sorted_by_row():
     assert task.test.tolist() == task.test_classes.tolist() == []
 
 
-def test_in_domain_runs_known_classes_and_domains_keep_the_spelling_of_the_saved_run():
+def test_in_domain_runs_known_classes_come_again_and_new_ones_get_rows(caplog):
     learned = LearnedClasses().with_task(["cat", "dog"], "photo")
     data = replace(
-        named_dataset([0, 1], [0, 1, 0, 1], ("Cat", "Dog")),
+        named_dataset([0, 1], [0, 1, 0, 1], ("Cat", "dog")),
         train_domains=np.array([1, 1]),
-        test_domains=np.array([0, 0, 1, 1]),
-        domain_names=("Photo", "Sketch"),
+        test_domains=np.array([0, 1, 1, 1]),
+        domain_names=("photo", "sketch"),
     )
+    data = replace(data, test=named_dataset([], [1, 1, 0, 1], ("Cat", "dog")).test)
     stream = make_stream(data, tiny_config(scenario="domain", init_cls=None, increment=None), seed=1, learned=learned)
-    assert stream.class_names == ("cat", "dog") and stream.domains == ("photo", "Sketch")
-    assert stream.row_class.tolist() == [0, 1, 0, 1]
-    assert [task.test.tolist() for task in stream.tasks] == [[0, 1], [2, 3]]
+    assert stream.class_names == ("cat", "dog", "Cat") and stream.domains == ("photo", "sketch")
+    assert stream.row_class.tolist() == [0, 1, 1, 2] and stream.task_sizes == [2, 2]
+    assert [task.test.tolist() for task in stream.tasks] == [[0], [1, 3, 2]]
+    assert "Class 'Cat' is learned as a new one, though 'cat' is learned" in caplog.text
 
 
 def test_a_task_of_new_classes_brings_none_that_is_learned():

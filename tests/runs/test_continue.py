@@ -121,6 +121,7 @@ def test_without_old_test_data_the_new_classes_are_tested_alone(go_on):
     run = grown.json()
     assert run["base"]["evaluation"] == "new classes alone"
     assert "evaluation covers new classes alone" in grown.log()
+    assert "Of the new classes alone: the classes learned before were not tested" in grown.log()
     assert run["task_sizes"] == [2]
     for result in run["results"].values():
         assert len(result["top1_curve"]) == len(result["matrix"]) == len(result["matrix"][0]) == 1
@@ -133,6 +134,7 @@ def test_with_old_test_data_all_classes_are_tested(go_on):
     grown = go_on()
     assert grown.json()["base"]["evaluation"] == "old and new classes"
     assert "evaluation covers old and new classes" in grown.log()
+    assert "Of the new classes alone" not in grown.log()
     assert len(grown.json()["results"]["sample"]["top1_curve"]) == 3
 
 

@@ -59,6 +59,17 @@ def test_the_file_ends_with_forgetting_and_the_summary(finished_run, run):
     assert text.index("Forgetting (CNN)") < text.index("oracle: the accuracy when") < text.index("Summary: ")
 
 
+def test_the_matrix_stands_before_forgetting_a_row_for_each_group_of_classes(finished_run, run):
+    """As the release prints it: a column after each task, 0 before the group is learned."""
+    lines = lines_of(finished_run)
+    place = lines.index("[selection: sample] Accuracy Matrix (CNN):")
+    assert sum("Accuracy Matrix" in line for line in lines) == 1
+    rows = [[float(value) for value in line.strip("[]").split()] for line in lines[place + 1 : place + 4]]
+    matrix = run["results"]["sample"]["matrix"]
+    assert rows == [[round(matrix[after][on] or 0.0, 2) for after in range(3)] for on in range(3)]
+    assert "Forgetting (CNN)" in lines[place + 4]
+
+
 def test_every_epoch_is_in_the_json(finished_run, run):
     assert [len(epochs) for epochs in run["epochs"]] == [2, 2, 2]
     said = re.findall(r"Loss (\S+), Train_accy (\S+)", finished_run.log())

@@ -229,7 +229,7 @@ def test_a_dry_run_counts_the_images_of_the_session_and_the_features_that_are_mi
     caplog.set_level("INFO")
     plan = planned()
     assert plan["forwards"] == 2 * (24 + 15) and not trained
-    assert "First session, all seeds: 16 images in all epochs" in caplog.text
+    assert "First session, all seeds: takes about as long as 48 forward passes" in caplog.text
     outcome = run_main(tmp_path, **keys)
     assert outcome.json()["backbone_forwards"] == plan["forwards"]
     assert str(outcome.checkpoints / "first_session.pth") in plan["files"]

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,12 @@ from utils.hardware import available_cpus
 from utils.logs import progress
 from utils.words import counted
 
-PROCESSES_FROM = 1000  # images; below, starting processes takes longer than the scan
-BLOCK = 16  # images that a process is given at a time
 SHOWN = 10  # findings of one kind in the summary; the JSON has all
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """One image, not decoded yet while there is neither ``content`` nor ``error``.
+    """One image.
 
     Attributes:
         place: its file, or where there is none, its name.
@@ -36,7 +35,6 @@ class Scanned:
     split: str
     label: str
     place: str
-    max_pixels: int = MAX_PIXELS
     content: str = ""
     size: tuple[int, int] = (0, 0)
     kinds: tuple[str, ...] = ()
@@ -56,7 +54,7 @@ def check_data(config: Config) -> dict[str, Any]:
         problems["folders"] += listing.problems
         warnings += listing.notes
         counts = {split: dict.fromkeys(map(_label, found), 0) for split, found in listing.files.items()}
-        unused = {split: dict(sorted(found.counts.items())) for split, found in listing.unused.items()}
+        unused = {split: dict(sorted(found.items())) for split, found in listing.unused.items()}
         images = _in_folders(listing, config.max_pixels or MAX_PIXELS)
     else:
         images = _in_memory(config)
@@ -83,8 +81,6 @@ def check_data(config: Config) -> dict[str, Any]:
         "classes": {split: len(of_class) for split, of_class in counts.items()},
         "images": totals,
         "images_by_class": counts,
-        "smallest_class": {split: _extreme(min, of_class) for split, of_class in counts.items()},
-        "largest_class": {split: _extreme(max, of_class) for split, of_class in counts.items()},
         "sizes": [{"width": w, "height": h, "images": number} for (w, h), number in sorted(sizes.items())],
         "kinds": dict(kinds),
         "unused": unused,
@@ -95,38 +91,26 @@ def check_data(config: Config) -> dict[str, Any]:
 
 def _in_folders(listing: Listing, max_pixels: int) -> Iterator[Scanned]:
     images = [
-        Scanned(split, _label(group), str(listing.roots[split] / file), max_pixels)
+        Scanned(split, _label(group), str(listing.roots[split] / file))
         for split, found in listing.files.items()
         for group, files in found.items()
         for file in files
     ]
-    blocks = [images[start : start + BLOCK] for start in range(0, len(images), BLOCK)]
-    workers = available_cpus() if len(images) >= PROCESSES_FROM else 1
-    scanned = load_ahead(
-        scan_block,
-        blocks,
-        workers=workers,
-        ahead=4 * workers,
-        processes=workers > 1,
-        name=lambda block: block[0].place,
-    )
-    each = (image for _, block in scanned for image in block)
-    yield from progress(each, total=len(images), desc="Images", unit="img")
+    workers = available_cpus()  # decoding and hashing hold no lock: threads serve
+    scanned = load_ahead(partial(scan, max_pixels=max_pixels), images, workers=workers, ahead=4 * workers)
+    for _, image in progress(scanned, total=len(images), desc="Images", unit="img"):
+        yield image
 
 
 def _label(group: tuple[str, str]) -> str:
     return "/".join(filter(None, group))
 
 
-def scan_block(images: list[Scanned]) -> list[Scanned]:
-    return [scan(image) for image in images]
-
-
-def scan(image: Scanned) -> Scanned:
+def scan(image: Scanned, max_pixels: int = MAX_PIXELS) -> Scanned:
     """Decode one file."""
     path = Path(image.place)
     try:
-        return _with_pixels(replace(image, kinds=tuple(kinds_of_file(path) or ())), decode(path, image.max_pixels))
+        return _with_pixels(replace(image, kinds=tuple(kinds_of_file(path) or ())), decode(path, max_pixels))
     except UnreadableImage as error:
         return replace(image, error=str(error))
 
@@ -153,21 +137,17 @@ def _kind_of_copies(copies: Iterable[Scanned]) -> str:
     return "duplicates" if len({image.label for image in copies}) == 1 else "duplicates under different classes"
 
 
-def _extreme(choose: Any, of_class: dict[str, int]) -> dict[str, Any] | None:
-    return {"class": (name := choose(of_class, key=of_class.get)), "images": of_class[name]} if of_class else None
-
-
 def summary(facts: dict[str, Any]) -> list[str]:
     """What ``check_data`` found, for people."""
     lines = [facts["dataset"]]
     for split in ("train", "test"):
         images, classes = counted(facts["images"][split], "image"), counted(facts["classes"][split], "class")
         lines.append(f"  {split:5}  {images} of {classes}")
-        if small := facts["smallest_class"][split]:
-            large = facts["largest_class"][split]
-            lines[-1] += (
-                f"; smallest {small['class']} ({small['images']}), largest {large['class']} ({large['images']})"
+        if of_class := facts["images_by_class"][split]:
+            small, large = (
+                f"{(name := choose(of_class, key=of_class.get))} ({of_class[name]})" for choose in (min, max)
             )
+            lines[-1] += f"; smallest {small}, largest {large}"
     if sizes := sorted(facts["sizes"], key=lambda size: size["width"] * size["height"]):
         words = [f"{size['width']}×{size['height']}" for size in sizes]
         most, often = max((size["images"], word) for size, word in zip(sizes, words, strict=True))

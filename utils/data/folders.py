@@ -16,8 +16,7 @@ import numpy as np
 
 from utils.config.config import Config
 from utils.data.images import MAX_PIXELS, image_suffixes, kinds_of_file
-from utils.data.names import by_normal_name, spelled_as
-from utils.data.splits import LAYOUT, Dataset, ImageFiles
+from utils.data.splits import LAYOUT, Dataset, ImageFiles, normal_name
 from utils.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -36,19 +35,16 @@ SYSTEM_NAMES = frozenset(
 )
 
 
-@dataclass
-class Unused:
+class Unused(Counter[str]):
     """What a walk found and does not use, counted: by suffix, in words."""
-
-    counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, note: str = "") -> None:
         """Count the file ``name``; ``note`` says what is special about it."""
-        self.counts[f"{_suffix(name) or 'without suffix'}{note and ' '}{note}"] += 1
+        self[f"{_suffix(name) or 'without suffix'}{note and ' '}{note}"] += 1
 
     def sentence(self) -> str:
         """Such as ``3 .txt, 1 without suffix``; empty if all was used."""
-        return ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
+        return ", ".join(f"{count} {what}" for what, count in sorted(self.items()))
 
 
 # -- walking ----------------------------------------------------------------------------------------------------------
@@ -72,46 +68,48 @@ class Walk:
         new = (found.st_dev, found.st_ino) not in self._entered
         self._entered.add((found.st_dev, found.st_ino))
         if not new:
-            self.unused.counts["folder(s) that a link leads to again"] += 1
+            self.unused["folder(s) that a link leads to again"] += 1
         return new
 
-    def entries(self, folder: Path) -> list["os.DirEntry[str]"]:
-        """What lies directly in ``folder``, sorted, but for what belongs to the machine; images there are counted."""
+    def entries(self, folder: Path) -> dict[str, bool]:
+        """What lies directly in ``folder``, sorted: name -> whether it is a folder.
+
+        What belongs to the machine is left out; images there are counted.
+        """
+        entries: dict[str, bool] = {}
         with _named(folder), os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-            passed_over = {e.name for e in entries if e.is_dir() and _is_of_system(e.name)}
-        for name in sorted(passed_over):
-            for _, _, files in os.walk(folder / name):
-                for file in files:
-                    if _suffix(file) in image_suffixes():
-                        self.unused.add(file, f"in folders named {name!r}")
-        return [entry for entry in entries if not _is_of_system(entry.name)]
+            for entry in sorted(found, key=lambda entry: entry.name):
+                if not _is_of_system(entry.name):
+                    entries[entry.name] = entry.is_dir()
+                elif entry.is_dir():
+                    for file in (name for _, _, names in os.walk(entry.path) for name in names):
+                        if _suffix(file) in image_suffixes():
+                            self.unused.add(file, f"in folders named {entry.name!r}")
+        return entries
 
     def subfolders(self, root: Path) -> list[str]:
         """Names of the folders directly below; files there belong to no class and are counted."""
         entries = self.entries(root)
-        for entry in entries:
-            if not entry.is_dir():
-                self.unused.add(entry.name, "beside the folders")
-        return [entry.name for entry in entries if entry.is_dir()]
+        for name, is_folder in entries.items():
+            if not is_folder:
+                self.unused.add(name, "beside the folders")
+        return [name for name, is_folder in entries.items() if is_folder]
 
-    def images(self, root: Path, below: str = "") -> Iterator[tuple[str, bool]]:
-        """All images below ``<root>/<below>``, relative to ``root``; each with whether it is a regular file.
+    def images(self, root: Path, below: str = "") -> Iterator[str]:
+        """All images below ``<root>/<below>``, relative to ``root``, sorted within each folder.
 
-        An image has a suffix that Pillow decodes, in any letter case; a file without suffix is looked into. They come
-        sorted within each folder.
+        An image has a suffix that Pillow decodes, in any letter case; a file without suffix is looked into. What is
+        named like an image but is no file is among them; reading refuses it.
         """
-        for entry in self.entries(root / below):
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir():
+        for entry, is_folder in self.entries(root / below).items():
+            name, suffix = f"{below}/{entry}" if below else entry, _suffix(entry)
+            if is_folder:
                 if self.enter(root / name):
                     yield from self.images(root, name)
-                continue
-            suffix, regular = _suffix(name), entry.is_file()
-            if suffix in image_suffixes() or (not suffix and regular and kinds_of_file(root / name) is not None):
-                yield name, regular
+            elif suffix in image_suffixes() or (not suffix and kinds_of_file(root / name) is not None):
+                yield name
             else:
-                self.unused.add(name)
+                self.unused.add(entry)
 
 
 @contextmanager
@@ -133,16 +131,12 @@ def _suffix(name: str) -> str:
 
 
 def find_images(paths: Iterable[Path], unused: Unused | None = None) -> Iterator[Path]:
-    """Files as they are given, and all images below folders, sorted within each folder.
-
-    Nothing is collected: a folder's names are in memory while it is walked, no more. What is named like an image but
-    is no file is among them; decoding refuses it.
-    """
+    """Files as they are given, and all images below folders; a folder's names are in memory while it is walked."""
     for path in paths:
         if path.is_dir():
-            walk = Walk(unused or Unused())
+            walk = Walk(Unused() if unused is None else unused)
             walk.enter(path)
-            yield from (path / name for name, _ in walk.images(path))
+            yield from (path / name for name in walk.images(path))
         else:
             yield path
 
@@ -221,61 +215,49 @@ def _split_folders(root: Path) -> dict[str, Path]:
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
     for folder in (root / "train", test):
         if not folder.is_dir():
-            names = ", ".join(entry.name for entry in Walk(Unused()).entries(root)) or "nothing there"
+            names = ", ".join(Walk(Unused()).entries(root)) or "nothing there"
             found = shorten(names, 100, placeholder=" …")
             raise DataError(f"{str(folder)!r} does not exist; found {found}; {LAYOUT}")
     return {"train": root / "train", "test": test}
 
 
 def _list_split(listing: Listing, split: str, root: Path, *, domains: bool) -> None:
-    """List the images of one split; names are spelled as in what is listed already."""
     split_root, unused, files = listing.roots[split], listing.unused[split], listing.files[split]
     walk = Walk(unused)
     try:
         walk.enter(root)  # a link back to what lies above the classes brings no images
         walk.enter(split_root)
-        above = _folders(walk, split_root, "domain", [d for d, _ in listing.files["train"]]) if domains else {"": ""}
+        above = _folders(walk, split_root, "domain") if domains else {"": ""}
         folders: dict[tuple[str, str], str] = {}
         for domain, below in above.items():
-            known = [name for _, name in (*listing.files["train"], *folders)]
-            for name, folder in _folders(walk, split_root / below, "class", known).items():
+            for name, folder in _folders(walk, split_root / below, "class").items():
                 folders[domain, name] = f"{below}/{folder}" if below else folder
         # all are entered before the first is walked: a link from one class to another never takes that one's images
         entered = {group: walk.enter(split_root / folder) for group, folder in folders.items()}
+        for group, folder in folders.items():
+            before = unused.copy()
+            files[group] = sorted(walk.images(split_root, folder)) if entered[group] else []
+            if not files[group]:
+                found = Unused(unused - before).sentence() if entered[group] else "links to another class"
+                listing.problems.append(
+                    f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'};"
+                    " remove the folder or add images (such as .jpg or .png)"
+                )
     except DataError as error:
         listing.problems.append(str(error))
-        return
-    for group, folder in folders.items():
-        before = unused.counts.copy()
-        files[group] = _list_class(listing, split_root, walk.images(split_root, folder)) if entered[group] else []
-        if not files[group]:
-            found = Unused(unused.counts - before).sentence() if entered[group] else "links to another class"
-            listing.problems.append(
-                f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'}; "
-                "remove the folder or add images (such as .jpg or .png)"
+
+
+def _folders(walk: Walk, folder: Path, what: str) -> dict[str, str]:
+    """Name -> its folder directly below; no two names may look the same."""
+    found: dict[str, str] = {}
+    for name in walk.subfolders(folder):
+        if (other := found.setdefault(normal_name(name), name)) != name:
+            raise DataError(
+                f"{folder} has {other!a} and {name!a}, which look the same; rename one, or put together what is in them"
             )
-
-
-def _folders(walk: Walk, folder: Path, what: str, known: Iterable[str]) -> dict[str, str]:
-    """Name -> its folder directly below; names that look the same are one, spelled as in ``known``."""
-    found = by_normal_name(walk.subfolders(folder), str(folder))
     if not found:
         raise DataError(f"{folder} holds no {what} folders")
-    spelled = spelled_as(found, tuple(dict.fromkeys(known)), what, str(folder))
-    return {spelled[name]: below for name, below in found.items()}
-
-
-def _list_class(listing: Listing, split_root: Path, images: Iterator[tuple[str, bool]]) -> list[str]:
-    files = []
-    try:
-        for name, regular in images:
-            files.append(name)
-            if not regular:  # reading a pipe would never end
-                what = f"{split_root / name} is not a file (a broken link, a pipe or a device)"
-                listing.problems.append(f"{what}; remove it")
-    except DataError as error:
-        listing.problems.append(str(error))
-    return sorted(files)
+    return found
 
 
 def _compare_splits(listing: Listing, *, continues: bool) -> None:

@@ -1,6 +1,7 @@
 """What a data set is: images by split and class, and their content hashes."""
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,11 @@ from utils.data.images import HINT_REPLACE, MAX_PIXELS, UnreadableImage, decode
 from utils.errors import DataError
 
 LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
+
+
+def normal_name(name: str) -> str:
+    """The one form of a class's or domain's name: composed Unicode (NFC), without spaces at its ends."""
+    return unicodedata.normalize("NFC", name).strip() or name
 
 
 class Split:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.config.config import Config
-from utils.data.names import normal_name, same_name, spelled_as
-from utils.data.splits import Dataset
+from utils.data.splits import Dataset, normal_name
 from utils.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -84,9 +83,10 @@ class LearnedClasses:
 
     def with_task(self, names: Sequence[str], domain: str | None = None) -> "LearnedClasses":
         """After one more task with the classes ``names``; with ``domain``, they may be known ones."""
+        domain = domain and normal_name(domain)
         if domain is None:
             check_new_names(names, self)
-        elif normal_name(domain) in map(normal_name, self.domains):
+        elif domain in self.domains:
             raise DataError(f"domain {domain!r} is learned already; give the new one another name")
         class_names = self.class_names + tuple(name for name in names if name not in self.class_names)
         row_class = [*self.row_class.tolist(), *(class_names.index(name) for name in names)]
@@ -105,15 +105,19 @@ class LearnedClasses:
 
 def check_new_names(names: Sequence[str], learned: LearnedClasses) -> None:
     """Classes of a class-incremental task must be new."""
-    learned_names = set(map(normal_name, learned.class_names))
-    if known := [name for name in names if normal_name(name) in learned_names]:
+    if known := [name for name in names if name in set(learned.class_names)]:
         raise DataError(
             f"class {known[0]!r} is learned already ({len(known)} of the new classes are); a task brings new classes: "
             "leave it out, rename it if it is another thing, or, if it is the same thing in other pictures, learn it "
             "as a new domain: scenario=domain with train/<domain>/<class>/"
         )
-    for name in names:
-        if (other := same_name(name, learned.class_names)) is not None:
+    _mind_letter_case(names, learned)
+
+
+def _mind_letter_case(new_names: Sequence[str], learned: LearnedClasses) -> None:
+    known = {name.casefold(): name for name in learned.class_names}
+    for name in new_names:
+        if other := known.get(name.casefold()):
             log.warning("Class %r is learned as a new one, though %r is learned: mind the letter case", name, other)
 
 
@@ -142,7 +146,6 @@ def make_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasse
     """
     by_domain = config.scenario == "domain"
     learned = learned or LearnedClasses()
-    data = _named_as_learned(data, learned, domains=by_domain)
     learned = (_with_domains if by_domain else _with_classes)(data, config, seed, learned)
     rank = _places(data.class_names, learned.class_names, "class")  # label -> place in the learned order
     train, test = rank[data.train.labels], rank[data.test.labels]
@@ -159,20 +162,6 @@ def make_stream(data: Dataset, config: Config, seed: int, learned: LearnedClasse
         train_rows = rows.start + np.searchsorted(classes, train[learn])
         tasks.append(Task(index, rows, learn, train_rows, ask, test[ask]))
     return TaskStream(tuple(tasks), learned.class_names, learned.row_class, learned.domains)
-
-
-def _named_as_learned(data: Dataset, learned: LearnedClasses, *, domains: bool) -> Dataset:
-    """``data`` with known names spelled as the saved run does; what a run learns anew keeps its own spelling."""
-
-    def named(names: Sequence[str], known: Sequence[str], what: str, new: np.ndarray | None) -> tuple[str, ...]:
-        fresh = set() if new is None else set(_numbers_in(new).tolist())
-        old = [name for number, name in enumerate(names) if number not in fresh]
-        spelled = spelled_as(old, known, what, "the data")
-        return tuple(spelled.get(name, name) for name in names)
-
-    classes = named(data.class_names, learned.class_names, "class", None if domains else data.train.labels)
-    domain_names = named(data.domain_names, learned.domains, "domain", data.train_domains) if domains else ()
-    return replace(data, class_names=classes, domain_names=domain_names)
 
 
 def _numbers_in(labels: np.ndarray) -> np.ndarray:
@@ -195,7 +184,9 @@ def _with_domains(data: Dataset, config: Config, seed: int, learned: LearnedClas
     """What the run will have learned in the end: one domain a task; new classes are numbered in sorted order."""
     assert data.train_domains is not None
     known = set(learned.class_names)
-    learned = replace(learned, class_names=(*learned.class_names, *(n for n in data.class_names if n not in known)))
+    new = [name for name in data.class_names if name not in known]
+    _mind_letter_case(new, learned)
+    learned = replace(learned, class_names=(*learned.class_names, *new))
     for domain in _in_order(data.domain_names, data.train_domains, config, seed, learned):
         labels = data.train.labels[data.train_domains == data.domain_names.index(domain)]
         places = _places(data.class_names, learned.class_names, "class")[_numbers_in(labels)]

@@ -1,15 +1,24 @@
-"""The run's JSON and picture: made from its manifest, and made again whenever they differ from it."""
+"""What a finished task leaves beside the log: the run's JSON and picture, and at the end the answers as ``.npz``.
+
+JSON and picture are made from the manifest, and made again whenever they differ from it. The arrays of the ``.npz``:
+``files`` and ``true_class`` ``(images,)``, ``class_names`` ``(classes,)``, and for each selection, ``(images,)`` each,
+``<selection>.class``, ``<selection>.probability`` and, with modules, ``<selection>.module``. Classes are places in
+``class_names``, the order of learning; modules are tasks from 0.
+"""
 
 import dataclasses
+import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.errors import UserError
 from utils.files import atomic_write, json_lines, read_regular
 from utils.results import metrics
-from utils.results.metrics import GLOSSARY
 from utils.runs.manifest import RunManifest, TaskRecord
 from utils.runs.setup import RunPaths
 
@@ -42,7 +51,7 @@ def collect_results(tasks: Sequence[TaskRecord], *, with_matrix: bool = True) ->
 
 
 def run_json(manifest: RunManifest) -> dict[str, Any]:
-    """Everything that a table needs, from the run's manifest.
+    """Everything that a table needs, from the run's manifest; docs/outputs.md describes it.
 
     A continued run whose data does not test the classes of the saved run reports its own tasks alone.
     """
@@ -52,7 +61,8 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
     last = tasks[-1] if tasks else TaskRecord()
     selecting = {name: [task.results[name].get("selection_accuracy") for task in tasks] for name in last.results}
     own = ("status", "config", "seed", "identity", "backbone", "data", "versions", "class_order")
-    return {
+    seconds = {**manifest.seconds, "total": sum(manifest.seconds.values())}
+    found: dict[str, Any] = {
         "format": FORMAT,
         **{name: values[name] for name in own},
         "task_sizes": values["task_sizes"][first:],
@@ -68,14 +78,10 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "details": last.details,
         "epochs": [[epoch.to_json() for epoch in task.epochs] for task in tasks] if manifest.shows_all else [],
         "cost": manifest.cost,
-        "seconds": _rounded_seconds(manifest.seconds),
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "backbone_forwards": manifest.backbone_forwards,
-        "glossary": GLOSSARY,
     }
-
-
-def _rounded_seconds(seconds: dict[str, float]) -> dict[str, float]:
-    return {phase: round(value, 3) for phase, value in {**seconds, "total": sum(seconds.values())}.items()}
+    return {**found, "glossary": metrics.terms([found])}
 
 
 def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
@@ -85,20 +91,16 @@ def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
 
 
 def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
-    """Bring the run's JSON to what ``manifest`` says, unless it says so already; return what it holds."""
-    values = run_json(manifest)
-    write_if_different(paths.file(".json"), json_lines(values).encode() + b"\n")
-    return values
-
-
-def write_if_different(path: Path, content: bytes, *, flush: bool = True) -> None:
-    """Replace a file whose content is another one, or that is not there; ``flush`` as in ``atomic_write``."""
+    """Bring the run's JSON to what ``manifest`` says, if it says otherwise; return what it holds."""
+    values, path = run_json(manifest), paths.file(".json")
+    content = json_lines(values).encode() + b"\n"
     try:
-        if read_regular(path) == content:
-            return
+        same = read_regular(path) == content
     except OSError:
-        pass
-    atomic_write(path, content, flush=flush)
+        same = False
+    if not same:
+        atomic_write(path, content)
+    return values
 
 
 def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
@@ -107,16 +109,69 @@ def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
     A run never fails for want of a picture.
     """
     picture = paths.file(".png")
+    if picture.is_file() and picture.stat().st_mtime_ns >= paths.file(".json").stat().st_mtime_ns:
+        return
     try:
-        if picture.stat().st_mtime_ns >= paths.file(".json").stat().st_mtime_ns:
-            return
-    except OSError:
-        pass
-    try:
-        from utils.results import drawing, figures
+        from utils.results import figures
 
-        drawing.save(figures.run_curves(run), picture)
+        figures.save(figures.run_curves(run), picture)
     except ImportError:
         log.info("No picture of the curves: it needs matplotlib (pip install matplotlib)")
     except UserError as error:
         log.warning("No picture of the curves: %s", error)
+
+
+# -- the answers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SelectionAnswers:
+    """The answers under one selection.
+
+    Attributes:
+        predicted: ``(images,)`` classes.
+        probability: ``(images,)`` of the predicted class: a softmax over the scores of all classes seen.
+        module: ``(images,)`` the task whose module answered, or None for a method without modules.
+    """
+
+    predicted: np.ndarray
+    probability: np.ndarray
+    module: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class TestAnswers:
+    """The answers to all test images, by selection; the other attributes are arrays of the ``.npz``."""
+
+    files: np.ndarray
+    true_class: np.ndarray
+    class_names: Sequence[str]
+    selections: Mapping[str, SelectionAnswers]
+
+    def details(self) -> dict[str, Any]:
+        """Return for each selection the accuracy on each class (%) and ECE (points), for JSON."""
+        found = {}
+        for name, answers in self.selections.items():
+            hits = answers.predicted == self.true_class
+            found[name] = {
+                "per_class": metrics.group_accuracies(hits, self.true_class, len(self.class_names)),
+                "ece": metrics.expected_calibration_error(answers.probability, hits),
+            }
+        return found
+
+
+def write_answers(path: Path, answers: TestAnswers) -> None:
+    """Write the ``.npz``; the same answers give the same bytes. ``np.load`` reads it without pickles."""
+    arrays: dict[str, Any] = {
+        "files": answers.files.astype(str),
+        "true_class": answers.true_class.astype(np.int32),
+        "class_names": np.array(answers.class_names, dtype=str),
+    }
+    for name, of_name in answers.selections.items():
+        arrays[f"{name}.class"] = of_name.predicted.astype(np.int32)
+        arrays[f"{name}.probability"] = of_name.probability.astype(np.float32)
+        if of_name.module is not None:
+            arrays[f"{name}.module"] = of_name.module.astype(np.int32)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    atomic_write(path, buffer.getbuffer())

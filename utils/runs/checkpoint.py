@@ -114,8 +114,8 @@ class CheckpointFolder:
 
     def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
-        names = manifest.files.keys() - {RESULTS, SESSION}
-        found = {name: load_tensors(self.check(manifest, name)) for name in names}
+        others = (RESULTS, SESSION)
+        found = {name: load_tensors(self.check(manifest, name)) for name in manifest.files if name not in others}
         numbers = sorted(int(name[len("task") : -len(".pth")]) for name in found if name.startswith("task"))
         modules = [found.pop(module_name(number)) for number in numbers]
         return next(iter(found.values()), {}), modules

@@ -48,7 +48,7 @@ class TaskRecord:
         parameters: numbers of parameters, by what holds them.
         epochs: what each epoch of training gave.
         details: of a run's last task, for each selection accuracy on each class and calibration
-            (``utils.results.predictions``); empty for the others.
+            (``utils.results.record``); empty for the others.
     """
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -8,27 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from utils.features.bank import FeatureBank, resolve_cache_dir
-from utils.features.rows import TEST_VIEW, View
+from utils.features.rows import View
 from utils.files import human_size
+from utils.hardware import total_memory
 from utils.runs.checkpoint import MANIFEST, RESULTS, SESSION, classifier_name, module_name
 from utils.runs.setup import WRITTEN_WHOLE, Setup, run_paths
 from utils.words import counted
 
 log = logging.getLogger(__name__)
 
-SESSION_FORWARDS = 3  # forward passes in the time of one that trains adapters, with its backward pass
-
 
 def plan(
-    setup: Setup, wanted: Sequence[View], adapted: Sequence[FeatureBank] = (), session_passes: int = 0
+    setup: Setup,
+    wanted: Sequence[View],
+    counted_before: set[Path],
+    adapted: Sequence[FeatureBank] = (),
+    session_passes: int = 0,
 ) -> dict[str, Any]:
     """Log the tasks, forward passes, disk, files and time of a run that was only set up. Nothing is written.
 
     Args:
         setup: the run.
         wanted: every (split, view) that it reads.
+        counted_before: the arrays of features that an earlier run of the same start fills; this run's are added.
         adapted: of each seed, the bank of the features with adapters; empty without a first session.
-        session_passes: images that are passed to train the adapters.
+        session_passes: forward passes in the time that training the adapters takes.
 
     Returns:
         ``forwards`` and ``bytes`` that the feature bank lacks, ``seconds`` that the forward passes would take
@@ -37,17 +41,15 @@ def plan(
     log.info("Backbone: %s", setup.backbone)
     for seed in setup.config.seed:
         _log_tasks(setup, seed)
-    lacking = [(bank, wanted) for bank in adapted]
-    if not adapted or setup.config.method.plain_too:
-        lacking += _lacking(setup, wanted)
+    plain = () if adapted and not setup.config.method.plain_too else map(setup.bank, setup.config.seed)
+    lacking = _lacking([*adapted, *plain], wanted, counted_before)
     forwards = sum(bank.missing(views) for bank, views in lacking)
     size = sum(bank.bytes_needed(views) for bank, views in lacking)
     log.info("Forward passes missing from the feature bank, all seeds: %d", forwards)
     _log_space(setup, size)
     if session_passes:
-        text = "First session, all seeds: %d images in all epochs, each as long as %d forward passes"
-        log.info(text, session_passes, SESSION_FORWARDS)
-    seconds = _probe(lacking, forwards + SESSION_FORWARDS * session_passes) if forwards else None
+        log.info("First session, all seeds: takes about as long as %d forward passes", session_passes)
+    seconds = _probe(lacking, forwards + session_passes) if forwards else None
     if seconds is None:
         log.info("Time: every feature is there; only learning and evaluation remain")
     files = [path for seed in setup.config.seed for path in _files(setup, seed)]
@@ -70,12 +72,16 @@ def _log_tasks(setup: Setup, seed: int) -> None:
         )
 
 
-def _lacking(setup: Setup, wanted: Sequence[View]) -> list[tuple[FeatureBank, Sequence[View]]]:
-    """For each seed its bank and what no earlier seed will have put there; in memory every seed begins anew."""
-    config = setup.config
-    own = [] if config.augment_seed is not None else [(split, view) for split, view in wanted if view != TEST_VIEW]
-    later = wanted if resolve_cache_dir(config.cache_dir) is None else own
-    return [(setup.bank(seed), later if number else wanted) for number, seed in enumerate(config.seed)]
+def _lacking(
+    banks: Sequence[FeatureBank], wanted: Sequence[View], before: set[Path]
+) -> list[tuple[FeatureBank, Sequence[View]]]:
+    """Each bank and what no earlier seed or run will have put there; in memory every seed begins anew."""
+    lacking = list[tuple[FeatureBank, Sequence[View]]]()
+    for bank in banks:
+        paths = {view: bank.path(view) for view in wanted}
+        lacking.append((bank, [view for view in wanted if paths[view] not in before]))
+        before |= {path for path in paths.values() if path}
+    return lacking
 
 
 def _log_space(setup: Setup, size: int) -> None:
@@ -107,6 +113,25 @@ def _files(setup: Setup, seed: int) -> list[Path]:
     modules += [SESSION] if setup.config.first_session != "none" else []
     names = (*modules, RESULTS, classifier_name(tasks - 1), MANIFEST)
     return [*(folder / name for name in names), *(paths.file(suffix) for suffix in (".log", *WRITTEN_WHOLE))]
+
+
+def log_memory(setups: Sequence[Setup], jobs: int, process: int) -> None:
+    """Log what runs beside each other take of this machine's memory; ``process``: the bytes of one before it learns."""
+    jobs = min(jobs, sum(len(setup.config.seed) for setup in setups))
+    each, total = process + max(map(_bytes_of_features, setups), default=0), total_memory()
+    log.info(
+        "Memory: about %s for each of %s side by side, %s together; this machine has %s",
+        *(human_size(each), counted(jobs, "run"), human_size(jobs * each), human_size(total) if total else "?"),
+    )
+    if total and jobs * each > total:
+        log.warning("That is too little memory: give a smaller --jobs")
+
+
+def _bytes_of_features(setup: Setup) -> int:
+    """What a run holds at a time: the test images, and a task's training images under two views (or all images)."""
+    largest = max(len(task.train) for task in setup.stream(setup.config.seed[0]).tasks)
+    train = len(setup.data.train) if setup.config.method.exemplars else 2 * largest
+    return int((len(setup.data.test) + train) * setup.backbone.feature_dim * 4)
 
 
 def log_total(planned: Sequence[dict[str, Any]]) -> None:
