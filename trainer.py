@@ -4,10 +4,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,11 +28,21 @@ from utils.hardware import peak_bytes, use_full_fp32
 from utils.logs import logging_to, logging_to_terminal, progress
 from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
 from utils.results import record, run_log
-from utils.results.tracker import Tracker, tracking
 from utils.runs.checkpoint import CheckpointFolder, module_name
 from utils.runs.manifest import RunManifest
-from utils.runs.resume import Start, changed_versions, find_earlier_start, held_folders, start_over
-from utils.runs.setup import RunPaths, Setup, run_paths
+from utils.runs.setup import (
+    RunPaths,
+    Setup,
+    Start,
+    changed_versions,
+    find_earlier_start,
+    held_folders,
+    run_paths,
+    start_over,
+)
+
+if TYPE_CHECKING:
+    from utils.results.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +101,9 @@ def _check_jobs(cells: Sequence[SweepCell], ranks: Ranks, jobs: int) -> None:
         "Windows": sys.platform == "win32",  # which hands no socket down to a process
         "cache_dir=none": any(cell.config.cache_dir == "none" for cell in cells),
     }
-    if jobs > 1 and (found := [name for name, is_so in wrong.items() if is_so]):
-        raise ConfigError(f"--jobs starts processes that share a feature bank; it does not go with {', '.join(found)}")
+    found = [name for name, is_so in wrong.items() if is_so]
+    if jobs < 1 or (jobs > 1 and found):
+        raise ConfigError(f"--jobs {jobs}: a number from 1 on, and above 1 not with {', '.join(found or wrong)}")
 
 
 def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> list[tuple[SweepCell, Setup]]:
@@ -129,10 +140,10 @@ def _side_by_side(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Outcome
         try:
             _features(job.setup, job.seed)[1].fill(wanted_features(job.setup.config))
             filled[job.setup.config, job.seed] = job
-        except DataError as error:
+        except (DataError, BackboneError, NumericError) as error:
             yield job, error
     alone, as_done = RunAlone(torch.get_num_threads()), module("utils.data.loader").as_done
-    found = as_done(alone, filled, workers=jobs, name=lambda _: "its result", hint="lower --jobs")
+    found = as_done(alone, filled, workers=jobs)
     with closing(found), progress(total=len(filled), desc="Runs", unit="run") as bar:
         for key, result in found:
             bar.update()
@@ -188,10 +199,33 @@ def dry_run(cells: Sequence[SweepCell], *, jobs: int = 1) -> list[dict[str, Any]
 class Outputs:
     """Where a run's results go, and a check that this is still the same place."""
 
+    config: Config
     paths: RunPaths
     checkpoint: CheckpointFolder
-    tracker: Tracker
+    tracker: "Tracker | None"
     check_folders: Callable[[], None]
+
+    def report(self, manifest: RunManifest) -> dict[str, Any]:
+        """Bring JSON and tracker to what the manifest says; return what the JSON holds."""
+        run = record.write_run_json(self.paths, manifest)
+        if self.tracker and manifest.tasks:
+            self.tracker.update(manifest.tasks[manifest.first_reported :])
+        return run
+
+    def end(self, manifest: RunManifest) -> dict[str, Any]:
+        """Check what was saved, say how the run ended; make again what an earlier start was killed before."""
+        self.check_folders()
+        self.checkpoint.verify(manifest)  # damage shows here
+        run = self.report(manifest)
+        record.draw_curves(self.paths, run)
+        if self.tracker:
+            self.tracker.finish(run, [self.paths.file(".png")])
+        run_log.log_summary(run, self.selection(manifest))
+        return run
+
+    def selection(self, manifest: RunManifest) -> str:
+        """The selection of the log's ``CNN`` lines: the one asked for, if the method has it."""
+        return self.config.selection if self.config.selection in manifest.tasks[-1].results else "sample"
 
 
 def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
@@ -206,16 +240,17 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
         start = find_earlier_start(setup, seed, paths, checkpoint)
         manifest = start.manifest
         run = record.write_run_json(paths, manifest)  # before the log begins: the next start knows whose log it is
-        with logging_to(paths.file(".log")), tracking(config, paths.folder, paths.stem) as tracker:
-            outputs = Outputs(paths, checkpoint, tracker, check_folders)
+        tracked = config.tracker != "none"
+        tracking = module("utils.results.tracker").tracking(config, paths.folder, paths.stem) if tracked else None
+        with logging_to(paths.file(".log")), tracking or nullcontext() as tracker:
+            outputs = Outputs(config, paths, checkpoint, tracker, check_folders)
             ranks.share(manifest.finished)
             if manifest.finished:
                 log.info("This run is finished (%s); --fresh starts it over", checkpoint.folder)
-                run_log.log_curves(run["results"], _shown_selection(config, manifest))
-                tracker.update(manifest.tasks[manifest.first_reported :])
+                run_log.log_curves(run["results"], outputs.selection(manifest))
             else:
                 manifest = _learn_tasks(setup, seed, outputs, start)
-            return _end(config, outputs, manifest)
+            return outputs.end(manifest)
 
 
 def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> RunManifest:
@@ -242,15 +277,15 @@ def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> Run
             tested = evaluate(model.learner, bank, stream, task.index, seed)
         manifest = replace(model.manifest.tested(tested.record), seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
-            answers = tested.predictions(setup.data.test.keys, stream.class_names)
+            answers = tested.named(setup.data.test.keys, stream.class_names)
             record.write_answers(outputs.paths.file(".npz"), answers)
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
-            manifest = manifest.with_last_results(answers.details(), cost)
+            manifest = manifest.with_last_results(record.details(answers), cost)
         outputs.check_folders()
         modules = {number: model.learner.module_state(number) for number in range(saved, model.tasks)}
         model.note(outputs.checkpoint.commit(manifest, model.learner.state_dict(), modules, backbone.adapters))
         saved = model.tasks
-        _report_task(config, outputs, stream, model.manifest)
+        _report_task(outputs, stream, model.manifest)
     return model.manifest
 
 
@@ -263,32 +298,15 @@ def _features(setup: Setup, seed: int, start: Start | None = None) -> tuple[Back
     return backbone, session.Banks(setup, seed, backbone)
 
 
-def _report_task(config: Config, outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> None:
+def _report_task(outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> None:
     """Write what the newest task gave to JSON, tracker and log."""
-    run = record.write_run_json(outputs.paths, manifest)
-    outputs.tracker.update(manifest.tasks[manifest.first_reported :])
-    task, newest, selection = len(manifest.tasks) - 1, manifest.tasks[-1], _shown_selection(config, manifest)
+    run, selection = outputs.report(manifest), outputs.selection(manifest)
+    task, newest = len(manifest.tasks) - 1, manifest.tasks[-1]
     name = module_name(task)
-    run_log.log_saved(config.model_name, outputs.checkpoint.folder / name if name in manifest.files else None)
+    run_log.log_saved(outputs.config.model_name, outputs.checkpoint.folder / name if name in manifest.files else None)
     run_log.log_task(newest, selection)
     run_log.log_curves(run["results"], selection)
     run_log.log_task_line(newest, selection, stream, task)
-
-
-def _end(config: Config, outputs: Outputs, manifest: RunManifest) -> dict[str, Any]:
-    """Check what was saved, say how the run ended; make again what an earlier start was killed before."""
-    outputs.check_folders()
-    outputs.checkpoint.verify(manifest)  # damage shows here
-    run = record.run_json(manifest)
-    record.draw_curves(outputs.paths, run)
-    outputs.tracker.finish(run, [outputs.paths.file(".png")])
-    run_log.log_summary(run, _shown_selection(config, manifest))
-    return run
-
-
-def _shown_selection(config: Config, manifest: RunManifest) -> str:
-    """The selection of the log's ``CNN`` lines: the one asked for, if the method has it."""
-    return config.selection if config.selection in manifest.tasks[-1].results else "sample"
 
 
 @contextmanager

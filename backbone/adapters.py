@@ -4,10 +4,10 @@ Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Reco
 as LAMDA-PILOT sets it: beside the MLP, on the same stream, with a fixed scale and no LayerNorm of its own.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import BackboneError
@@ -17,8 +17,8 @@ Adapters = dict[str, Tensor]  # their parameters, on the CPU, under the names th
 WIDTH, SCALE, DROPOUT = 64, 0.1, 0.1
 
 
-class Adapter(nn.Module):
-    """``0.1 · up(dropout(relu(down(x))))``, at first zero.
+class Adapter(nn.Sequential):
+    """``up(dropout(relu(down(x))))``, at first zero.
 
     ``down``'s weights are drawn as those of any linear layer, kaiming_uniform with a = √5; all else begins at zero.
 
@@ -26,18 +26,14 @@ class Adapter(nn.Module):
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.down, self.up, self.dropout = nn.Linear(dim, WIDTH), nn.Linear(WIDTH, dim), DROPOUT
-        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+        down, up = nn.Linear(dim, WIDTH), nn.Linear(WIDTH, dim)
+        super().__init__(OrderedDict(down=down, relu=nn.ReLU(), dropout=nn.Dropout(DROPOUT), up=up))
+        for parameter in (down.bias, up.weight, up.bias):
             nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
-        return F.linear(hidden, SCALE * self.up.weight, SCALE * self.up.bias)  # no pass over the product for the scale
 
 
 class AdaptedBlock(nn.Module):
-    """A timm ``Block`` with an adapter: ``x + ls2(mlp(norm2(x))) + adapter(x)``, x being the stream after attention.
+    """A timm ``Block`` with an adapter: ``x + ls2(mlp(norm2(x))) + 0.1 · adapter(x)``, x being what attention left.
 
     It takes over the block's parts under their names. Layer scale is the MLP's alone; stochastic depth is off in a
     frozen model.
@@ -47,7 +43,7 @@ class AdaptedBlock(nn.Module):
         super().__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
-        self.adapter: nn.Module = adapter  # in bf16 another one takes its place
+        self.adapter = adapter
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -56,11 +52,11 @@ class AdaptedBlock(nn.Module):
 
 
 def plus_adapter(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """``y``, what a block's MLP makes of the stream ``x``, plus what its adapter makes of ``x``, if it has one.
+    """``y``, what a block's MLP makes of the stream ``x``, plus 0.1 of what its adapter makes of ``x``, if it has one.
 
     The sum takes the place of ``y`` and has its type: no further tensor of the stream's size is allocated.
     """
-    return y.add_(block.adapter(x)) if isinstance(block, AdaptedBlock) else y
+    return y.add_(block.adapter(x.to(y.dtype)), alpha=SCALE) if isinstance(block, AdaptedBlock) else y
 
 
 def blocks_of(model: Any) -> list[nn.Module]:

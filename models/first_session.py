@@ -30,12 +30,11 @@ from utils.data.splits import Split
 from utils.data.transforms import Transforms
 from utils.errors import CheckpointError
 from utils.features.bank import FeatureBank, resolve_cache_dir
+from utils.features.extraction import ViewsJob, load_views
 from utils.features.rows import View
-from utils.features.views import ViewsJob, load_views
 from utils.logs import progress
 from utils.runs.checkpoint import CheckpointFolder, load_tensors, save_tensors
-from utils.runs.resume import Start
-from utils.runs.setup import Setup
+from utils.runs.setup import Setup, Start
 from utils.seeds import derive_seed
 
 BATCH = 48

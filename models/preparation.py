@@ -16,7 +16,6 @@ from utils.features.bank import resolve_cache_dir
 from utils.features.rows import TEST_VIEW, View
 from utils.hardware import available_cpus
 from utils.ranks import Ranks
-from utils.results.tracker import check_tracker
 from utils.runs.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,8 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
     """
     shared = before if before is not None and config.shares_backbone_with(before.config) else None
     same_backbone = before if before is not None and config.shares_backbone_with(before.config, "data") else None
-    check_tracker(config)
+    if config.tracker != "none":
+        module("utils.results.tracker").check_tracker(config)
     device = same_backbone.backbone.device if same_backbone else resolve_device(config, ranks.local_rank, ranks.count)
     data = shared.data if shared else load_dataset(config)
     if config.continue_from is None:

@@ -18,7 +18,7 @@ from tests.conftest import TINY
 from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.tasks import make_stream
-from utils.errors import ConfigError, DataError
+from utils.errors import DataError
 from utils.results.read import Run
 from utils.results.tables import make_sections
 
@@ -272,12 +272,6 @@ def test_the_api_learns_a_domain_by_name(finished):
 
 def test_steps_of_classes_mean_nothing_for_domains():
     assert make_config({**KEYS, "init_cls": 5, "increment": 5}) == make_config(KEYS)
-
-
-@pytest.mark.parametrize("missing", ["init_cls", "increment"])
-def test_steps_of_classes_are_required_for_classes(missing):
-    with pytest.raises(ConfigError, match=f"required key '{missing}' is missing"):
-        make_config({k: v for k, v in TINY.items() if k != missing})
 
 
 @pytest.mark.parametrize(

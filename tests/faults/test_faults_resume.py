@@ -15,7 +15,7 @@ from models.tosca import TOSCA
 from utils import files
 from utils.features import rows
 from utils.results import record, run_log
-from utils.runs import checkpoint, resume
+from utils.runs import checkpoint, setup
 from utils.runs.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
@@ -26,7 +26,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "in evaluation": (trainer, "evaluate", 2),
     "before a module is written": (CheckpointFolder, "_save", 3),
     "before the classifier is written": (CheckpointFolder, "_save", 4),
-    "before the run begins": (resume.Start, "begin", 1),
+    "before the run begins": (setup.Start, "begin", 1),
     "before results are added": (CheckpointFolder, "_with_lines", 2),
     "before the manifest is written": (CheckpointFolder, "write_manifest", 3),
     "half-way through a write": (files.os, "fsync", 9),
@@ -93,7 +93,7 @@ def test_a_resumed_run_says_what_it_resumes(half):
 
 
 def test_other_versions_since_the_run_began_are_named(half, monkeypatch):
-    monkeypatch.setattr(resume, "versions", lambda real=resume.versions: {**real(), "timm": "9.9"})
+    monkeypatch.setattr(setup, "versions", lambda real=setup.versions: {**real(), "timm": "9.9"})
     assert "-> 9.9" in half().out
 
 

@@ -23,8 +23,8 @@ from utils.data.transforms import Transforms
 from utils.errors import BankError, DataError, NumericError
 from utils.features import __main__ as bank_command
 from utils.features.bank import FeatureBank
+from utils.features.extraction import LOADED_TOGETHER
 from utils.features.rows import TEST_VIEW, View
-from utils.features.views import LOADED_TOGETHER
 from utils.hardware import default_batch_size
 from utils.ranks import Ranks
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+import backbone.adapters
 from backbone.adapters import add_adapters, load_adapters
 from backbone.classifier import CosineClassifier
 from backbone.forward import Features, TimmModel, make_features
@@ -52,10 +53,12 @@ def features_of(model: TimmModel, images: Tensor) -> Tensor:
 
 def beginning(case: str) -> tuple[Features, CosineClassifier]:
     model = plain_model()
-    add_adapters(model, seed=0, width=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone.adapters, "WIDTH", 8)
+        add_adapters(model, seed=0)
     model.load_state_dict(adapters(f"{case}.start."), strict=False)
     for block in model.blocks:
-        block.adapter.dropout = 0.0
+        block.adapter.dropout.p = 0.0
     classifier = CosineClassifier(GOLDEN["start.fc"].clone(), torch.ones(()))
     return make_features(model, precision="fp32", normalize=False), classifier
 

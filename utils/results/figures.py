@@ -305,7 +305,7 @@ def draw_published(entries: Sequence[Entry], folder: Path) -> list[Picture]:
         if entry.runs and len(entry.curve) > 1:
             runs = [run.values for run in entry.runs]
             lines: list[Line] = [
-                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve.tolist()])
+                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve])
             ]
             for place, name in enumerate(entry.selections):
                 curves = [run["results"][name]["top1_curve"] for run in runs]
