@@ -25,6 +25,8 @@ class Adapter(nn.Sequential):
     Shape: ``(…, dim) -> (…, dim)``.
     """
 
+    down: nn.Linear
+
     def __init__(self, dim: int) -> None:
         down, up = nn.Linear(dim, WIDTH), nn.Linear(WIDTH, dim)
         super().__init__(OrderedDict(down=down, relu=nn.ReLU(), dropout=nn.Dropout(DROPOUT), up=up))
@@ -56,7 +58,9 @@ def plus_adapter(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
     The sum takes the place of ``y`` and has its type: no further tensor of the stream's size is allocated.
     """
-    return y.add_(block.adapter(x.to(y.dtype)), alpha=SCALE) if isinstance(block, AdaptedBlock) else y
+    if isinstance(block, AdaptedBlock):
+        y.add_(block.adapter(x.to(block.adapter.down.weight.dtype)), alpha=SCALE)
+    return y
 
 
 def blocks_of(model: Any) -> list[nn.Module]:

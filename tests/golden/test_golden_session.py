@@ -29,6 +29,12 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters as wide as those of the archive."""
+    monkeypatch.setattr(backbone.adapters, "WIDTH", 8)
+
+
 def below(prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in GOLDEN.items() if name.startswith(prefix)}
 
@@ -53,9 +59,7 @@ def features_of(model: TimmModel, images: Tensor) -> Tensor:
 
 def beginning(case: str) -> tuple[Features, CosineClassifier]:
     model = plain_model()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone.adapters, "WIDTH", 8)
-        add_adapters(model, seed=0)
+    add_adapters(model, seed=0)
     model.load_state_dict(adapters(f"{case}.start."), strict=False)
     for block in model.blocks:
         block.adapter.dropout.p = 0.0
