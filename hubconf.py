@@ -21,7 +21,7 @@ _LATER = [  # imported late, yet within the window below
         "models.api.export",
     ),
     *("utils.data.transforms", "utils.data.folders", "utils.data.loader"),
-    *("utils.features.views", "utils.features.extraction"),
+    "utils.features.extraction",
 ]
 
 

@@ -53,7 +53,7 @@ def _parser() -> Parser:
     )
     add(
         "--jobs",
-        type=_job_count,
+        type=int,
         default=1,
         metavar="N",
         help="so many runs side by side, once the feature bank is filled (1)",
@@ -63,12 +63,6 @@ def _parser() -> Parser:
     add("--check-data", action="store_true", help="decode every image once and say what is wrong with the data; stop")
     add("--json", action="store_true", help="with --check-data: everything found, as JSON")
     return parser
-
-
-def _job_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, got {text!r}")
-    return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -101,14 +95,9 @@ def _check_data(configs: Sequence[Config], *, as_json: bool) -> int:
         try:
             found.append(check_data(config))
         except DataError as error:
-            if len(configs) == 1:
-                raise
             missing.append(f"{config.dataset}: {error}")
-            continue
-        if not as_json:
-            print("\n".join(summary(found[-1])), flush=True)
-    if as_json:
-        print(json.dumps(found if len(configs) > 1 else found[0], indent=1))
+    lines = [line for of in found for line in summary(of)]
+    print(json.dumps(found if len(configs) > 1 else found[0], indent=1) if as_json and found else "\n".join(lines))
     if missing:
         raise DataError("; ".join(missing))
     return 0 if all(of["good"] for of in found) else 1

@@ -61,8 +61,10 @@ def _report(args: argparse.Namespace) -> int:
     comparisons = make_comparisons(sections, args.selection)
     main_tables, differences = [table for table, _ in comparisons], [table for _, table in comparisons]
     results, costs = [section_table(section, args.selection) for section in sections], cost_tables(sections)
-    judged, entries = published_table(runs, read_published(args.published)) if args.published else (None, [])
-    costs += [judged] if judged else []
+    entries = list[Entry]()
+    if args.published:
+        judged, entries = published_table(runs, read_published(args.published))
+        costs.append(judged)
     defined = terms([run.values for run in runs], args.selection)
     print(render.as_text([*main_tables, *results, *costs], defined) + "\n")
     for note in (*skipped, *old, *empty):

@@ -99,8 +99,9 @@ def _check_jobs(cells: Sequence[SweepCell], ranks: Ranks, jobs: int) -> None:
         "Windows": sys.platform == "win32",  # which hands no socket down to a process
         "cache_dir=none": any(cell.config.cache_dir == "none" for cell in cells),
     }
-    if jobs > 1 and (found := [name for name, is_so in wrong.items() if is_so]):
-        raise ConfigError(f"--jobs starts processes that share a feature bank; it does not go with {', '.join(found)}")
+    found = [name for name, is_so in wrong.items() if is_so]
+    if jobs < 1 or (jobs > 1 and found):
+        raise ConfigError(f"--jobs {jobs}: a number from 1 on, and above 1 not with {', '.join(found or wrong)}")
 
 
 def _prepared(cells: Sequence[SweepCell], ranks: Ranks, failed: list[str]) -> list[tuple[SweepCell, Setup]]:
@@ -137,10 +138,10 @@ def _side_by_side(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Outcome
         try:
             job.setup.bank(job.seed).fill(wanted_features(job.setup.config))
             filled[job.setup.config, job.seed] = job
-        except DataError as error:
+        except (DataError, BackboneError, NumericError) as error:
             yield job, error
     alone, as_done = RunAlone(torch.get_num_threads()), module("utils.data.loader").as_done
-    found = as_done(alone, filled, workers=jobs, name=lambda _: "its result", hint="lower --jobs")
+    found = as_done(alone, filled, workers=jobs)
     with closing(found), progress(total=len(filled), desc="Runs", unit="run") as bar:
         for key, result in found:
             bar.update()
@@ -269,10 +270,10 @@ def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> Run
             tested = evaluate(model.learner, bank, stream, task.index, seed)
         manifest = replace(model.manifest.tested(tested.record), seconds=dict(seconds), cost=meter.counted)
         if manifest.finished:
-            answers = tested.predictions(setup.data.test.keys, stream.class_names)
+            answers = tested.named(setup.data.test.keys, stream.class_names)
             record.write_answers(outputs.paths.file(".npz"), answers)
             cost = meter.summary(config, model.learner, stream, manifest, backbone)
-            manifest = manifest.with_last_results(answers.details(), cost)
+            manifest = manifest.with_last_results(record.details(answers), cost)
         outputs.check_folders()
         modules = {number: model.learner.module_state(number) for number in range(saved, model.tasks)}
         model.note(outputs.checkpoint.commit(manifest, model.learner.state_dict(), modules))

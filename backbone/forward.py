@@ -1,9 +1,9 @@
 """The forward pass of a frozen timm ViT: ``(images, 3, S, S)`` uint8 in, ``(images, dim)`` float32 features out.
 
-Three ways, each an ``nn.Module`` that can be exported:
+Two ways, each an ``nn.Module`` that can be exported:
 
-* ``PlainFeatures``: timm's own path for any model; in bf16 under autocast.
-* ``ClassTokenFeatures``: fp32, a plain ViT read at its class token; the last block is computed for that token alone.
+* ``PlainFeatures``: timm's own path for any model; in bf16 under autocast. In fp32 the last block of a plain ViT that
+  is read at its class token is computed for that token alone.
 * ``ProductFeatures``: bf16, a plain ViT. The matrix products and the attention are bf16, while the residual stream
   and the statistics of every LayerNorm on it stay fp32. Autocast converts at every operation; here a value is
   converted once, where a product reads it.
@@ -24,22 +24,17 @@ HALF = torch.bfloat16
 
 def make_features(model: TimmModel, *, precision: str, normalize: bool) -> "Features":
     """The fastest forward pass that computes what ``model`` does at ``precision``. It takes over ``model``."""
-    if precision == "bf16":
-        if is_plain_vit(model):
-            return ProductFeatures(model, normalize=normalize)
-        return PlainFeatures(model, normalize=normalize, autocast=True)
-    if supports_cls_only(model):
-        return ClassTokenFeatures(model, normalize=normalize)
-    return PlainFeatures(model, normalize=normalize)
+    if precision == "bf16" and is_plain_vit(model):
+        return ProductFeatures(model, normalize=normalize)
+    return PlainFeatures(model, normalize=normalize, autocast=precision == "bf16")
 
 
 def is_plain_vit(model: TimmModel) -> bool:
-    """Whether ``model`` is a ViT of unchanged patches and pre-norm blocks, pooled without parameters of its own."""
+    """Whether ``model`` is a ViT of unchanged pre-norm blocks, pooled without parameters of its own."""
     return (
         _is_vit(model)
         and model.global_pool in ("token", "avg", "avgmax", "max")
         and all(_is_plain_block(block) for block in model.blocks)
-        and _is_plain_embedding(model)
     )
 
 
@@ -66,21 +61,6 @@ def _is_plain_block(block: TimmModel) -> bool:
     return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
-def _is_plain_embedding(model: TimmModel) -> bool:
-    from timm.layers.patch_embed import PatchEmbed
-
-    patch = model.patch_embed
-    return (
-        type(patch) is PatchEmbed
-        and isinstance(patch.norm, nn.Identity)
-        and not patch.dynamic_img_pad
-        and not model.dynamic_img_size
-        and model.pos_embed is not None  # without positions versions of timm differ in what becomes of the class token
-        and patch.proj.kernel_size == patch.proj.stride
-        and patch.proj.padding == (0, 0)
-    )
-
-
 def plain_features(model: TimmModel, pixels: Tensor) -> Tensor:
     """timm's own path: ``(images, 3, S, S) -> (images, dim)``."""
     return cast(Tensor, model.forward_head(model.forward_features(pixels), pre_logits=True))
@@ -91,10 +71,14 @@ def cls_features(model: TimmModel, pixels: Tensor) -> Tensor:
 
     Nothing reads the other tokens after the last block, so only their keys and values are needed there.
     """
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))  # (images, tokens, dim)
-    x = model.blocks[:-1](x)
+    x = model.blocks[:-1](tokens_of(model, pixels))
     x = cls_block(model.blocks[-1], x)
     return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
+
+
+def tokens_of(model: TimmModel, pixels: Tensor) -> Tensor:
+    """What enters the first block: ``(images, 3, S, S) -> (images, tokens, dim)``."""
+    return cast(Tensor, model.norm_pre(model._pos_embed(model.patch_embed(pixels))))
 
 
 def cls_block(block: TimmModel, x: Tensor) -> Tensor:
@@ -113,27 +97,6 @@ def cls_block(block: TimmModel, x: Tensor) -> Tensor:
     v = heads(y, slice(2 * width, 3 * width))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
-
-
-def pooled_cls_block(block: TimmModel, x: Tensor) -> Tensor:
-    """``cls_block`` without keys and values, for blocks that do not normalise their keys: nearly no work at all.
-
-    The class token's query q meets a token y in q · (K y) = (Kᵀ q) · y, and the values enter as
-    Σ p V y = V (Σ p y). So K and V multiply one vector for each image and head in place of every token. The bias of
-    the keys adds the same number to all logits, which softmax ignores.
-    """
-    attn, y = block.attn, block.norm1(x)
-    heads, width = (attn.num_heads, attn.head_dim), attn.num_heads * attn.head_dim
-    query, key, value = attn.qkv.weight.split(width)  # (width, dim) each
-    biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.split(width)
-    q = attn.q_norm(F.linear(y[:, 0], query, biases[0]).unflatten(-1, heads))  # (images, heads, head_dim)
-    logits = torch.einsum("nhd,hdc->nhc", q * attn.scale, key.unflatten(0, heads)) @ y.transpose(1, 2)
-    pooled = logits.softmax(dim=-1) @ y  # (images, heads, dim)
-    out = torch.einsum("nhc,hdc->nhd", pooled, value.unflatten(0, heads)).flatten(1)
-    if biases[2] is not None:
-        out = out + biases[2]
-    x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))[:, None]
     return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
 
 
@@ -166,7 +129,7 @@ class Features(nn.Module):
 
 
 class PlainFeatures(Features):
-    """timm's own forward pass, for any model; in bf16 under autocast."""
+    """timm's own forward pass, for any model; in bf16 under autocast, in fp32 for the class token alone if it can."""
 
     def __init__(self, model: TimmModel, *, normalize: bool, autocast: bool = False) -> None:
         super().__init__()
@@ -174,86 +137,46 @@ class PlainFeatures(Features):
         for module in model.modules() if autocast else ():
             if isinstance(module, (nn.Linear, nn.Conv2d)):  # autocast would convert these weights in every batch
                 module.to(HALF)
-        self.model = model
+        self.model, self.cls_only = model, not autocast and supports_cls_only(model)
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = self.pixels(images)
         if not self.autocast:
-            return plain_features(self.model, pixels).float()
+            return (cls_features if self.cls_only else plain_features)(self.model, pixels).float()
         with torch.autocast(images.device.type, HALF):
             return plain_features(self.model, pixels).float()
-
-
-class ClassTokenFeatures(Features):
-    """fp32, the last block for the class token alone."""
-
-    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
-        super().__init__()
-        self.pixels, self.model = Pixels(model, normalize=normalize), model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return cls_features(self.model, self.pixels(images))
 
 
 class ProductFeatures(Features):
     """bf16 products around an fp32 residual stream, without autocast.
 
-    What a frozen model allows is done once. The scaling of pixels goes into the patch embedding; so a patch enters its
-    product as whole numbers, pixel - 128, which bf16 holds exactly. The bias of the keys is dropped: it adds the same
-    number to all logits of a query, which softmax ignores, but large biases cost the keys their last bits. Read at its
-    class token, the last block has so little to multiply that it stays fp32.
+    The patch embedding stays fp32, and so does the last block where it is computed for the class token alone: both have
+    little to multiply. The bias of the keys is dropped: it adds the same number to all logits of a query, which softmax
+    ignores, but large biases cost the keys their last bits.
     """
 
-    numerics: ClassVar[str] = "bf16-products-4"  # part of a bank's identity: autocast gives other last bits
+    numerics: ClassVar[str] = "bf16-products-5"  # part of a bank's identity: autocast gives other last bits
 
     def __init__(self, model: TimmModel, *, normalize: bool) -> None:
         super().__init__()
-        self.model, self.embed = model, PatchProduct(model, normalize=normalize)
-        self.cls_only = supports_cls_only(model)
-        self.last_block = pooled_cls_block if isinstance(model.blocks[-1].attn.k_norm, nn.Identity) else cls_block
-        for block in model.blocks[:-1] if self.cls_only else model.blocks:
+        self.pixels, self.model, self.cls_only = Pixels(model, normalize=normalize), model, supports_cls_only(model)
+        for block in self._half_blocks():
             drop_key_bias(block.attn)
             use_half_products(block.attn)
             use_half_products(block.mlp)
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
-        x = model.norm_pre(self.embed(model, images))  # (images, tokens, dim) float32, as the residual stream stays
-        for block in model.blocks[:-1] if self.cls_only else model.blocks:
+        x = tokens_of(model, self.pixels(images))  # (images, tokens, dim) float32, as the residual stream stays
+        for block in self._half_blocks():
             x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
             x = x.add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
         if self.cls_only:
-            x = self.last_block(model.blocks[-1], x)
+            x = cls_block(model.blocks[-1], x)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))
 
-
-class PatchProduct(nn.Module):
-    """Patches and all tokens with their positions: ``(images, 3, S, S)`` uint8 -> ``(images, tokens, dim)`` float32."""
-
-    weight: Tensor  # (dim, 3, patch, patch) bf16
-    rest: Tensor  # the same shape: what bf16 could not hold of the weight, itself bf16
-    bias: Tensor  # (dim, 1, 1) float32, of a patch whose pixels are all 128
-
-    def __init__(self, model: TimmModel, *, normalize: bool) -> None:
-        super().__init__()
-        pixels, patch = Pixels(model, normalize=normalize), model.patch_embed.proj
-        dark, light = (pixels(torch.full((1, 3, 1, 1), value, dtype=torch.uint8)) for value in (128, 255))
-        weight = patch.weight.detach().float()
-        bias = (weight * dark).sum(dim=(1, 2, 3))
-        exact = weight * ((light - dark) / 127)
-        self.register_buffer("weight", exact.to(HALF), persistent=False)
-        self.register_buffer("rest", (exact - self.weight.float()).to(HALF), persistent=False)
-        bias = bias if patch.bias is None else bias + patch.bias.detach()
-        self.register_buffer("bias", bias[:, None, None], persistent=False)
-
-    def forward(self, model: TimmModel, images: Tensor) -> Tensor:
-        patch = model.patch_embed
-        if tuple(images.shape[-2:]) != tuple(patch.img_size):
-            raise ValueError(f"the backbone takes images of {patch.img_size} pixels, got {tuple(images.shape[-2:])}")
-        centred, stride = images.to(HALF).sub_(128), patch.proj.stride  # whole numbers, which bf16 holds exactly
-        rounded = F.conv2d(centred, self.weight, stride=stride)
-        patches = rounded + (F.conv2d(centred, self.rest, stride=stride) + self.bias)  # (images, dim, rows, columns)
-        return cast(Tensor, model._pos_embed(patches.flatten(2).transpose(1, 2)))
+    def _half_blocks(self) -> TimmModel:
+        return self.model.blocks[:-1] if self.cls_only else self.model.blocks
 
 
 # -- products in bf16 --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from utils.words import counted
 State = dict[str, Tensor]
 Remarks = list[tuple[int, str]]  # a level of logging and a line: what a user should know of weights that are loaded
 
-# Where training scripts put the weights in what they save; the first of two that fit equally well is taken, so an
-# average over training steps before the last step, and a teacher before its student.
+# Where training scripts put the weights in what they save. Of two that fit equally well one that is named here is
+# taken, the first: an average over training steps before the last step, and a teacher before its student.
 CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema", "teacher", "target_encoder"),
     *("state_dict", "model", "model_state", "model_state_dict", "module", "network", "net", "encoder", "backbone"),
-    *("weights", "params", "student"),
+    *("weights", "params"),
 )
 HEADS = ("head.", "head_dist.", "fc.", "pre_logits.", "classifier.")  # parts that a feature extractor does not have
 _OF_CLIP = {"visual.conv1.weight": "patch_embed.proj.weight", "visual.positional_embedding": "pos_embed"}
@@ -57,12 +58,9 @@ def load_weights(model: TimmModel, path: Path, remarks: Remarks) -> None:
         raise BackboneError(f"backbone_weights {str(path)!r}: key {error} is missing") from error
     except Exception as error:
         raise _unreadable(path, error) from error
-    where, prefix, state = find_state(content, set(model.state_dict()))
-    if where or prefix:
-        found = [f"key {where!r}"] if where else []
-        found += [f"the prefix {prefix!r}, which is taken off"] if prefix else []
-        text = f"backbone_weights {path}: the weights lie under {' and '.join(found)}"
-        remarks.append((logging.INFO, text))
+    prefix, state = find_state(content, set(model.state_dict()))
+    if prefix:
+        remarks.append((logging.INFO, f"backbone_weights {path}: the weights lie under {prefix!r}"))
     _remark_shapes(model, {key: tuple(value.shape) for key, value in state.items()}, path, remarks)
     _load(model, state, path, remarks)
 
@@ -130,40 +128,31 @@ def _load(model: TimmModel, state: State, path: Path, remarks: Remarks) -> None:
         remarks.append((logging.WARNING, text))
 
 
-def find_state(content: Mapping[str, Any], wanted: set[str]) -> tuple[str, str, State]:
-    """Find the dictionary and prefix under which most of the ``wanted`` keys lie.
+def find_state(content: Mapping[str, Any], wanted: set[str]) -> tuple[str, State]:
+    """The prefix in ``content`` under which most of the ``wanted`` keys lie, and the tensors there without it.
 
-    Returns:
-        the path of the dictionary (``teacher``, ``a.b`` when nested, empty: the content itself), the prefix (may be
-        empty), and the tensors with the prefix taken off.
+    A dictionary within a dictionary counts as a prefix: weights may lie under ``teacher.module.backbone.``.
     """
-    best: tuple[int, str, str, State] = (-1, "", "", {})
-    for where, state in _dictionaries(content):
-        for prefix in _prefixes(state, wanted):
-            under = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            if (fits := len(wanted & under.keys())) > best[0]:
-                best = (fits, where, prefix, under)
-    return best[1:]
+    tensors = dict(_flattened(content))
+    fits = Counter({"": 0})
+    for key in tensors:
+        ends = [0, *(match.end() for match in re.finditer(r"\.", key))]
+        fits.update(key[:end] for end in ends if key[end:] in wanted)
+    rank = {"": -1, **{name: place for place, name in enumerate(CONTAINERS)}}
+
+    def order(prefix: str) -> tuple[int, int, int]:
+        return -fits[prefix], rank.get(prefix.partition(".")[0], len(rank)), len(prefix)
+
+    best = min(fits, key=order)
+    return best, {key[len(best) :]: value for key, value in tensors.items() if key.startswith(best)}
 
 
-def _dictionaries(content: Mapping[str, Any], where: str = "", depth: int = DEPTH) -> Iterator[tuple[str, State]]:
-    """Every dictionary of tensors in ``content``, the outermost first, then as ``CONTAINERS`` orders them."""
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if state or not where:
-        yield where, state
-    rank = {name: place for place, name in enumerate(CONTAINERS)}
-    nested = [key for key, value in content.items() if isinstance(value, Mapping)]
-    for key in sorted(nested, key=lambda key: rank.get(key, len(rank) - 1)):  # unknown names: before the student
-        if depth:
-            inner = {str(name): value for name, value in content[key].items()}
-            yield from _dictionaries(inner, f"{where}.{key}" if where else str(key), depth - 1)
-
-
-def _prefixes(state: State, wanted: set[str]) -> list[str]:
-    """No prefix, and what stands in front of a wanted key; shorter ones first."""
-    anchors = sorted(wanted, key=len, reverse=True)[:64]  # long names are not the end of another one by chance
-    found = {key[: -len(anchor)] for key in state for anchor in anchors if key.endswith("." + anchor)}
-    return ["", *sorted(found, key=lambda prefix: (len(prefix), prefix))]
+def _flattened(content: Mapping[Any, Any], above: str = "", depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{above}{key}", value
+        elif isinstance(value, Mapping) and depth:
+            yield from _flattened(value, f"{above}{key}.", depth - 1)
 
 
 def _is_numpy(path: Path) -> bool:

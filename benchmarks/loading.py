@@ -29,7 +29,7 @@ from utils.data.fingerprints import fingerprint_splits
 from utils.data.loader import load_ahead
 from utils.data.splits import Dataset, ImageFiles
 from utils.data.transforms import Transforms, crop_and_flip, test_pixels, train_pixels
-from utils.features.views import ViewsJob, load_views, view_jobs
+from utils.features.extraction import ViewsJob, load_views, view_jobs
 from utils.hardware import available_cpus
 
 

@@ -236,7 +236,7 @@ class ModularLearner(Learner):
     def add_module(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep a new task's module."""
         new, known = {name: p.detach() for name, p in parameters.items()}, self.modules
-        self.modules = {n: with_one_more(known[n], p) if known else p[None].clone() for n, p in new.items()}
+        self.modules = {n: torch.cat([known[n], p[None]]) if known else p[None].clone() for n, p in new.items()}
 
     def module_state(self, task: int) -> dict[str, Tensor]:
         """The tensors that belong to one task alone and never change again."""
@@ -251,19 +251,3 @@ class ModularLearner(Learner):
         """The share of the LuCA's parameters with |θ| < 1e-3."""
         flat = torch.cat([p.flatten() for p in self.luca_state(task).values()])
         return float(host_values((flat.abs() < 1e-3).sum() / len(flat)))
-
-
-def with_one_more(stack: Tensor, new: Tensor) -> Tensor:
-    """A stack with one more at its end: ``(n, ...), (...) -> (n + 1, ...)``.
-
-    It goes into the room behind the stack in its storage. Where there is none, a storage with twice the room takes the
-    stack over, so that n calls copy each entry a few times, not n times.
-    """
-    count = len(stack)
-    if stack.untyped_storage().nbytes() < stack.storage_offset() * stack.itemsize + (count + 1) * new.nbytes:
-        room = stack.new_empty(2 * count, *new.shape)
-        room[:count] = stack
-        stack = room[:count]
-    longer = stack.as_strided((count + 1, *new.shape), stack.stride())
-    longer[count] = new
-    return longer

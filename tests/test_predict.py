@@ -269,10 +269,10 @@ def test_what_a_folder_holds_beside_images_is_said(run, images, tmp_path):
     shutil.copy(images / "0" / "004.png", folder / "@eaDir" / "thumb.png")
     code, lines, err = run(folder, "--csv")
     assert (code, len(lines)) == (0, 4)
-    assert "predict.py: not used: 1 .png in folders named '@eaDir', 1 .txt" in err
+    assert "predict.py: not used: 1 .txt, 1 folder(s) named '@eaDir', which hold images" in err
     for path in (folder / "0").iterdir():
         path.unlink()
-    assert "no image there: 1 .png in folders named '@eaDir', 1 .txt" in run(folder)[2]
+    assert "no image there: 1 .txt, 1 folder(s) named '@eaDir', which hold images" in run(folder)[2]
 
 
 def test_the_limit_of_pixels_is_an_option(run, images):

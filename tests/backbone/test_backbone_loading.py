@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from backbone.create import POOLINGS, with_tag
+from backbone.create import POOLINGS
 from backbone.vit import load_backbone, resolve_device
 from models import ContinualClassifier
 from tests.conftest import tiny_config
@@ -128,14 +128,6 @@ def test_missing_keys_are_named(tmp_path, trained):
         load(backbone_weights=str(tmp_path / "part.pth"), image_size=64)
 
 
-def test_misshapen_keys_are_named_with_both_shapes(tmp_path, trained):
-    state = trained.state_dict() | {"norm.weight": torch.zeros(191)}
-    torch.save(state, tmp_path / "bent.pth")
-    with pytest.raises(BackboneError, match=r"norm\.weight.*191.*192") as caught:
-        load(backbone_weights=str(tmp_path / "bent.pth"), image_size=64)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("array", "words"), [(None, r"Transformer/encoder_norm/scale"), (np.zeros(191, dtype=np.float32), r"191|192")]
 )
@@ -182,11 +174,11 @@ def test_weights_are_found_under_prefixes_and_in_dictionaries_and_it_is_said(
         backbone = load(backbone_weights=str(tmp_path / "vit.bin"), image_size=64)
     torch.testing.assert_close(backbone(images), plain_feature(trained, images))
     assert "the weights lie under" in caplog.text
-    assert any(word in caplog.text for word in (repr(nesting), "'teacher'", "'student'", "'ema'", "'ckpt.model'"))
+    prefixes = ("state_dict.", "teacher.module.backbone.", "ema.", "ckpt.model.module.", "backbone.", "module.")
+    assert any(f"the weights lie under {prefix!r}" in caplog.text for prefix in prefixes)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
-@pytest.mark.parametrize("name", ["weights", "weights.pth", "weights.npz", "weights.safetensors"])
+@pytest.mark.parametrize(("suffix", "name"), [(".pth", "a.npz"), (".safetensors", "a"), (".npz", "a.safetensors")])
 def test_the_content_of_a_file_decides_and_not_its_suffix(tmp_path, trained, images, suffix, name):
     path = save(trained, tmp_path / f"vit{suffix}").rename(tmp_path / name)
     backbone = load(backbone_weights=str(path), image_size=64)
@@ -256,13 +248,10 @@ def test_an_unknown_name_is_answered_with_names_that_exist(name):
         ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
     ],
 )
-@pytest.mark.parametrize("takes_img_size", [True, False])
-def test_without_network_one_error_names_the_weights_and_the_two_ways_out(
-    monkeypatch, given, asked_for, takes_img_size
-):
+def test_without_network_one_error_names_the_weights_and_the_two_ways_out(monkeypatch, given, asked_for):
     def offline(model_name, *, pretrained=False, **options):
         assert pretrained and model_name == asked_for
-        if not takes_img_size and "img_size" in options:
+        if "tiny" not in given and "img_size" in options:
             raise TypeError("unexpected keyword argument 'img_size'")
         raise OSError("We couldn't connect to the hub\nsecond line")
 
@@ -333,7 +322,6 @@ def test_a_gated_model_says_where_to_ask_and_to_log_in(monkeypatch):
     ("name", "pooling", "words"),
     [
         (NAME, "token", None),
-        ("vit_tiny_patch16_224", "token", None),
         ("vit_base_patch16_siglip_224", "map", "attention pooling"),
         ("deit_tiny_distilled_patch16_224", "token+distillation", "class and distillation token"),
         ("eva02_tiny_patch14_224", "avg", "pooling=token reads its class token"),
@@ -358,17 +346,6 @@ def test_the_key_pooling_chooses_what_is_read(images):
     assert load(image_size=64, pooling="token").variant == {}  # what auto reads: the same bank
 
 
-def test_the_class_token_of_a_model_whose_head_reads_the_mean():
-    keys = {"backbone_type": "eva02_tiny_patch14_224", "image_size": 28}
-    backbone = load_backbone(tiny_config(**keys, pooling="token"), CPU)
-    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
-    with torch.no_grad():
-        token = backbone.model.forward_features(images / 255)[:, 0]
-        expected = backbone.model.fc_norm(token)
-    torch.testing.assert_close(backbone(images), expected)
-    assert backbone.variant == {"pooling": "token"}
-
-
 def test_a_class_token_that_is_not_there_cannot_be_read():
     with pytest.raises(BackboneError, match=r"pooling 'token': .*siglip.* has no class token; pooling=auto reads att"):
         load_backbone(tiny_config(backbone_type="vit_base_patch16_siglip_224", pooling="token"), CPU)
@@ -389,11 +366,6 @@ def test_how_the_hubs_weights_were_trained_is_said_and_nothing_is_guessed_of_oth
         load(pretrained=True, image_size=64, normalize=normalize)
     assert ("trained on pixels with mean (0.5, 0.5, 0.5)" in caplog.text) != normalize
     assert "was trained at 224 px: timm resampled its positions to image_size 64" in caplog.text
-
-
-def test_an_unknown_pretraining_tag_is_an_error_not_a_traceback():
-    with pytest.raises(BackboneError, match="no_such_tag"):
-        load_backbone(tiny_config(backbone_type="vit_tiny_patch16_224.no_such_tag", pretrained=True), CPU)
 
 
 def test_an_image_size_that_no_patch_fits_into_is_an_error():
@@ -463,15 +435,3 @@ def test_the_number_of_an_accelerator_is_checked_and_each_rank_has_one_of_its_ow
     assert resolve_device(tiny_config(device=["0"]), local_rank=2, ranks=4) == torch.device("cuda", 2)
     with pytest.raises(BackboneError, match=r"device 4 does not exist.* has 4 cuda"):
         resolve_device(tiny_config(device=["4"]))
-
-
-@pytest.mark.parametrize(
-    "given, resolved",
-    [
-        ("vit_small_patch14_dinov2", "vit_small_patch14_dinov2.lvd142m"),
-        ("vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k"),
-        ("glyphs_vit", "glyphs_vit"),
-    ],
-)
-def test_a_plain_timm_name_is_logged_with_the_tag_of_the_weights_that_the_hub_gives(given, resolved):
-    assert with_tag(given) == resolved

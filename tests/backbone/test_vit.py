@@ -14,7 +14,6 @@ from backbone.forward import (
     PlainFeatures,
     ProductFeatures,
     plain_features,
-    pooled_cls_block,
     supports_cls_only,
 )
 from backbone.vit import Backbone, resolve_precision
@@ -47,7 +46,7 @@ PLAIN = {
     "beit": ("beit_base_patch16_224", {"img_size": 32}),
     "eva": ("eva02_tiny_patch14_224", {"img_size": 28}),
 }
-# plain but for their embedding, whose bf16 is autocast's
+# plain but for their embedding, which stays timm's
 ODD_PATCHES = {
     "positions that are computed": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
     "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
@@ -121,13 +120,14 @@ def test_bf16_is_close_to_fp32_and_comes_back_as_float32(kind: str) -> None:
     expected, found = _backbone(exact)(images), _backbone(half, "bf16")(images)
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.05 * expected.norm()
-    assert not torch.equal(found, expected)
+    assert torch.equal(found, expected) == (kind == "one block")  # the last block stays fp32
 
 
 PRODUCTS = {
     **CLASS_TOKEN,
     "mean of tokens": PLAIN["mean of tokens"],
     "no class token": PLAIN["no class token"],
+    **ODD_PATCHES,
     "an image that patches do not fill": ("vit_tiny_patch16_224", {"img_size": 40}),
 }
 
@@ -154,27 +154,6 @@ def test_bf16_products_give_timms_feature_but_for_their_rounding(kind: str, norm
     assert error < 0.05
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CLASS_TOKEN if kind != "qk-norm"])
-@torch.inference_mode()
-def test_the_last_block_of_bf16_products_is_exact_without_keys_and_values(kind: str) -> None:
-    block = _model(*CLASS_TOKEN[kind]).blocks[-1]
-    x = torch.randn(3, 7, block.norm1.weight.numel(), generator=torch.Generator().manual_seed(2))
-    expected = block(x)[:, :1]
-    torch.testing.assert_close(pooled_cls_block(block, x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-
-
-@torch.inference_mode()
-def test_patches_enter_bf16_products_rounded_once() -> None:
-    model = _model(*CLASS_TOKEN["no position for the class token"])
-    images = _images(model)
-    expected = model.patch_embed(images / 255)
-    embed = _backbone(copy.deepcopy(model), "bf16").features.embed
-    centred = expected - embed.bias[:, 0, 0]  # what the product gives; the bias stays fp32
-    found = embed(model, images)[:, 1:] - model.pos_embed
-    # two halves hold 16 bits of a weight, so the product's own rounding to 8 bits is what is left
-    assert ((found - expected).abs() <= 1.05 * 2**-9 * 2 ** centred.abs().log2().ceil() + 1e-4).all()
-
-
 @torch.inference_mode()
 def test_large_biases_of_the_keys_cost_bf16_products_nothing() -> None:
     model = _model(*CLASS_TOKEN["plain"])
@@ -188,15 +167,9 @@ def test_large_biases_of_the_keys_cost_bf16_products_nothing() -> None:
 
 
 def test_rows_of_bf16_products_have_an_identity_of_their_own_and_all_others_keep_theirs() -> None:
-    assert _backbone(_model(*CLASS_TOKEN["plain"]), "bf16").variant == {"numerics": "bf16-products-4"}
+    assert _backbone(_model(*CLASS_TOKEN["plain"]), "bf16").variant == {"numerics": "bf16-products-5"}
     assert _backbone(_model(*CLASS_TOKEN["plain"])).variant == {}
     assert _backbone(_model(*PLAIN["eva"]), "bf16").variant == {}
-
-
-def test_an_image_of_another_size_is_refused_with_both_sizes() -> None:
-    backbone = _backbone(_model(*CLASS_TOKEN["plain"]), "bf16")
-    with pytest.raises(ValueError, match=r"\(32, 32\).*\(48, 32\)"):
-        backbone(torch.zeros(1, 3, 48, 32, dtype=torch.uint8))
 
 
 @torch.inference_mode()

@@ -8,8 +8,6 @@ from PIL import Image
 
 import main
 from tests.conftest import ROOT, TINY
-from utils.config.config import make_config
-from utils.data import check
 
 
 @pytest.fixture
@@ -118,14 +116,6 @@ def test_domains_are_checked_class_by_class(run, data):
     code, facts = found(run, scenario="domain")
     assert code == 0
     assert list(facts["images_by_class"]["train"]) == ["photo/0", "photo/1", "photo/2"]
-
-
-def test_long_lists_are_cut_in_the_summary_only(run, data):
-    for number in range(14):
-        (data / "train" / "0" / f"broken{number}.png").touch()
-    findings = check.check_data(make_config({**TINY, "data_path": str(data)}))
-    assert "  … and 4 more (--json has all)" in check.summary(findings)
-    assert len(findings["problems"]["unreadable"]) == 14
 
 
 def test_the_bundled_digits_are_good(run):

@@ -78,13 +78,21 @@ def test_folders_of_machines_are_no_data_at_any_depth_and_images_there_are_said(
         data = load(tmp_path)
     assert data.class_names == ("a",)
     assert data.train.keys == ("a/1.png",)
-    said = f"not used of the train split: 2 .png in folders named {name!r}"
+    said = f"not used of the train split: 2 folder(s) named {name!r}, which hold images"
     assert [record.getMessage() for record in caplog.records] == [f"Data: {said}"]
     checked = check_data(tiny_config(data_path=str(tmp_path), image_size=1))
     assert checked["images_by_class"]["train"] == {"a": 1} and said in checked["warnings"]
     unused = Unused()
     assert [path.name for path in find_images([tmp_path / "train"], unused)] == ["1.png"]
-    assert unused.sentence() == f"2 .png in folders named {name!r}"
+    assert unused.sentence() == f"2 folder(s) named {name!r}, which hold images"
+
+
+def test_the_snapshots_of_a_network_disk_are_not_walked_to_their_end(tmp_path, monkeypatch):
+    folder(tmp_path, "train/a/1.png", "test/a/1.png", *(f"train/.snapshot/hourly.{n}/a/1.png" for n in range(9)))
+    walked, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda top: (walked.append(step[0]) or step for step in walk(top)))
+    assert load(tmp_path).train.keys == ("a/1.png",)
+    assert len(walked) == 3
 
 
 def test_what_is_not_used_is_counted_by_suffix_in_log_and_data_check(tmp_path, caplog):

@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 
-from utils.features.views import ViewsJob, load_views
+from utils.features.extraction import ViewsJob, load_views
 
 
 def die_at_the_ninth(job: ViewsJob) -> np.ndarray:

@@ -51,11 +51,6 @@ def test_list_shows_every_bank_with_its_size_and_contents(cache: Path, capsys: p
     assert f"3 banks in {cache}" in text
 
 
-def test_nothing_there_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(tmp_path / "none", "list") == 0
-    assert capsys.readouterr().out.startswith("0 banks in ")
-
-
 def test_remove_removes_what_it_names_and_nothing_else(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = (next(p for p in bank.banks(cache) if f"-{split}-" in p.name) for split in ("train", "test"))
     note = train / "note.txt"

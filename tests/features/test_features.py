@@ -1,6 +1,5 @@
 """The feature bank, with an extractor whose features are the pixels themselves, so that every row can be checked."""
 
-import json
 import os
 import re
 import signal
@@ -23,8 +22,8 @@ from utils.data.transforms import Transforms
 from utils.errors import BankError, DataError, NumericError
 from utils.features import __main__ as bank_command
 from utils.features.bank import FeatureBank
+from utils.features.extraction import LOADED_TOGETHER
 from utils.features.rows import TEST_VIEW, View
-from utils.features.views import LOADED_TOGETHER
 from utils.hardware import default_batch_size
 from utils.ranks import Ranks
 
@@ -105,14 +104,6 @@ def test_views_depend_on_seed_view_and_image_alone(data: Dataset, tmp_path: Path
     assert all((a != b).any(axis=1).all() for a, b in ((views[0], views[1]), (views[0], views[2])))
 
 
-def test_filling_leaves_the_global_random_numbers_as_they_were(data: Dataset) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    _bank(data, None).fill(ALL)
-    assert torch.equal(torch.rand(1), expected)
-
-
 def test_every_forward_pass_has_the_same_shape(data: Dataset) -> None:
     extractor = Pixels()
     bank = _bank(data, None, extractor, batch_size=7)
@@ -151,12 +142,8 @@ def _filled(data: Dataset, cache_dir: Path, extractor: Pixels | None = None, **o
 def test_another_backbone_never_reads_these_features(data: Dataset, tmp_path: Path, changed: dict) -> None:
     _filled(data, tmp_path)
     assert _filled(data, tmp_path, replace(Pixels(), **changed)) == 45
-    assert _filled(data, tmp_path) == 0  # and the first ones are still there
-
-
-def test_another_image_size_never_reads_these_features(data: Dataset, tmp_path: Path) -> None:
-    _filled(data, tmp_path)
     assert _filled(data, tmp_path, Pixels(feature_dim=3 * 36), image_size=6) == 45
+    assert _filled(data, tmp_path) == 0  # and the first ones are still there
 
 
 def test_a_changed_image_is_computed_again(data: Dataset, tmp_path: Path) -> None:
@@ -261,12 +248,6 @@ def test_a_feature_that_is_not_finite_stops_the_filling_and_names_the_image(data
         _bank(data, None, Broken()).fill([("test", TEST_VIEW)])
 
 
-def test_more_loader_processes_than_images_and_cpus(data: Dataset) -> None:
-    bank = _bank(data, None, num_workers=50)
-    bank.fill([("test", TEST_VIEW)])
-    assert bank.forwards == 9
-
-
 # -- shares and defaults ----------------------------------------------------------------------------------------------
 
 
@@ -295,18 +276,6 @@ def test_a_bank_of_any_backbone_has_a_name_that_every_system_takes(
     assert f"through {name}" in shown and f"1 bank in {tmp_path}" in shown
     (folder,) = (path.parent.relative_to(tmp_path) for path in tmp_path.rglob("manifest.json"))
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,150}", str(folder))
-
-
-def test_the_manifest_says_what_the_bank_holds(data: Dataset, tmp_path: Path) -> None:
-    _bank(data, tmp_path).fill(ALL)
-    (path,) = tmp_path.glob("*-train-*/manifest.json")
-    manifest = json.loads(path.read_text())
-    assert manifest["images"] == 12 and manifest["backbone"] == "pixels" and "train images" in manifest["what"]
-    assert sorted(p.name for p in path.parent.glob("*.npy")) == [
-        "augmented-3-0000.npy",
-        "augmented-3-0001.npy",
-        "test.npy",
-    ]
 
 
 def test_small_images_come_in_larger_batches_on_a_cpu() -> None:

@@ -19,8 +19,8 @@ from utils.data.splits import ImageFiles
 from utils.data.transforms import ATTEMPTS, WORDS, Draws, Transforms, crop_and_flip
 from utils.errors import DataError
 from utils.features.bank import FeatureBank
+from utils.features.extraction import load_views, view_jobs
 from utils.features.rows import TEST_VIEW
-from utils.features.views import load_views, view_jobs
 from utils.seeds import derive_seed
 
 SIZES = [(50, 40), (500, 375), (1, 1), (300, 7), (5, 400), (33, 97), (36, 36)]  # some can have no crop of the ratio
@@ -58,12 +58,12 @@ def test_where_no_attempt_fits_an_image_of_fitting_ratio_is_taken_whole(coin: in
 
 def test_a_loader_process_needs_no_pytorch() -> None:
     """Importing it would cost each of them seconds and some hundred megabytes."""
-    assert imported("utils.features.views, utils.data.loader") & {"torch", "multiprocessing"} == set()
+    assert imported("utils.features.extraction, utils.data.loader") & {"torch", "multiprocessing"} == set()
 
 
 def test_a_complete_bank_needs_nothing_that_decodes_or_computes() -> None:
     found = imported("utils.features.bank")
-    assert not found & {"torch", "PIL.Image", "utils.data.loader", "utils.features.extraction", "utils.features.views"}
+    assert not found & {"torch", "PIL.Image", "utils.data.loader", "utils.features.extraction"}
 
 
 def imported(modules: str) -> set[str]:

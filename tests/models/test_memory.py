@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from models.base import SAMPLES, Learner, make_learner
 from models.evaluation import evaluate
-from models.modular import with_one_more
 from models.tosca import TOSCA
 from tests.conftest import tiny_config
 from utils.config.methods import METHODS
@@ -120,34 +119,3 @@ def test_while_the_modules_pass_by_nothing_is_kept_but_what_was_laid_out_before(
     with tensors:
         learner.answer(torch.randn(5, DIM))
     assert len(counts) == 8 and len(set(counts[1:])) == 1, counts
-
-
-def test_adding_modules_copies_each_a_few_times_however_many_there_are():
-    tasks, size = 64, 100
-    new = torch.arange(float(size))
-    with Tensors() as tensors:
-        stack = new[None].clone()
-        for task in range(1, tasks):
-            stack = with_one_more(stack, new + task)
-    assert torch.equal(stack, torch.arange(tasks)[:, None] + torch.arange(float(size)))
-    room = tensors.made - tasks * new.nbytes  # without the new modules themselves
-    assert room <= 3 * tasks * new.nbytes
-
-
-def test_a_stack_that_grew_is_left_as_it_was():
-    first = torch.ones(2, 3)
-    second = with_one_more(first, torch.zeros(3))
-    third = with_one_more(second, torch.full((3,), 7.0))
-    assert (len(first), len(second), len(third)) == (2, 3, 4)
-    assert (
-        torch.equal(first, torch.ones(2, 3))
-        and torch.equal(second, third[:3])
-        and torch.equal(third[3], torch.full((3,), 7.0))
-    )
-    assert second.data_ptr() == third.data_ptr()  # the room was used
-
-
-def test_a_stack_that_ends_its_storage_moves_wherever_it_begins():
-    stack = torch.arange(12.0).view(4, 3)[2:]
-    longer = with_one_more(stack, torch.zeros(3))
-    assert torch.equal(longer, torch.tensor([[6.0, 7.0, 8.0], [9.0, 10.0, 11.0], [0.0, 0.0, 0.0]]))

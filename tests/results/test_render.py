@@ -98,6 +98,7 @@ def test_latex_escapes_what_it_would_take_for_commands():
     assert escape.latex("my_set 50% & #1 {x} ~ ^ $ \\ – ± − 2²⁰") == (
         r"my\_set 50\% \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{} -- $\pm$ $-$ 2U+00B2U+2070"
     )
+    assert escape.latex("[1] *") == "{[}1] {*}", "after the end of a row they would be its options"
     assert escape.latex("Ā and A_T, not DATA_T or A_T_x") == r"$\bar{A}$ and $A_T$, not DATA\_T or A\_T\_x"
 
 

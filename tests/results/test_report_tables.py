@@ -131,7 +131,13 @@ def test_what_is_not_chosen_is_not_called_the_module_of_lowest_entropy():
 
 
 @pytest.mark.parametrize(
-    ("other", "column"), [({"weights": "b" * 64}, "weights"), ({"images": 41}, "images")], ids=["weights", "images"]
+    ("other", "column"),
+    [
+        ({"weights": "b" * 64}, "weights"),
+        ({"images": 41}, "images"),
+        ({"images_sha256": {"train": "as many, but others", "test": "0"}}, "images"),
+    ],
+    ids=["weights", "images", "other images"],
 )
 def test_incomparable_runs_are_never_averaged_and_it_says_so(tmp_path, other, column):
     write(tmp_path, run_values(1, last=60.0), run_values(2, last=70.0, **other))
@@ -140,14 +146,6 @@ def test_incomparable_runs_are_never_averaged_and_it_says_so(tmp_path, other, co
     assert column in section.columns
     assert section.groups[0].labels[column] != section.groups[1].labels[column]
     assert "Not comparable, never averaged together" in notes_of(section)
-
-
-def test_same_counts_but_other_images_are_apart_as_well(tmp_path):
-    other = run_values(2)
-    other["identity"]["images_sha256"] = other["data"]["images_sha256"] = {"train": "changed", "test": "0"}
-    write(tmp_path, run_values(1), other)
-    (section,), _ = sections_of(tmp_path)
-    assert len(section.groups) == 2
 
 
 def test_a_setting_is_a_column_only_where_it_differs(tmp_path):
@@ -180,17 +178,14 @@ def test_of_the_same_run_the_newest_counts_and_it_says_so(tmp_path):
     assert notes == [f"{old} is not counted: {new} is a newer run with the same settings and seed"]
 
 
-def test_an_upper_bound_is_labelled(tmp_path):
-    write(tmp_path, run_values(model="linear_joint"))
+@pytest.mark.parametrize(
+    ("model", "label", "note"),
+    [("linear_joint", "linear_joint (not continual)", "an upper bound"), ("knn", "knn (keeps all images)", "")],
+)
+def test_what_a_method_keeps_or_sees_is_in_its_label(tmp_path, model, label, note):
+    write(tmp_path, run_values(model=model))
     (section,), _ = sections_of(tmp_path)
-    assert section.groups[0].labels["method"] == "linear_joint (not continual)"
-    assert "upper bound" in notes_of(section)
-
-
-def test_a_method_that_keeps_images_is_labelled(tmp_path):
-    write(tmp_path, run_values(model="knn"))
-    (section,), _ = sections_of(tmp_path)
-    assert section.groups[0].labels["method"] == "knn (keeps all images)"
+    assert section.groups[0].labels["method"] == label and note in notes_of(section)
 
 
 def unfinished(seed: int, tasks: int) -> dict[str, Any]:
@@ -248,17 +243,23 @@ def test_report_writes_all_files_and_names_what_it_skipped(tmp_path, capsys):
     logs = tmp_path / "logs"
     logs.mkdir()
     write(logs, run_values())
+    damaged = {
+        "foreign": {"name": "something else"},
+        "list": [1, 2],
+        "nan": run_values(last=float("nan")),
+        "cost": run_values() | {"cost": 5},
+        "costs": run_values() | {"cost": {"Params (M)": "many"}},
+        "shape": run_values() | {"results": 5},
+        "curves": run_values() | {"task_sizes": [2, 2, 2]},
+        "later": run_values() | {"format": 2},
+    }
     (logs / "torn.json").write_text('{"format": 1, "sta')
-    (logs / "foreign.json").write_text('{"name": "something else"}')
-    (logs / "list.json").write_text("[1, 2]")
-    (logs / "nan.json").write_text(json.dumps(run_values(last=float("nan"))))
-    (logs / "cost.json").write_text(json.dumps(run_values() | {"cost": 5}))
-    (logs / "costs.json").write_text(json.dumps(run_values() | {"cost": {"Params (M)": "many"}}))
-    (logs / "shape.json").write_text(json.dumps(run_values() | {"results": 5}))
+    for name, values in damaged.items():
+        (logs / f"{name}.json").write_text(json.dumps(values))
     out, page = tmp_path / "out", tmp_path / "page.html"
     assert report.main([str(logs), "--out", str(out), "--html", str(page), "--no-pictures"]) == 0
     told = capsys.readouterr().out
-    for name in ("torn", "foreign", "list", "nan", "cost", "costs", "shape"):
+    for name in ("torn", *damaged):
         lines = [line for line in told.splitlines() if line.startswith("skipped") and f"{name}.json" in line]
         assert len(lines) == 1
     names = ["tables.md", "tables.tex"]

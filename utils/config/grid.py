@@ -38,8 +38,8 @@ def make_grid(paths: Sequence[Path], overrides: Sequence[str], sweep: Sequence[s
         else:
             swept.setdefault(key, []).extend(values.split(","))
     files = list(dict.fromkeys(paths))
-    if twice := [path for path in files if [other.stem for other in files].count(path.stem) > 1]:
-        raise ConfigError(f"--config: {' and '.join(map(str, twice))} would write to one folder; rename one of them")
+    if len({path.stem for path in files}) < len(files):
+        raise ConfigError("--config: files of the same name would write to one folder; rename one of them")
     cells: dict[str, SweepCell] = {}
     combinations = itertools.product(*([f"{key}={value}" for value in values] for key, values in swept.items()))
     for path, chosen in itertools.product(files, combinations):

@@ -74,17 +74,15 @@ class Walk:
     def entries(self, folder: Path) -> dict[str, bool]:
         """What lies directly in ``folder``, sorted: name -> whether it is a folder.
 
-        What belongs to the machine is left out; images there are counted.
+        What belongs to the machine is left out; its folders are counted if there are images in them.
         """
         entries: dict[str, bool] = {}
         with _named(folder), os.scandir(folder) as found:
             for entry in sorted(found, key=lambda entry: entry.name):
                 if not _is_of_system(entry.name):
                     entries[entry.name] = entry.is_dir()
-                elif entry.is_dir():
-                    for file in (name for _, _, names in os.walk(entry.path) for name in names):
-                        if _suffix(file) in image_suffixes():
-                            self.unused.add(file, f"in folders named {entry.name!r}")
+                elif entry.is_dir() and _holds_image(entry.path):
+                    self.unused[f"folder(s) named {entry.name!r}, which hold images"] += 1
         return entries
 
     def subfolders(self, root: Path) -> list[str]:
@@ -124,6 +122,11 @@ def _named(folder: Path) -> Iterator[None]:
 def _is_of_system(name: str) -> bool:
     """Whether a file or folder belongs to the machine, not to the data."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _holds_image(folder: str) -> bool:
+    """Stop at the first image: a network disk's ``.snapshot`` holds all data many times over."""
+    return any(_suffix(name) in image_suffixes() for _, _, names in os.walk(folder) for name in names)
 
 
 def _suffix(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.data.images import MAX_PIXELS, decode_file, open_image, rgb_of
+from utils.data.images import MAX_PIXELS, decode, open_image
 from utils.data.loader import load_ahead
 from utils.data.splits import Split
 from utils.errors import DataError
@@ -89,10 +89,8 @@ def as_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A path, an open file, a PIL image, a tensor or an array as a PIL image in RGB: one way for all."""
     if isinstance(source, (str, Path)):
         return open_image(Path(source), max_pixels)
-    if isinstance(source, Image.Image):
-        return rgb_of(source)
-    if _is_file(source):
-        return decode_file(source, max_pixels)
+    if isinstance(source, Image.Image) or _is_file(source):
+        return decode(source, max_pixels)
     if isinstance(source, Tensor):
         if source.ndim != 3 or source.shape[0] != 3 or source.shape[2] == 3:
             raise DataError(f"an image tensor is (3, H, W), got {tuple(source.shape)}")

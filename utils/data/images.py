@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,27 +46,17 @@ class UnreadableImage(DataError):
 # -- reading files ----------------------------------------------------------------------------------------------------
 
 
-def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A file as an 8-bit RGB image; ``UnreadableImage`` where it is missing, damaged, too large or of no known scale.
+def decode(source: Path | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A file, or a Pillow image, loaded or just opened, as an 8-bit RGB image.
 
-    EXIF rotation and colour profiles are not applied, as in the release. Of several pictures the first counts.
+    ``UnreadableImage`` where it is missing, damaged, too large or of no known scale. EXIF rotation and colour profiles
+    are not applied, as in the release. Of several pictures the first counts.
     """
-    with _one_kind_of_error(), open_regular(path) as file:
-        image = _loaded(_identified(file, max_pixels))
-    return _to_rgb(image)
-
-
-def decode_file(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An open file, or anything that reads like one, by the same rules as a file's path."""
-    with _one_kind_of_error():
-        image = _loaded(_identified(io.BytesIO(file.read()), max_pixels))
-    return _to_rgb(image)
-
-
-def rgb_of(image: Image.Image) -> Image.Image:
-    """A Pillow image, loaded or just opened, as an 8-bit RGB image by the same rules as a file."""
-    with _one_kind_of_error():
-        _loaded(image)
+    with _one_kind_of_error(), ExitStack() as stack:
+        if not isinstance(source, Image.Image):
+            file = stack.enter_context(open_regular(source)) if isinstance(source, Path) else io.BytesIO(source.read())
+            source = _identified(file, max_pixels)
+        image = _loaded(source)
     return _to_rgb(image)
 
 
@@ -131,10 +121,9 @@ def _loaded(image: Image.Image) -> Image.Image:
     planes = any(decoder == "raw" and arguments[0] in list("RGBACMYK") for decoder, arguments in parts)
     if image.format == "TIFF" and planes and _tiff_tag(image, 258) == 16:
         raise UnreadableImage("a TIFF of 16 bits, channel after channel; save it compressed, or pixel after pixel")
-    key = image.info.get("transparency")
-    if isinstance(key, (int, tuple)) and image.mode in ("1", "L", "RGB"):
+    if isinstance(image.info.get("transparency"), (int, tuple)) and image.mode != "P":
         stored = next((arguments[0] for _, arguments in parts if isinstance(arguments[0], str)), image.mode)
-        if image.mode == "1" or stored != image.mode or np.max(key) > 255:
+        if stored not in ("L", "RGB") or image.mode != stored:  # Pillow compares the colour with other levels
             raise UnreadableImage(
                 "a colour stands for transparent, in other than 8 bits; save it with an alpha channel"
             )
@@ -190,8 +179,6 @@ def _levels_to_rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImage(f"{what}; save it with 8 or 16 bits")
     values = np.asarray(image).astype(np.float64)
     levels = np.rint(np.clip(values / 65535, 0, 1) * 255).astype(np.uint8)
-    if isinstance(key := image.info.get("transparency"), int):
-        levels[values == key] = 255
     return Image.fromarray(levels).convert("RGB")
 
 

@@ -80,7 +80,7 @@ def load_ahead(
 
 
 def as_done(
-    work: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int, name: Callable[[Job], str], hint: str
+    work: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int
 ) -> Generator[tuple[Job, Result | DataError], None, None]:
     """Yield ``(job, work(job))`` as processes get done, each of which takes the next job only then.
 
@@ -89,26 +89,22 @@ def as_done(
 
     Args:
         work, jobs: as for ``load_ahead``.
-        workers: how many processes.
-        name: of a job, for messages.
-        hint: what helps where memory is short.
+        workers: how many processes (``--jobs``).
     """
     waiting, busy, idle = deque(jobs), dict[_Process, Job](), list[_Process]()
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
-                process = idle.pop() if idle else _Process(work, "its process", hint, TQDM_DISABLE="1")
+                process = idle.pop() if idle else _Process(work, "its process", "lower --jobs")
                 busy[process] = waiting.popleft()
                 process.send(busy[process])
-            ready, _, _ = select.select(list(busy), [], [])
-            for process in ready:
+            for process in select.select(list(busy), [], [])[0]:
                 job = busy.pop(process)
                 try:
-                    result, error = process.receive(lambda job=job: name(job))  # type: ignore[misc]
+                    result, error = process.receive(lambda: "its result")
+                    idle.append(process)
                 except DataError as ended:
-                    yield job, ended
-                    continue
-                idle.append(process)
+                    result, error = ended, None
                 if error is not None:
                     raise error
                 yield job, result
@@ -153,13 +149,12 @@ class _Thread:
 
 
 class _Process:
-    """A process that works, as seen from here. Pillow and NumPy need no threads of their own there.
+    """A process that works, as seen from here: it shows no bar, and Pillow and NumPy need no threads of their own.
 
     Args:
         work: what to do with each job.
         what: which process it is, for messages.
         hint: what helps where memory is short.
-        variables: more of its environment.
     """
 
     def __init__(
@@ -167,10 +162,9 @@ class _Process:
         work: Callable[[Any], Any],
         what: str = "a process that loads images",
         hint: str = "lower num_workers, 0 needs none",
-        **variables: str,
     ) -> None:
         self._what, self._hint = what, hint
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX", "TQDM_DISABLE"), "1")
         try:
             self._socket, theirs = socket.socketpair()
             with theirs:
@@ -178,7 +172,7 @@ class _Process:
                     [sys.executable, "-c", _MAIN, str(theirs.fileno()), str(_ROOT), *map(str, sys.path)],
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # what a library prints must not get into the output of a command
-                    env={**os.environ, **threads, **variables},
+                    env={**os.environ, **one},
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # a terminal's Ctrl-C is for us to answer
                 )

@@ -217,15 +217,16 @@ class FeatureBank:
 
     def _extract(self, wanted: Sequence[View], keep: "Keep") -> tuple[int, Generator[int, None, None]]:
         """How many views this rank has to compute, and what computes them (``extract``)."""
-        transforms, views = module("utils.data.transforms"), module("utils.features.views")
+        transforms, extraction = module("utils.data.transforms"), module("utils.features.extraction")
         ranks, missing = self.ranks, self._missing_rows(wanted)
         for rows in missing.values():  # a share by row, not by place: other ranks may have begun to write
             rows &= np.arange(len(rows)) % ranks.count == ranks.rank
         stats = getattr(self.fingerprints, "stats", {})
-        jobs = views.view_jobs(self.data, transforms.Transforms(self.image_size, self.augment_seed), missing, stats)
+        jobs = extraction.view_jobs(
+            self.data, transforms.Transforms(self.image_size, self.augment_seed), missing, stats
+        )
         count = sum(int(rows.sum()) for rows in missing.values())
-        extract = module("utils.features.extraction").extract
-        return count, extract(jobs, self.extractor, self.batch_size, min(self.num_workers, count), keep)
+        return count, extraction.extract(jobs, self.extractor, self.batch_size, min(self.num_workers, count), keep)
 
 
 def resolve_cache_dir(value: str | None) -> Path | None:

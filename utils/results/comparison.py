@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from utils.results.metrics import selection_name
+from utils.results.metrics import BATCH, selection_name, single_image
 from utils.results.render import Cell, Mark, Table, interval_text, number_text, signed
 from utils.results.statistics import MIN_PAIRS, Difference, holm, paired
 from utils.results.tables import Group, Section, Selections, labels_of
@@ -16,13 +16,11 @@ from utils.words import counted
 
 COMPARED = {"average": "Ā", "last": "A_T"}
 ALPHA = 0.05
-BATCH = "batch"  # depends on the order of the test set: another claim, never beside the others
-NOT_COMPARED = (BATCH, "batch_shuffled", "oracle")  # nor are a check and a bound any method's answer
 _OTHER_SEEDS = " †"
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class Contender:
     """One method under one selection on one data set; ``row`` is its words, ``column`` the data set's."""
 
     row: tuple[str, ...]
@@ -34,7 +32,7 @@ class Entry:
         number = self.group.number(self.selection, measure)
         return None if number is None else number.mean
 
-    def compared(self, other: "Entry", measure: str) -> Difference:
+    def compared(self, other: "Contender", measure: str) -> Difference:
         first, second = (e.group.by_seed(e.selection, measure) for e in (self, other))
         pairs = [(a, b) for seed, a in first.items() if a is not None and (b := second.get(seed)) is not None]
         return paired([a for a, _ in pairs], [b for _, b in pairs])
@@ -45,8 +43,8 @@ class Pair:
     """The best of a column and another entry of it; ``p_holm`` is the corrected p value of the t test."""
 
     measure: str
-    best: Entry
-    other: Entry
+    best: Contender
+    other: Contender
     difference: Difference
     p_holm: float | None = None
 
@@ -63,25 +61,15 @@ def make_comparisons(sections: Sequence[Section], selections: Selections = None)
         kinds.append(("comparison-batch", title, True))
     found = []
     for key, title, by_batch in kinds:
-        labels, entries = _entries(sections, selections, by_batch)
+        labels, entries = _contenders(sections, selections, by_batch)
         if len({entry.row for entry in entries}) > 1:
             found.append(_comparison(key, title, labels, entries, sections))
     return found
 
 
-def single_image(group: Group, selections: Selections = None) -> list[str]:
-    """The selections of a group that look at one image at a time; a method without modules has ``sample`` alone."""
-    return [n for n in group.selections if n not in NOT_COMPARED and (selections is None or n in selections)]
-
-
-def by_batches(group: Group) -> list[str]:
-    """``batch``, or for a method without modules its one answer."""
-    return [name for name in group.selections if name == BATCH or not group.chooses]
-
-
-def _entries(
+def _contenders(
     sections: Sequence[Section], selections: Selections, by_batch: bool
-) -> tuple[tuple[str, ...], list[Entry]]:
+) -> tuple[tuple[str, ...], list[Contender]]:
     """The finished rows that make the same claim, without label columns that say the same in every row."""
     varied = list(dict.fromkeys(c for s in sections for c in s.columns if c not in ("status", "weights", "images")))
     labels = (*varied, "selection")
@@ -90,21 +78,28 @@ def _entries(
         for group in (group for group in section.groups if group.status == "finished"):
             kind = ", ".join(group.labels[name] for name in ("weights", "images") if name in group.labels)
             column, words = section.short_title + (f" ({kind})" if kind else ""), labels_of(group.runs[0])
-            for name in by_batches(group) if by_batch else single_image(group, selections):
+            for name in _answers(group, selections, by_batch):
                 row = (*(words.get(c, "–") for c in varied), selection_name(name) if group.chooses else "–")
-                entries.append(Entry(row, column, group, name))
+                entries.append(Contender(row, column, group, name))
     kept = [i for i, name in enumerate(labels) if name == "method" or len({entry.row[i] for entry in entries}) > 1]
     shorter = [replace(entry, row=tuple(entry.row[i] for i in kept)) for entry in entries]
     return tuple(labels[i] for i in kept), shorter
 
 
+def _answers(group: Group, selections: Selections, by_batch: bool) -> list[str]:
+    """The selections of a group that make the same claim; a method without modules has ``sample`` alone."""
+    if by_batch:
+        return [name for name in group.selections if name == BATCH or not group.chooses]
+    return [name for name in single_image(group.selections) if selections is None or name in selections]
+
+
 def _comparison(
-    key: str, title: str, labels: tuple[str, ...], entries: Sequence[Entry], sections: Sequence[Section]
+    key: str, title: str, labels: tuple[str, ...], entries: Sequence[Contender], sections: Sequence[Section]
 ) -> tuple[Table, Table]:
     columns = list(dict.fromkeys(entry.column for entry in entries))
     common = {column: _common_seeds([e for e in entries if e.column == column]) for column in columns}
     apart = [entry for entry in entries if entry.group.seeds != common[entry.column]]
-    marks: dict[tuple[Entry, str], Mark] = {}
+    marks: dict[tuple[Contender, str], Mark] = {}
     pairs: list[Pair] = []
     for measure in COMPARED:
         of_measure: list[Pair] = []
@@ -137,14 +132,16 @@ def _comparison(
     return Table(key, title, header, len(labels), tuple(rows), notes), _differences(key, pairs)
 
 
-def _common_seeds(entries: Sequence[Entry]) -> tuple[int, ...]:
+def _common_seeds(entries: Sequence[Contender]) -> tuple[int, ...]:
     """The seeds that most methods of a column have; of two such sets the larger one."""
     methods = {id(entry.group): entry.group.seeds for entry in entries if entry.group.continual}
     counts = Counter(methods.values())
     return max(counts, key=lambda seeds: (counts[seeds], len(seeds)), default=())
 
 
-def _notes(pairs: Sequence[Pair], entries: Sequence[Entry], apart: Sequence[Entry], left_out: int) -> Iterator[str]:
+def _notes(
+    pairs: Sequence[Pair], entries: Sequence[Contender], apart: Sequence[Contender], left_out: int
+) -> Iterator[str]:
     yield (
         "Best of its column: bold, or between asterisks. Not significantly worse: underlined, or between underscores "
         f"(paired t test over shared seeds, Holm's correction over all comparisons of the measure, p ≥ {ALPHA})."

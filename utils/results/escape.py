@@ -11,6 +11,7 @@ import unicodedata
 _LATEX = {
     **{character: f"\\{character}" for character in "_%&#${}"},
     **{character: f"${character}$" for character in "<>"},
+    **{character: f"{{{character}}}" for character in "[*"},  # else options of the row before
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",

@@ -18,9 +18,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from utils.files import atomic_write
-from utils.results.comparison import BATCH, NOT_COMPARED, single_image
 from utils.results.escape import terminal
-from utils.results.metrics import selection_name
+from utils.results.metrics import BATCH, selection_name, single_image
 from utils.results.published import Entry
 from utils.results.render import Picture
 from utils.results.tables import Group, Section
@@ -125,14 +124,16 @@ def _runs(groups: Sequence[Group]) -> list[Mapping[str, Any]]:
 
 def _kept(section: Section) -> tuple[list[Group], str]:
     """The groups that have curves, at most ``MAX_LINES``, in their order; and words for those that are left out."""
-    groups = [group for group in section.groups if group.status != "new classes alone" and single_image(group)]
+    groups = [
+        group for group in section.groups if group.status != "new classes alone" and single_image(group.selections)
+    ]
     best = sorted(groups, key=lambda group: -_last(group, _best_selection(group)))[:MAX_LINES]
     some = f" (the best {len(best)} of {len(groups)})" if len(best) < len(groups) else ""
     return [group for group in groups if group in best], some
 
 
 def _best_selection(group: Group) -> str:
-    return max(single_image(group), key=partial(_last, group))
+    return max(single_image(group.selections), key=partial(_last, group))
 
 
 def _last(group: Group, selection: str) -> float:
@@ -235,7 +236,7 @@ def matrices(group: Group, kind: str, title: str) -> Figure | None:
     Of accuracies it shows the mean over seeds, of chosen modules each true task's shares over all seeds.
     """
     panels, runs = {}, _runs([group])
-    for name in (name for name in group.selections if name == BATCH or name not in NOT_COMPARED):
+    for name in (name for name in group.selections if name in (BATCH, *single_image(group.selections))):
         found = [run["results"][name]["matrix"] if kind == "matrix" else run["confusion"].get(name) for run in runs]
         if all(found):
             panels[name] = values = np.array(found, dtype=float).mean(axis=0)
@@ -305,7 +306,7 @@ def draw_published(entries: Sequence[Entry], folder: Path) -> list[Picture]:
         if entry.runs and len(entry.curve) > 1:
             runs = [run.values for run in entry.runs]
             lines: list[Line] = [
-                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve.tolist()])
+                (_STYLES.index("--"), f"published, {entry.selection} (read from a figure)", [entry.curve])
             ]
             for place, name in enumerate(entry.selections):
                 curves = [run["results"][name]["top1_curve"] for run in runs]

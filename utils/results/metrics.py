@@ -40,6 +40,13 @@ def _selection_names() -> dict[str, str]:
 
 # how every log line, table and picture names a selection
 SELECTION_NAMES = _selection_names()
+BATCH = "batch"  # depends on the order of the test set: another claim, never beside the others
+
+
+def single_image(selections: Iterable[str]) -> list[str]:
+    """Those that look at one image at a time: neither the order of the test set nor the true task tells them more."""
+    ordered = {selection.name for selection in SELECTIONS.values() if selection.ordered}
+    return [name for name in selections if name.removesuffix("_shuffled") not in {*ordered, "oracle"}]
 
 
 def selection_name(selection: str) -> str:

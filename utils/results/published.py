@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.config.config import Config, make_config
-from utils.config.keys import BACKBONE_ALIASES
 from utils.config.methods import ROOT
 from utils.errors import ConfigError, UserError
 from utils.files import read_json
-from utils.results.metrics import MeanStd, over_seeds, selection_name
+from utils.results.metrics import over_seeds, selection_name
 from utils.results.read import Run
 from utils.results.render import Cell, Table, number_text, signed
 
@@ -23,6 +20,7 @@ _JUDGED = (
     "Within: the mean here and the published number are not farther apart than the reading error plus two standard "
     "deviations over the seeds here; a single seed has no spread, so the reading error alone counts then.",
     "sample, which looks at one image at a time, was not published: it stands beside batch and is not judged.",
+    "Weights from a file (backbone_weights) are taken for those that backbone_type names.",
 )
 
 
@@ -32,57 +30,45 @@ class Entry:
 
     Attributes:
         curve: top-1 accuracy after each task in percent, or the last one alone.
-        errors: of reading each point of it.
+        error: of reading a point of it, and the first one of several.
+        selection: by which it was evaluated.
         runs: one for each seed.
     """
 
     data_set: str
     method: str
-    curve: np.ndarray
-    errors: np.ndarray
+    curve: list[float]
+    error: tuple[float, float]
     selection: str
-    runs: tuple[Run, ...]
+    runs: list[Run]
 
     @property
     def selections(self) -> list[str]:
-        """The published way to answer and ``sample``; a method without modules has ``sample`` alone."""
-        names = set.intersection(*(set(run.values["results"]) for run in self.runs)) if self.runs else {self.selection}
-        return [name for name in dict.fromkeys((self.selection, "sample")) if name in names]
+        """The published way to answer, then ``sample``."""
+        return list(dict.fromkeys((self.selection, "sample")))
 
-    def here(self, selection: str, measure: str) -> MeanStd | None:
-        """``average`` or ``last`` over the seeds here."""
-        return over_seeds([run.values["results"][selection][measure] for run in self.runs])
-
-    def cells(self, selection: str, measure: str) -> Iterator[str]:
-        """Published, here, difference, verdict."""
-        known = selection == self.selection and (measure == "last" or len(self.curve) > 1)
-        place = slice(-1, None) if measure == "last" else slice(None)
-        published, error = float(self.curve[place].mean()), float(self.errors[place].mean())
-        here = self.here(selection, measure) if self.runs else None
-        yield signed(published, 1) if known else "–"
-        yield number_text(here) if here else "not yet"
-        if not known or here is None:
-            yield from ("–", "–")
-            return
-        difference, allowed = here.mean - published, error + 2 * here.std
-        yield signed(difference)
-        yield f"{'within' if abs(difference) <= allowed else 'outside'} ±{allowed:.2f}"
-
-    def rows(self) -> Iterator[tuple[Cell, ...]]:
-        """One for each selection."""
-        labels = [self.data_set, self.method]
-        for name in self.selections:
-            shown = selection_name(name) if self.method == "tosca" else "–"
-            numbers = [text for measure in ("average", "last") for text in self.cells(name, measure)]
-            yield tuple(map(Cell, [*labels, shown, *numbers, str(len(self.runs))]))
-            labels = ["", ""]
+    def cells(self, selection: str, measure: str) -> list[str]:
+        """Published, here, difference and verdict, of ``average`` or ``last``."""
+        curve = self.curve[-1:] if measure == "last" else self.curve
+        first, other = self.error if len(curve) > 1 else self.error[:1] * 2
+        number = over_seeds([run.values["results"][selection][measure] for run in self.runs])
+        here = number_text(number) if number else "not yet"
+        if selection != self.selection or (measure == "average" and len(curve) == 1):
+            return ["–", here, "–", "–"]
+        published = sum(curve) / len(curve)
+        texts = [signed(published, 1), here, "–", "–"]
+        if number:
+            difference, allowed = number.mean - published, first + (other - first) / len(curve) + 2 * number.std
+            verdict = "within" if abs(difference) <= allowed else "outside"
+            texts[2:] = [signed(difference), f"{verdict} ±{allowed:.2f}"]
+        return texts
 
 
 def read_published(path: Path) -> dict[str, Any]:
     """The published numbers and their protocol, from a file such as ``exps/published.json``."""
     values: dict[str, Any] = read_json(path, "published numbers")
-    if absent := {"source", "what", "reading_error", "selection", "protocol", "data_sets", "top1_curve"} - {*values}:
-        raise UserError(f"{path} is not a file of published numbers: no {sorted(absent)[0]!r}; see {PUBLISHED}")
+    if "top1_curve" not in values:
+        raise UserError(f"{path} is not a file of published numbers; {PUBLISHED} is one")
     return values
 
 
@@ -90,64 +76,56 @@ def published_table(runs: Sequence[Run], published: Mapping[str, Any]) -> tuple[
     """The table of all that was published, and its entries; runs that do not count are named below it."""
     notes = [f"Published: {published['source']}, {published['what']}.", *_JUDGED]
     entries = list(_entries(runs, published, notes))
+    rows: list[tuple[Cell, ...]] = []
+    for entry in entries:
+        for name in entry.selections:
+            labels = [entry.data_set, entry.method] if name == entry.selection else ["", ""]
+            shown = selection_name(name) if entry.selection != "sample" else "–"
+            numbers = [*entry.cells(name, "average"), *entry.cells(name, "last"), str(len(entry.runs))]
+            rows.append(tuple(map(Cell, [*labels, shown, *numbers])))
     measured = [f"{name} {of}" for name in ("Ā", "A_T") for of in ("published", "here", "difference", "verdict")]
-    rows = tuple(row for entry in entries for row in entry.rows())
     header = ("data set", "method", "answer", *measured, "seeds")
-    return Table("published", "Published numbers and those here", header, 3, rows, tuple(notes)), entries
+    return Table("published", "Published numbers and those here", header, 3, tuple(rows), tuple(notes)), entries
 
 
 def _entries(runs: Sequence[Run], published: Mapping[str, Any], notes: list[str]) -> Iterator[Entry]:
     """What was published, each with its runs; a line for each run that is left out is added to ``notes``."""
-    first, others = (published["reading_error"][name] for name in ("first_point", "other_points"))
-    last = {method: {data: [value] for data, value in of.items()} for method, of in published["last_accuracy"].items()}
-    for data_set, facts in published["data_sets"].items():
-        for method, curves in {**published["top1_curve"], **last}.items():
-            if data_set not in curves:
-                continue
-            curve = np.array(curves[data_set], dtype=float)
-            errors = np.full(len(curve), float(others))
-            errors[0] = first if len(curve) > 1 else others
-            counted: dict[int, Run] = {}
-            for run in runs:
-                if (run.identity["dataset"], run.identity["model_name"]) == (data_set, method):
-                    if differences := _differences(run, method, data_set, facts, published):
-                        notes.append(f"{run.path} is left out: {'; '.join(differences)}.")
-                    else:
-                        counted.setdefault(run.seed, run)
-                        if weights := run.values["config"]["backbone_weights"]:
-                            notes.append(f"{run.path}: its weights are those of {weights}, whatever that file holds.")
-            selection = published["selection"] if method == "tosca" else "sample"
-            of_seeds = tuple(counted[seed] for seed in sorted(counted))
-            yield Entry(data_set, method, curve, errors, selection, of_seeds)
+    for data_set in published["data_sets"]:
+        for method, curves in published["top1_curve"].items():
+            if data_set in curves:
+                counted: dict[int, Run] = {}
+                for run in runs:
+                    if (run.identity["dataset"], run.identity["model_name"]) == (data_set, method):
+                        if differences := _differences(run, published):
+                            notes.append(f"{run.path} is left out: {'; '.join(differences)}.")
+                        else:
+                            counted.setdefault(run.seed, run)
+                error = published["reading_error"]["point"], published["reading_error"]["first_of_several"]
+                selection = published["selection"] if method == "tosca" else "sample"
+                yield Entry(data_set, method, curves[data_set], error, selection, list(counted.values()))
 
 
-def _differences(
-    run: Run, method: str, data_set: str, facts: Mapping[str, Any], published: Mapping[str, Any]
-) -> list[str]:
+def _differences(run: Run, published: Mapping[str, Any]) -> list[str]:
     """In what the run differs from the published protocol, in words; keys that its method ignores do not count."""
-    if run.status != "finished":
-        return [run.status]
-    required = published.get("requires", {}).get(method)
-    steps = {name: facts[name] for name in ("init_cls", "increment")}
+    config, method = run.values["config"], run.identity["model_name"]
+    facts = published["data_sets"][config["dataset"]]
+    protocol = {"dataset": config["dataset"], "model_name": method, **published["protocol"], **facts["split"]}
     try:
-        here = make_config(run.values["config"])
-        there = make_config({"dataset": data_set, "model_name": method, **steps, **published["protocol"]})
+        values, wanted = _counting(make_config(config)), _counting(make_config(protocol))
     except ConfigError as error:
         return [str(error)]
-    values, wanted = _counting(here, required), _counting(there, required)
-    values["images"] = [run.values["data"][name] for name in ("train_images", "test_images")]
-    wanted["images"] = facts["images"]
-    found = [f"{k} {values[k]!r}, published {wanted[k]!r}" for k in values if values[k] != wanted[k]]
-    if required and not run.values["config"].get(required):
-        found.append(f"the published {method} adapts the backbone first ({required}), this one does not")
-    return found
+    values["images"], wanted["images"] = (
+        [run.values["data"][n] for n in ("train_images", "test_images")],
+        facts["images"],
+    )
+    wanted |= {"status": "finished", **published["method"].get(method, {})}
+    values = {**config, **values, "status": run.status}
+    return [f"{k} {values.get(k)!r}, published {v!r}" for k, v in wanted.items() if values.get(k) != v]
 
 
-def _counting(config: Config, required: str | None) -> dict[str, Any]:
+def _counting(config: Config) -> dict[str, Any]:
     """The values of a config that a published number depends on."""
     values, keys = config.as_dict(), config.keys.items()
     counting = [n for n, key in keys if key.changes_the_run and not config.method.ignores(key) and n not in _FREE]
-    found = {name: values[name] for name in counting if name != required}
-    if config.method.augmented:
-        found["train_views"] = config.views
-    return {**found, "backbone_type": BACKBONE_ALIASES.get(config.backbone_type, config.backbone_type)}
+    views = {"views": config.views} if config.method.augmented else {}
+    return {**{name: values[name] for name in counting}, **views, "backbone_type": config.backbone_name}

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,54 +123,20 @@ def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
 # -- the answers ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SelectionAnswers:
-    """The answers under one selection.
-
-    Attributes:
-        predicted: ``(images,)`` classes.
-        probability: ``(images,)`` of the predicted class: a softmax over the scores of all classes seen.
-        module: ``(images,)`` the task whose module answered, or None for a method without modules.
-    """
-
-    predicted: np.ndarray
-    probability: np.ndarray
-    module: np.ndarray | None = None
+def details(answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """From the arrays of the ``.npz``: for each selection the accuracy on each class (%) and ECE (points), for JSON."""
+    found, true = {}, answers["true_class"]
+    for name in (array.removesuffix(".class") for array in answers if array.endswith(".class")):
+        hits = answers[f"{name}.class"] == true
+        found[name] = {
+            "per_class": metrics.group_accuracies(hits, true, len(answers["class_names"])),
+            "ece": metrics.expected_calibration_error(answers[f"{name}.probability"], hits),
+        }
+    return found
 
 
-@dataclass(frozen=True)
-class TestAnswers:
-    """The answers to all test images, by selection; the other attributes are arrays of the ``.npz``."""
-
-    files: np.ndarray
-    true_class: np.ndarray
-    class_names: Sequence[str]
-    selections: Mapping[str, SelectionAnswers]
-
-    def details(self) -> dict[str, Any]:
-        """Return for each selection the accuracy on each class (%) and ECE (points), for JSON."""
-        found = {}
-        for name, answers in self.selections.items():
-            hits = answers.predicted == self.true_class
-            found[name] = {
-                "per_class": metrics.group_accuracies(hits, self.true_class, len(self.class_names)),
-                "ece": metrics.expected_calibration_error(answers.probability, hits),
-            }
-        return found
-
-
-def write_answers(path: Path, answers: TestAnswers) -> None:
+def write_answers(path: Path, answers: Mapping[str, np.ndarray]) -> None:
     """Write the ``.npz``; the same answers give the same bytes. ``np.load`` reads it without pickles."""
-    arrays: dict[str, Any] = {
-        "files": answers.files.astype(str),
-        "true_class": answers.true_class.astype(np.int32),
-        "class_names": np.array(answers.class_names, dtype=str),
-    }
-    for name, of_name in answers.selections.items():
-        arrays[f"{name}.class"] = of_name.predicted.astype(np.int32)
-        arrays[f"{name}.probability"] = of_name.probability.astype(np.float32)
-        if of_name.module is not None:
-            arrays[f"{name}.module"] = of_name.module.astype(np.int32)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **answers)  # type: ignore[arg-type]
     atomic_write(path, buffer.getbuffer())

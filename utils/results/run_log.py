@@ -11,10 +11,9 @@ from typing import Any
 from utils import module
 from utils.config.config import Config
 from utils.config.grid import SweepCell
-from utils.config.methods import SELECTIONS
 from utils.data.tasks import Task, TaskStream
 from utils.logs import FILE_ONLY
-from utils.results.metrics import SELECTION_NAMES, cost_summary, new_classes_alone
+from utils.results.metrics import SELECTION_NAMES, cost_summary, new_classes_alone, single_image
 from utils.runs.manifest import BaseFacts, EpochStats, TaskRecord
 from utils.words import counted, fixed, task_place
 
@@ -116,10 +115,10 @@ def summary_table(run: dict[str, Any]) -> list[str]:
 def best_order_free(run: dict[str, Any]) -> str | None:
     """Say which selection that looks at one image at a time has the highest A_T, and how far ``sample`` is from it.
 
-    None for a run that has one such selection alone, or no test images. Of equal ones the first declared counts.
+    None for a run that has one such selection alone, or no test images. Of equal ones the first counts.
     """
-    last = {name: run["results"][name]["last"] for name in SELECTIONS if name in run["results"]}
-    free = {name: value for name, value in last.items() if not SELECTIONS[name].ordered and value is not None}
+    last = {name: run["results"][name]["last"] for name in single_image(run["results"])}
+    free = {name: value for name, value in last.items() if value is not None}
     if len(free) < 2 or "sample" not in free:
         return None
     best = max(free, key=lambda name: free[name])

@@ -98,11 +98,10 @@ def points(records: Sequence[TaskRecord], written: int) -> list[Point]:
 
 def summary_numbers(run: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a finished run's JSON that a table of runs needs, by name."""
-    names = ("average", "last", "forgetting", "backward_transfer")
-    numbers = {f"{name}/{selection}": of[name] for selection, of in run["results"].items() for name in names}
-    numbers |= {f"ece/{name}": of["ece"] for name, of in run["details"].items()}
+    kinds = {name: of | run["details"].get(name, {}) for name, of in run["results"].items()}
+    numbers = {f"{what}/{name}": value for name, of in kinds.items() for what, value in of.items()}
     numbers |= {f"cost/{name}": value for name, value in run["cost"].items()}
-    return {name: value for name, value in numbers.items() if value is not None}
+    return {name: value for name, value in numbers.items() if isinstance(value, float)}
 
 
 class TensorBoard(Tracker):

@@ -115,10 +115,9 @@ def log_memory(setups: Sequence[Setup], jobs: int, process: int) -> None:
 
 
 def _bytes_of_features(setup: Setup) -> int:
-    """What a run holds at a time: the test images, and a task's training images under two views (or all images)."""
+    """What a run holds at a time: the test images, and a task's training images under two views."""
     largest = max(len(task.train) for task in setup.stream(setup.config.seed[0]).tasks)
-    train = len(setup.data.train) if setup.config.method.exemplars else 2 * largest
-    return int((len(setup.data.test) + train) * setup.backbone.feature_dim * 4)
+    return int((len(setup.data.test) + 2 * largest) * setup.backbone.feature_dim * 4)
 
 
 def log_total(planned: Sequence[dict[str, Any]]) -> None:
