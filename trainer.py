@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from backbone.vit import Backbone
 from models.api.classifier import ContinualClassifier
 from models.api.predictor import Known
 from models.cost import CostMeter
@@ -22,6 +23,7 @@ from utils.config.config import Config
 from utils.config.grid import SweepCell
 from utils.data.tasks import TaskStream
 from utils.errors import BackboneError, ConfigError, DataError, NumericError, UserError
+from utils.features.bank import FeatureBank
 from utils.hardware import peak_bytes, use_full_fp32
 from utils.logs import logging_to, logging_to_terminal, progress
 from utils.ranks import ONE_RANK, Ranks, joined_ranks, world_size
@@ -136,7 +138,7 @@ def _side_by_side(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Outcome
     filled = dict[tuple[Config, int], Job]()
     for job in todo:
         try:
-            job.setup.bank(job.seed).fill(wanted_features(job.setup.config))
+            _features(job.setup, job.seed)[1].fill(wanted_features(job.setup.config))
             filled[job.setup.config, job.seed] = job
         except (DataError, BackboneError, NumericError) as error:
             yield job, error
@@ -177,7 +179,10 @@ def dry_run(cells: Sequence[SweepCell], *, jobs: int = 1) -> list[dict[str, Any]
     _check_jobs(cells, ONE_RANK, jobs)
     plan, ready = module("utils.runs.plan"), _prepared(cells, ONE_RANK, failed)
     process, filled = peak_bytes(), set[Path]()  # a probe builds the backbone, which takes memory of its own
-    planned = [plan.plan(setup, wanted_features(setup.config), filled) for _, setup in ready]
+    planned = []
+    for _, setup in ready:
+        session = () if setup.config.first_session == "none" else module("models.first_session").planned(setup, filled)
+        planned.append(plan.plan(setup, wanted_features(setup.config), filled, *session))
     if len(cells) > 1:
         plan.log_total(planned)
     if jobs > 1:
@@ -228,7 +233,7 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
     config, ranks = setup.config, setup.ranks
     if not ranks.first:
         if not ranks.share(None):  # rank 0 says whether there is anything left to do
-            setup.bank(seed).fill(wanted_features(config))
+            _features(setup, seed)[1].fill(wanted_features(config))
         return None
     paths, checkpoint = run_paths(config, seed), setup.checkpoint(seed)
     with held_folders(paths, checkpoint) as check_folders:
@@ -250,17 +255,19 @@ def run_seed(setup: Setup, seed: int) -> dict[str, Any] | None:
 
 def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> RunManifest:
     """Extract what the bank lacks, then learn, evaluate, save and report task after task."""
-    config, backbone, stream, bank = setup.config, setup.backbone, setup.stream(seed), setup.bank(seed)
-    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, start.manifest)
+    config, stream, meter = setup.config, setup.stream(seed), CostMeter(start.manifest.cost)
     _log_start(setup, seed, stream, start)
     wanted, seconds, saved = wanted_features(config), dict(start.manifest.seconds), start.saved
+    with _timed(seconds, "train"), meter.learning(setup.backbone.device):
+        backbone, bank = _features(setup, seed, start)
+    known = Known.read(config, backbone.feature_dim, backbone.device, start.source, start.manifest)
     forwards = start.manifest.backbone_forwards or bank.missing(wanted)
     manifest = replace(start.manifest, config=config.as_dict(), backbone_forwards=forwards)
     record.write_run_json(outputs.paths, manifest)
     with _timed(seconds, "features"):
         bank.fill(wanted)
     start.begin(manifest)
-    model, meter = ContinualClassifier(config, backbone, known._replace(manifest=manifest)), CostMeter(manifest.cost)
+    model = ContinualClassifier(config, backbone, known._replace(manifest=manifest))
     for task in stream.tasks[model.tasks :]:
         data = BankTask(bank, stream, task, config.views, backbone.device)
         run_log.log_task_start(task, {"backbone": backbone.parameters, **model.learner.parameter_counts()})
@@ -276,10 +283,19 @@ def _learn_tasks(setup: Setup, seed: int, outputs: Outputs, start: Start) -> Run
             manifest = manifest.with_last_results(record.details(answers), cost)
         outputs.check_folders()
         modules = {number: model.learner.module_state(number) for number in range(saved, model.tasks)}
-        model.note(outputs.checkpoint.commit(manifest, model.learner.state_dict(), modules))
+        model.note(outputs.checkpoint.commit(manifest, model.learner.state_dict(), modules, backbone.adapters))
         saved = model.tasks
         _report_task(outputs, stream, model.manifest)
     return model.manifest
+
+
+def _features(setup: Setup, seed: int, start: Start | None = None) -> tuple[Backbone, FeatureBank]:
+    """What the run's learner reads. All ranks call it; where there is a first session, rank 0 trains its adapters."""
+    if setup.config.first_session == "none":
+        return setup.backbone, setup.bank(seed)
+    session = module("models.first_session")
+    backbone = session.with_adapters(setup.config, setup.backbone, session.run_adapters(setup, seed, start))
+    return backbone, session.Banks(setup, seed, backbone)
 
 
 def _report_task(outputs: Outputs, stream: TaskStream, manifest: RunManifest) -> None:

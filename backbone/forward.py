@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from backbone.adapters import AdaptedBlock, plus_adapter
+
 TimmModel = Any  # timm's attributes have no types: nn.Module would make tensors of all of them
 HALF = torch.bfloat16
 
@@ -58,7 +60,8 @@ def _is_plain_block(block: TimmModel) -> bool:
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block
 
-    return type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+    plain = type(block) is Block or isinstance(block, AdaptedBlock)
+    return plain and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
 
 
 def plain_features(model: TimmModel, pixels: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def cls_block(block: TimmModel, x: Tensor) -> Tensor:
     v = heads(y, slice(2 * width, 3 * width))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (images, 1, width)
     x = x[:, :1] + block.ls1(attn.proj(attn.norm(out)))
-    return cast(Tensor, x + block.ls2(block.mlp(block.norm2(x))))
+    return x + plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x))))
 
 
 class Pixels(nn.Module):
@@ -164,13 +167,15 @@ class ProductFeatures(Features):
             drop_key_bias(block.attn)
             use_half_products(block.attn)
             use_half_products(block.mlp)
+            if isinstance(block, AdaptedBlock):
+                use_half_products(block.adapter)
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
         x = tokens_of(model, self.pixels(images))  # (images, tokens, dim) float32, as the residual stream stays
         for block in self._half_blocks():
             x = x.add_(block.ls1(block.attn(block.norm1(x).to(HALF))))
-            x = x.add_(block.ls2(block.mlp(block.norm2(x).to(HALF))))
+            x = x.add_(plus_adapter(block, x, block.ls2(block.mlp(block.norm2(x).to(HALF)))))
         if self.cls_only:
             x = cls_block(model.blocks[-1], x)
         return cast(Tensor, model.forward_head(model.norm(x), pre_logits=True))

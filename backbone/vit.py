@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbone.adapters import Adapters, load_adapters
 from backbone.create import HEADS_OWN, POOLINGS, choose_pooling, load_model, pooling_of, source_files, weights_file
 from backbone.flops import count_flops, quickest_ms, whole_forward_flops
 from backbone.forward import Features, ProductFeatures, TimmModel, make_features
@@ -49,6 +50,8 @@ class Backbone:
         cost: FLOPs of one image here, FLOPs through the whole timm model, and milliseconds here; None: not measured.
         build: makes the same backbone, ready.
         ready: the forward pass, once it is built.
+        adapters: those of the first session, None without any.
+        parts: the backbones whose features make up this one's, side by side; empty: it is one.
     """
 
     name: str
@@ -66,7 +69,9 @@ class Backbone:
     cost: tuple[int, int, float] | None = None
     build: "Callable[[], Backbone] | None" = None
     ready: Features | None = None
-    _building: threading.Lock = field(default_factory=threading.Lock)
+    adapters: Adapters | None = None
+    parts: "tuple[Backbone, ...]" = ()
+    _building: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @classmethod
     def of(
@@ -168,7 +173,7 @@ def load_backbone(config: Config, device: torch.device, cache_dir: Path | None =
     if record and facts:
 
         def build() -> Backbone:
-            built = _built(config, device, precision)
+            built = build_backbone(config, device, precision)
             if built.weights_sha256 != facts["weights_sha256"]:
                 record.path.unlink(missing_ok=True)
                 raise BackboneError(
@@ -180,7 +185,7 @@ def load_backbone(config: Config, device: torch.device, cache_dir: Path | None =
 
         backbone = Backbone(**facts, device=device, build=build)
     else:
-        backbone = _built(config, device, precision)
+        backbone = build_backbone(config, device, precision)
         if record:
             record.write(backbone)
     for level, text in backbone.remarks:
@@ -188,7 +193,8 @@ def load_backbone(config: Config, device: torch.device, cache_dir: Path | None =
     return backbone
 
 
-def _built(config: Config, device: torch.device, precision: str) -> Backbone:
+def build_backbone(config: Config, device: torch.device, precision: str, adapters: Adapters | None = None) -> Backbone:
+    """A new model with its weights, and with ``adapters``, if any."""
     name, model, remarks = load_model(config)
     own, pooling = pooling_of(model), choose_pooling(model, config.pooling, name)
     if pooling != "token":
@@ -196,6 +202,8 @@ def _built(config: Config, device: torch.device, precision: str) -> Backbone:
         choice = "; pooling=token reads its class token" if has_token else ""
         text = f"{name}: the feature is not a class token but {POOLINGS.get(pooling, pooling)}{choice}"
         remarks.append((logging.WARNING, text))
+    if adapters:
+        load_adapters(model, adapters)
     return Backbone.of(
         model,
         name=name,
@@ -207,6 +215,7 @@ def _built(config: Config, device: torch.device, precision: str) -> Backbone:
         image_size=config.image_size,
         remarks=remarks,
         sources=source_files(model, config),
+        adapters=adapters,
     )
 
 

@@ -1,13 +1,15 @@
 """(i) CPU time of a forward pass against its bare matrix products, in one run on one thread.
 
     python -m benchmarks.forward [--backbone vit_base_patch16_224] [--image-size 224] [--batch 8] [--images FOLDER]
+                                 [--adapter]
 
 *Products*: the matrix products of every block alone, ready operands, nothing between them. *Autocast*: timm's modules
 under bf16 autocast with the last block for the class token alone, as this project computed it before. *Forward*: the
 backbone's own pass. *fp32*: the same at fp32, with its own products. *Attention*: scaled-dot-product attention on
 strided and on contiguous heads, and as two batched products around a softmax. Times are CPU time of the thread, the
 best of some rounds that alternate, so that a busy machine does not blur their ratios. The cosines to fp32 are over
-``--images`` (the first 64 by name, at even distances), else over random pixels.
+``--images`` (the first 64 by name, at even distances), else over random pixels. With ``--adapter`` the same forward
+passes with an adapter in every block, drawn at random, take part: their times by the plain ones', their cosine.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.forward import HALF, PlainFeatures, TimmModel, cls_features, make_features, supports_cls_only
+from backbone.adapters import add_adapters
+from backbone.forward import HALF, Features, PlainFeatures, TimmModel, cls_features, make_features, supports_cls_only
 from backbone.vit import load_backbone
 from benchmarks.images import machine
 from utils.config.config import make_config
@@ -120,6 +124,14 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     before = AutocastFeatures(copy.deepcopy(model), normalize=args.normalize, autocast=True)
     images = some_images(args.images, args.image_size)
     batch = images[: args.batch]
+    with_adapters: dict[str, Features] = {}
+    if args.adapter:
+        add_adapters(model, seed=0)
+        for block in model.blocks:
+            nn.init.normal_(block.adapter.up.weight, std=0.02)  # about as large as 20 epochs at rate 0.5 make it
+        for precision, name in (("fp32", "fp32, adapters"), ("bf16", "forward, adapters")):
+            of = copy.deepcopy(model)
+            with_adapters[name] = make_features(of, precision=precision, normalize=args.normalize)
     found = best_of_rounds(
         {
             "products, bf16": products(model, args.batch, HALF),
@@ -127,12 +139,16 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             "forward": lambda: half(batch),
             "products, fp32": products(model, args.batch, torch.float32),
             "fp32": lambda: exact(batch),
+            **{name: partial(features, batch) for name, features in with_adapters.items()},
             **attentions(model, args.batch, HALF),
         },
         args.rounds,
     )
-    for name, features in (("autocast", before), ("forward", half)):
-        pairs = [(exact(part), features(part)) for part in images.split(args.batch)]
+    compared = [("autocast", exact, before), ("forward", exact, half)]
+    if args.adapter:
+        compared.append(("forward, adapters", with_adapters["fp32, adapters"], with_adapters["forward, adapters"]))
+    for name, wanted, features in compared:
+        pairs = [(wanted(part), features(part)) for part in images.split(args.batch)]
         cosines = torch.cat([F.cosine_similarity(expected, rows) for expected, rows in pairs])
         found[f"{name}: smallest cosine"], found[f"{name}: mean cosine"] = cosines.min().item(), cosines.mean().item()
     return found
@@ -145,6 +161,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of images; else random pixels")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--normalize", action="store_true")
+    parser.add_argument("--adapter", action="store_true")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -157,6 +174,8 @@ def main() -> None:
         else:
             base = found["products, fp32" if "fp32" in name else "products, bf16"]
             print(f"{name:26} {value:9.1f} ms  {value / base:6.2f} of its bare products")
+    for name in ("fp32", "forward") if args.adapter else ():
+        print(f"{name} with adapters / plain: {found[f'{name}, adapters'] / found[name]:.3f}")
     print(f"forward / autocast: {found['forward'] / found['autocast']:.2f}")
     print(f"end: {machine()}")
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+from backbone.adapters import blocks_of
 from backbone.vit import load_backbone, resolve_device
 from models.base import training_features
 from utils import module
@@ -40,6 +41,8 @@ def prepare(config: Config, ranks: Ranks, before: Setup | None = None) -> Setup:
         log.warning("num_workers %d is above the %d CPUs of this process", config.num_workers, available_cpus())
     cache_dir = resolve_cache_dir(config.cache_dir)
     backbone = same_backbone.backbone if same_backbone else load_backbone(config, device, cache_dir)
+    if config.first_session != "none":
+        blocks_of(backbone.model)  # a model without such blocks is known here
     for name in ("mlp_ratio", "se_ratio"):
         if getattr(config, name) > backbone.feature_dim:
             width = f"the feature width {backbone.feature_dim} of {backbone.name}"

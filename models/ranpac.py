@@ -5,9 +5,14 @@ The paper first tunes the backbone on the first task by a parameter-efficient me
 here: every learner of this project sees the same frozen features. Training images pass the test transform, without
 augmentation. The statistics, and how λ is chosen, are in ``models/streaming/ridge.py``.
 
+A class's score is wᵀh, as in the paper's own code. LAMDA-PILOT scores through its cosine layer, which divides w by its
+norm (and h by its own, the same for all classes): ``ranpac_normalized`` does that.
+
 With ``ranpac_whitened`` (an extension of this project) half of the random features are of the whitened feature, in a
 regression of their own: ``models/streaming/ridge_pair.py``. It is what ``tosca_white`` has without its modules.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +22,7 @@ from models.streaming.ridge import RandomRidge
 from models.streaming.ridge_pair import RidgePair
 from utils.config.config import Config
 from utils.config.methods import Key, Method
+from utils.errors import ConfigError
 from utils.seeds import derive_seed
 
 METHOD = Method(
@@ -30,9 +36,17 @@ METHOD = Method(
             "two regressions of 5,000 random features, one of them on the whitened feature, in place of one of 10,000",
             affects="module",
         ),
+        Key(
+            "ranpac_normalized",
+            bool,
+            False,
+            "divide each class's weights by their norm, as LAMDA-PILOT's cosine layer does; false: as the paper's code",
+            affects="module",
+        ),
     ),
 )
 RANDOM_FEATURES = 10_000  # the paper's M
+EPSILON = 1e-12  # the shortest length by which a class's weights are divided
 
 
 class RanPAC(Learner):
@@ -43,6 +57,8 @@ class RanPAC(Learner):
     def __init__(self, config: Config, dim: int, device: torch.device, seed: int) -> None:
         super().__init__(config, dim, device, seed)
         self.ridge: RandomRidge | RidgePair
+        if config.own["ranpac_whitened"] and config.own["ranpac_normalized"]:
+            raise ConfigError("ranpac_normalized is for one regression; leave out ranpac_whitened, or this key")
         if config.own["ranpac_whitened"]:
             self.ridge = RidgePair(dim, RANDOM_FEATURES // 2, derive_seed("ridges", seed), device)
         else:
@@ -53,4 +69,7 @@ class RanPAC(Learner):
 
     def scores(self, features: Tensor) -> Tensor:
         """Regressed one-hot targets; of two regressions the mean of their log-probabilities."""
-        return self.ridge.scores(features)
+        scores = self.ridge.scores(features)
+        if self.config.own["ranpac_normalized"]:
+            scores = scores / cast(RandomRidge, self.ridge).weight.norm(dim=0).clamp_min(EPSILON).to(scores)
+        return scores

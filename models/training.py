@@ -157,17 +157,17 @@ def make_step(
     return Step(module, classifier, config)
 
 
-def checked_mean(losses: Tensor, epoch: int) -> float:
+def checked_mean(losses: Tensor, epoch: int, hint: str = HINT_LOWER_LR) -> float:
     """Mean loss of an epoch; one look at the device for all its steps."""
     values = host_values(losses)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         step = bad[0] + 1
-        raise NumericError(f"epoch {epoch + 1}, step {step}: the loss is {values[bad[0]]}; {HINT_LOWER_LR}")
+        raise NumericError(f"epoch {epoch + 1}, step {step}: the loss is {values[bad[0]]}; {hint}")
     return float(host_values(losses.cpu().double().mean()))
 
 
-def check_finite(tensors: dict[str, Tensor]) -> None:
+def check_finite(tensors: dict[str, Tensor], hint: str = HINT_LOWER_LR) -> None:
     """What the last step made is in no loss: look at it before it is saved.
 
     Raises:
@@ -175,4 +175,4 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise NumericError(f"after its last step: {name} is not finite; {HINT_LOWER_LR}")
+            raise NumericError(f"after its last step: {name} is not finite; {hint}")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backbone.adapters import Adapters
 from backbone.vit import Backbone, load_backbone, resolve_device
 from models.api.predictor import Known, Predictor
 from models.base import TaskData, make_learner, training_features, twin
@@ -80,7 +81,8 @@ class ContinualClassifier(Predictor):
         changed |= {} if backbone_weights is None else {"backbone_weights": str(backbone_weights)}
         changed |= {} if device is None else {"device": [device]}
         config = make_config({**manifest.config, **changed}, str(checkpoint.manifest_path))
-        backbone = load_same_backbone(config, resolve_device(config), manifest.backbone["weights_sha256"])
+        sha256, adapters = manifest.backbone["weights_sha256"], checkpoint.load_session(manifest)
+        backbone = load_same_backbone(config, resolve_device(config), sha256, adapters)
         return cls(config, backbone, Known.read(config, backbone.feature_dim, backbone.device, checkpoint, manifest))
 
     # -- learning --------------------------------------------------------------------------------------------------
@@ -111,13 +113,23 @@ class ContinualClassifier(Predictor):
         before = self._known.learned
         learned = before.with_task(names, domain)
         task = next_task(before, np.asarray([names.index(label) for label in named]), len(names))
-        bank = self._bank(GivenImages(sources, named, self.max_pixels))
-        bank.fill(training_features(self.config))
-        self.backbone_forwards += bank.forwards
-        content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
-        stream = TaskStream((task,), learned.class_names, learned.row_class)
-        manifest = self.manifest.with_images(learned, len(sources), content)
-        self.learn_task(BankTask(bank, stream, task, self.config.views, self.backbone.device), manifest)
+        split = GivenImages(sources, named, self.max_pixels)
+        backbone, seed = self.backbone, self.manifest.seed
+        try:
+            if self.config.first_session != "none" and not self.tasks:
+                session, first = module("models.first_session"), split.subset(task.train)
+                adapters = session.adapted_to(self.config, backbone.device, first, task.train_rows, seed, 0)
+                self.backbone = session.with_adapters(self.config, backbone, adapters)
+            bank = self._bank(split)
+            bank.fill(training_features(self.config))
+            self.backbone_forwards += bank.forwards
+            content = hashlib.sha256(bank.read("train", TEST_VIEW, task.train).tobytes()).hexdigest()
+            stream = TaskStream((task,), learned.class_names, learned.row_class)
+            manifest = self.manifest.with_images(learned, len(sources), content)
+            self.learn_task(BankTask(bank, stream, task, self.config.views, self.backbone.device), manifest)
+        except BaseException:
+            self.backbone = backbone
+            raise
 
     def learn_task(
         self,
@@ -210,8 +222,8 @@ class ContinualClassifier(Predictor):
         checkpoint = CheckpointFolder(expanded(folder))
         with FolderLock(checkpoint.folder / ".lock", f"checkpoint folder {str(folder)!r}"):
             aside = checkpoint.move_aside()
-            modules = [self.learner.module_state(task) for task in range(self.tasks)]  # None for each without modules
-            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), dict(enumerate(modules))))
+            modules = {task: self.learner.module_state(task) for task in range(self.tasks)}  # None without modules
+            self.note(checkpoint.commit(self.manifest, self.learner.state_dict(), modules, self.backbone.adapters))
         return aside
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -221,6 +233,7 @@ class ContinualClassifier(Predictor):
             "manifest": self.manifest.to_json(),
             "device": str(self.backbone.device),
             "max_pixels": self.max_pixels,
+            "adapters": self.backbone.adapters,
             "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
             "modules": [{name: t.cpu() for name, t in of_task.items()} for of_task in self.module_states()],
         }
@@ -232,7 +245,8 @@ class ContinualClassifier(Predictor):
         """The object that was pickled; the backbone's weights are read again, and must be the same."""
         manifest = RunManifest.from_json(state["manifest"])
         config = make_config(state["config"], "the state of a model")
-        backbone = load_same_backbone(config, torch.device(state["device"]), manifest.backbone["weights_sha256"])
+        sha256, adapters = manifest.backbone["weights_sha256"], state["adapters"]
+        backbone = load_same_backbone(config, torch.device(state["device"]), sha256, adapters)
         learner = make_learner(config, backbone.feature_dim, backbone.device, manifest.seed)
         if manifest.tasks:
             learner.load_state_dict(state["learner"], state["modules"])
@@ -257,8 +271,10 @@ class ContinualClassifier(Predictor):
         return str(module("models.api.hub").push_to_hub(self, repo_id, private=private))
 
 
-def load_same_backbone(config: Config, device: torch.device, sha256: str | None) -> Backbone:
-    """The backbone that ``config`` names; its weights must have that hash, if one is given."""
+def load_same_backbone(
+    config: Config, device: torch.device, sha256: str | None, adapters: Adapters | None = None
+) -> Backbone:
+    """The backbone that ``config`` names, with ``adapters``; its weights must have that hash, if one is given."""
     try:
         cache_dir = resolve_cache_dir(config.cache_dir)  # of the run's machine, which may be another one
         backbone = load_backbone(config, device, cache_dir if cache_dir and cache_dir.is_dir() else None)
@@ -272,4 +288,6 @@ def load_same_backbone(config: Config, device: torch.device, sha256: str | None)
             f"{backbone.weights_sha256[:12]}…, the run's {str(sha256)[:12]}…; modules fit the weights that they were "
             "trained on alone: give that file with --backbone-weights"
         )
+    if config.first_session != "none":
+        backbone = module("models.first_session").with_adapters(config, backbone, adapters)
     return backbone

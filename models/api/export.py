@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from backbone.vit import load_backbone
+from models.api.classifier import load_same_backbone
 from models.base import Learner, make_learner
 from utils.errors import ConfigError, UserError
 from utils.files import expanded, human_size, output_file
@@ -74,7 +74,9 @@ def as_module(model: "Predictor", selection: str | None = None) -> ImageClassifi
     if model.backbone.precision == "fp32":
         features = copy.deepcopy(model.backbone.features).to(CPU)
     else:
-        features = load_backbone(replace(model.config, precision="fp32"), CPU).features
+        features = load_same_backbone(
+            replace(model.config, precision="fp32"), CPU, None, model.backbone.adapters
+        ).features
     learner = model.learner
     if learner.device != CPU:
         learner = make_learner(model.config, learner.dim, CPU, learner.seed)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.answers import all_answers
 from models import knn
+from models.aper import APER
 from models.base import Learner
 from models.fecam import FeCAM
 from models.knn import KNN
@@ -23,7 +24,7 @@ from utils.config.methods import METHODS
 from utils.errors import ConfigError, NumericError
 
 DIM, CPU = 6, torch.device("cpu")
-LEARNERS = [SimpleCIL, NcmEuclidean, NcmLda, FeCAM, RanPAC, KNN, LinearJoint]
+LEARNERS = [SimpleCIL, APER, NcmEuclidean, NcmLda, FeCAM, RanPAC, KNN, LinearJoint]
 JOINT = (LinearJoint,)  # what sees the data of all tasks
 
 
@@ -258,6 +259,23 @@ def test_ranpac_is_the_ridge_with_the_papers_width(data):
     ridge.update(*data, 5)
     assert RANDOM_FEATURES == 10_000
     torch.testing.assert_close(answers(taught(RanPAC, *data, [5]), data[0]), ridge.scores(data[0]))
+
+
+def test_ranpac_may_divide_each_classs_weights_by_their_norm(data):
+    plain = taught(RanPAC, *data, [2, 3])
+    scores, lengths = answers(plain, data[0]), plain.ridge.weight.norm(dim=0).float()
+    assert lengths.max() > 1.1 * lengths.min()
+    torch.testing.assert_close(
+        answers(taught(RanPAC, *data, [2, 3], ranpac_normalized=True), data[0]), scores / lengths
+    )
+    with pytest.raises(ConfigError, match="ranpac_normalized is for one regression; leave out ranpac_whitened"):
+        untaught(RanPAC, ranpac_normalized=True, ranpac_whitened=True)
+
+
+def test_aper_worked_by_hand():
+    """Plain and adapted feature (1 + 1 numbers) count as long as they are, not each by its angle."""
+    learner = taught(APER, torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 1]), [2])
+    torch.testing.assert_close(answers(learner, torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
 
 
 def test_joint_classifier_is_at_the_minimum(data):

@@ -134,6 +134,17 @@ class Config:
     scenario: str = _key(
         "class", "data", "tasks bring new classes, or the same classes in new domains", choices=("class", "domain")
     )
+    first_session: str = _key(
+        "none",
+        "session",
+        "what is put into the backbone and trained on the first task, before all is frozen",
+        choices=("none", "adapter"),
+    )
+    first_session_lr: float = _key(
+        0.01, "session", "its initial learning rate; 0.01 does little on few images: docs/baselines.md", above=0
+    )
+    first_session_epochs: int = _key(20, "session", "its passes over the first task's images", low=1, high=100_000)
+    first_session_weight_decay: float = _key(0.0005, "session", "its weight decay")
     continue_from: str | None = _key(
         None, "stream", "a checkpoint folder on top of which the classes of this data are learned", recorded_as="base"
     )
@@ -153,6 +164,10 @@ class Config:
         for name, value in self.method.fixed:
             if (given := getattr(self, name)) not in (value, KEYS[name].default):
                 raise ConfigError(f"{name} is always {value!r} under {self.model_name}, got {given!r}; remove the key")
+            object.__setattr__(self, name, value)
+        for name, key in KEYS.items() if self.first_session == "none" else ():
+            if key.affects == "session":  # equal runs are to have equal configs
+                object.__setattr__(self, name, key.default)
         for name in ("init_cls", "increment"):
             if self.scenario == "domain":  # a task is a domain: equal runs are to have equal configs
                 object.__setattr__(self, name, None)

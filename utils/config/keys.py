@@ -21,6 +21,7 @@ AFFECTS = {
     "report": "what a run says",
     "data": "the images",
     "backbone": "the frozen features",
+    "session": "the adapters that the first session puts into the backbone",
     "views": "the augmented views of the training images",
     "stream": "which classes come in which order, and all that is drawn from the seed",
     "training": "how a task is learned",
@@ -29,7 +30,12 @@ AFFECTS = {
 }
 _WITHOUT_EFFECT = ("place", "speed", "report")  # runs that differ in them alone compute the same
 _BEFORE_LEARNING = ("data", "backbone", "speed")  # the loaded data and backbone depend on them
-_FIXED_ONCE_SAVED = ("backbone", "module", "method")  # what is learned on top of a saved run must agree in them
+_FIXED_ONCE_SAVED = (
+    "backbone",
+    "session",
+    "module",
+    "method",
+)  # what is learned on top of a saved run must agree in them
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ BACKBONE_ALIASES = {
 
 # keys of LAMDA-PILOT and PyCIL that configs of theirs carry: accepted, and a line in the log says what counts here
 _NO_EXEMPLARS = "no old images are kept"
-_FROZEN = "the backbone stays as it is, without prompts or adapters in it"
+_FROZEN = "there are no prompts; first_session=adapter trains adapters of width 64"
 UNUSED_KEYS = {
     "memory_size": _NO_EXEMPLARS,
     "memory_per_class": _NO_EXEMPLARS,

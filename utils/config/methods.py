@@ -50,6 +50,7 @@ class Method:
         modular: whether it saves a module for each task.
         reads: which of the shared keys it reads, by what they affect: ``training``, ``module``.
         fixed: shared keys that it does not leave open, with their value; a config gives this value or none.
+        plain_too: whether it reads the plain feature beside that of the backbone with adapters.
         module: the import path of its file; no declaration says it.
     """
 
@@ -63,6 +64,7 @@ class Method:
     modular: bool = False
     reads: tuple[str, ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
+    plain_too: bool = False
     module: str = ""
 
     @property

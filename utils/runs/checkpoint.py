@@ -1,10 +1,11 @@
 """A run's folder: checked when it is read, committed in one step after each task, never overwritten.
 
 ``task<i>.pth`` is a LuCA alone, under the release's keys. ``classifier<t>.pth`` is what else prediction and further
-learning need after task t. ``results.jsonl`` has a line for each task, to which nothing but lines are ever added.
-``run.manifest`` names these files with their SHA-256 and says how much of the last one counts; it holds the run's
-identity, and a SHA-256 of its own; replacing it is the commit. A process that dies between two commits leaves the last
-one whole: what lies beyond it in ``results.jsonl`` is not read, and the next commit cuts it off.
+learning need after task t. ``first_session.pth`` holds the backbone's adapters, of a run that has any.
+``results.jsonl`` has a line for each task, to which nothing but lines are ever added. ``run.manifest`` names these
+files with their SHA-256 and says how much of the last one counts; it holds the run's identity, and a SHA-256 of its
+own; replacing it is the commit. A process that dies between two commits leaves the last one whole: what lies beyond it
+in ``results.jsonl`` is not read, and the next commit cuts it off.
 """
 
 import hashlib
@@ -40,8 +41,8 @@ from utils.runs.manifest import RunManifest, TaskRecord
 
 FORMAT = 1  # of the manifest and of all that it names
 # JSON, but not named so, for scripts that collect the JSON files below a log folder
-MANIFEST, RESULTS = "run.manifest", "results.jsonl"
-RUN_FILE = re.compile(rf"(task|classifier)\d{{1,6}}\.pth|{re.escape(RESULTS)}|{re.escape(MANIFEST)}")
+MANIFEST, RESULTS, SESSION = "run.manifest", "results.jsonl", "first_session.pth"
+RUN_FILE = re.compile(rf"(task|classifier)\d{{1,6}}\.pth|{'|'.join(map(re.escape, (RESULTS, MANIFEST, SESSION)))}")
 MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
 
 
@@ -113,15 +114,24 @@ class CheckpointFolder:
 
     def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
-        found = {name: load_tensors(self.check(manifest, name)) for name in manifest.files if name != RESULTS}
+        others = (RESULTS, SESSION)
+        found = {name: load_tensors(self.check(manifest, name)) for name in manifest.files if name not in others}
         numbers = sorted(int(name[len("task") : -len(".pth")]) for name in found if name.startswith("task"))
         modules = [found.pop(module_name(number)) for number in numbers]
         return next(iter(found.values()), {}), modules
 
+    def load_session(self, manifest: RunManifest) -> dict[str, Tensor] | None:
+        """The ``first_session.pth`` that ``manifest`` names; None if there is none."""
+        return load_tensors(self.check(manifest, SESSION)) if SESSION in manifest.files else None
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def commit(
-        self, manifest: RunManifest, state: dict[str, Tensor], modules: Mapping[int, dict[str, Tensor] | None]
+        self,
+        manifest: RunManifest,
+        state: dict[str, Tensor],
+        modules: Mapping[int, dict[str, Tensor] | None],
+        adapters: dict[str, Tensor] | None = None,
     ) -> RunManifest:
         """Save what the newest tasks changed, then the manifest that names it; return that manifest.
 
@@ -129,6 +139,7 @@ class CheckpointFolder:
             manifest: with the results of these tasks.
             state: of the classifier, after the last of them.
             modules: by task, from 0; None where the method has none. Task 0 among them begins the folder anew.
+            adapters: of the backbone, saved with task 0; None: it has none.
         """
         first, last = min(modules), max(modules)
         if first == 0:
@@ -137,19 +148,14 @@ class CheckpointFolder:
         for task, module in modules.items():
             if module is not None:
                 named = {MODULE_PREFIX + key: tensor for key, tensor in module.items()}
-                files[module_name(task)] = self._save(module_name(task), named)
-        files[classifier_name(last)] = self._save(classifier_name(last), state)
+                files[module_name(task)] = save_tensors(self.folder / module_name(task), named)
+        if first == 0 and adapters is not None:
+            files[SESSION] = save_tensors(self.folder / SESSION, adapters)
+        files[classifier_name(last)] = save_tensors(self.folder / classifier_name(last), state)
         manifest = self._with_lines(replace(manifest, files=files), manifest.tasks[first:])
         self.write_manifest(manifest)
         self.remove_old_files(manifest)
         return manifest
-
-    def _save(self, name: str, state: dict[str, Tensor]) -> str:
-        """Write a file of tensors; return the SHA-256 of what was meant, not of what the disk made of it."""
-        buffer = io.BytesIO()
-        torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
-        atomic_write(self.folder / name, buffer.getbuffer())
-        return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
     def _with_lines(self, manifest: RunManifest, records: Sequence[TaskRecord]) -> RunManifest:
         """Add lines to ``results.jsonl`` behind those that ``manifest`` names; return the manifest that names them."""
@@ -269,6 +275,14 @@ def _check_sha256(path: Path, found: str, manifest: RunManifest) -> None:
 def _sha256_of_values(values: dict[str, Any]) -> str:
     """Of JSON values, whatever their order and layout in the file; all keys are strings."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors; return the SHA-256 of what was meant, not of what the disk made of it."""
+    buffer = io.BytesIO()
+    torch.save({key: tensor.detach().cpu().clone() for key, tensor in state.items()}, buffer)
+    atomic_write(path, buffer.getbuffer())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

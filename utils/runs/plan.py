@@ -11,20 +11,28 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import View
 from utils.files import human_size
 from utils.hardware import total_memory
-from utils.runs.checkpoint import MANIFEST, RESULTS, classifier_name, module_name
+from utils.runs.checkpoint import MANIFEST, RESULTS, SESSION, classifier_name, module_name
 from utils.runs.setup import WRITTEN_WHOLE, Setup, run_paths
 from utils.words import counted
 
 log = logging.getLogger(__name__)
 
 
-def plan(setup: Setup, wanted: Sequence[View], counted_before: set[Path]) -> dict[str, Any]:
+def plan(
+    setup: Setup,
+    wanted: Sequence[View],
+    counted_before: set[Path],
+    adapted: Sequence[FeatureBank] = (),
+    session_passes: int = 0,
+) -> dict[str, Any]:
     """Log the tasks, forward passes, disk, files and time of a run that was only set up. Nothing is written.
 
     Args:
         setup: the run.
         wanted: every (split, view) that it reads.
         counted_before: the arrays of features that an earlier run of the same start fills; this run's are added.
+        adapted: of each seed, the bank of the features with adapters; empty without a first session.
+        session_passes: forward passes in the time that training the adapters takes.
 
     Returns:
         ``forwards`` and ``bytes`` that the feature bank lacks, ``seconds`` that the forward passes would take
@@ -33,12 +41,15 @@ def plan(setup: Setup, wanted: Sequence[View], counted_before: set[Path]) -> dic
     log.info("Backbone: %s", setup.backbone)
     for seed in setup.config.seed:
         _log_tasks(setup, seed)
-    lacking = _lacking(setup, wanted, counted_before)
+    plain = () if adapted and not setup.config.method.plain_too else map(setup.bank, setup.config.seed)
+    lacking = _lacking([*adapted, *plain], wanted, counted_before)
     forwards = sum(bank.missing(views) for bank, views in lacking)
     size = sum(bank.bytes_needed(views) for bank, views in lacking)
     log.info("Forward passes missing from the feature bank, all seeds: %d", forwards)
     _log_space(setup, size)
-    seconds = _probe(lacking, forwards) if forwards else None
+    if session_passes:
+        log.info("First session, all seeds: takes about as long as %d forward passes", session_passes)
+    seconds = _probe(lacking, forwards + session_passes) if forwards else None
     if seconds is None:
         log.info("Time: every feature is there; only learning and evaluation remain")
     files = [path for seed in setup.config.seed for path in _files(setup, seed)]
@@ -61,11 +72,12 @@ def _log_tasks(setup: Setup, seed: int) -> None:
         )
 
 
-def _lacking(setup: Setup, wanted: Sequence[View], before: set[Path]) -> list[tuple[FeatureBank, Sequence[View]]]:
-    """For each seed its bank and what no earlier seed or run will have put there; in memory every seed begins anew."""
+def _lacking(
+    banks: Sequence[FeatureBank], wanted: Sequence[View], before: set[Path]
+) -> list[tuple[FeatureBank, Sequence[View]]]:
+    """Each bank and what no earlier seed or run will have put there; in memory every seed begins anew."""
     lacking = list[tuple[FeatureBank, Sequence[View]]]()
-    for seed in setup.config.seed:
-        bank = setup.bank(seed)
+    for bank in banks:
         paths = {view: bank.path(view) for view in wanted}
         lacking.append((bank, [view for view in wanted if paths[view] not in before]))
         before |= {path for path in paths.values() if path}
@@ -84,7 +96,7 @@ def _log_space(setup: Setup, size: int) -> None:
 
 
 def _probe(lacking: Sequence[tuple[FeatureBank, Sequence[View]]], forwards: int) -> float:
-    """Estimated seconds of all missing forward passes."""
+    """Estimated seconds of forward passes, also of some that take as long as others."""
     rate = next(bank.probe(views) for bank, views in lacking if bank.missing(views))
     log.info(
         "Time, an estimate from a short probe of this backbone, device and images: %.1f images a second, %s "
@@ -98,6 +110,7 @@ def _files(setup: Setup, seed: int) -> list[Path]:
     """Modules, results, classifier and report of one seed."""
     folder, paths, tasks = setup.checkpoint(seed).folder, run_paths(setup.config, seed), len(setup.stream(seed).tasks)
     modules = [module_name(task) for task in range(tasks)] if setup.config.method.modular else []
+    modules += [SESSION] if setup.config.first_session != "none" else []
     names = (*modules, RESULTS, classifier_name(tasks - 1), MANIFEST)
     return [*(folder / name for name in names), *(paths.file(suffix) for suffix in (".log", *WRITTEN_WHOLE))]
 

@@ -43,11 +43,12 @@ class Setup:
     def stream(self, seed: int) -> TaskStream:
         return make_stream(self.data, self.config, seed, self.base.learned if self.base else None)
 
-    def bank(self, seed: int) -> FeatureBank:
+    def bank(self, seed: int, backbone: Any = None) -> FeatureBank:
+        """The features of ``backbone``, by default the plain one."""
         c = self.config
         return FeatureBank(
             self.data,
-            self.backbone,
+            backbone or self.backbone,
             image_size=c.image_size,
             augment_seed=c.view_seed(seed),
             fingerprints=self.fingerprints,
