@@ -63,3 +63,20 @@ def test_a_bar_that_no_terminal_shows_is_made_of_whole_lines(monkeypatch):
     lines = sys.stderr.getvalue().split("\n")
     assert lines[-1] == "" and lines.count("a line") == 3 and "\r" not in sys.stderr.getvalue()
     assert [line for line in lines if line != "a line" and not line.startswith("bar: ")] == [""]
+
+
+class OnlyWrites:
+    """What programs put in the place of standard error to have it in their log: it can do nothing but write."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+@pytest.mark.parametrize("stderr", [None, OnlyWrites()], ids=["none", "only writes"])
+def test_a_bar_needs_no_whole_standard_error(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert list(progress(range(3), desc="bar")) == [0, 1, 2]
+    assert stderr is None or "bar: " in stderr.text

@@ -30,14 +30,18 @@ def free_port() -> str:
     ("changed", "words"),
     [
         ({"WORLD_SIZE": ""}, "WORLD_SIZE, which is empty"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number below 1000000, got 'two'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number from 0 to 999999, got 'two'"),
         ({"RANK": None}, "RANK, which is empty"),
-        ({"RANK": "2"}, "RANK must be a whole number below 2, got '2'"),
+        ({"RANK": "2"}, "RANK must be a whole number from 0 to 1, got '2'"),
         ({"MASTER_PORT": None}, "MASTER_PORT, which is empty"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR, which is empty"),
         ({"MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR 'nowhere.invalid', the machine of rank 0, is not known"),
         ({"LOCAL_RANK": None}, "LOCAL_RANK, which is empty"),  # as Kubernetes' job controller and MPI start them
         ({"LOCAL_WORLD_SIZE": None}, "LOCAL_WORLD_SIZE, which is empty"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be a whole number from 1 to 2, got '0'"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK must be a whole number from 0 to 0, got '1'"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT must be a whole number from 1 to 65535, got '70000'"),
+        ({"MASTER_ADDR": "a" * 70}, "the machine of rank 0, is not known (encoding with 'idna'"),
     ],
 )
 def test_what_the_environment_lacks_is_one_line_that_names_the_variable(monkeypatch, changed, words):

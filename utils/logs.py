@@ -78,7 +78,7 @@ class _Lines:
     """A stream for a bar where there is no terminal: each state of it is a line of its own."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.flush = stream, stream.flush
+        self.stream, self.flush = stream, getattr(stream, "flush", lambda: None)
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -87,7 +87,9 @@ class _Lines:
 
 def progress(iterable: Any = None, **options: Any) -> tqdm:
     """A tqdm bar; in a file (a cluster's log) it writes a line every ten seconds instead of ten states a second."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None:  # a service that has none
+        return tqdm(iterable, **{**options, "disable": True})
+    if not getattr(sys.stderr, "isatty", bool)():  # what a program puts in its place may only write
         options = {**options, "file": _Lines(sys.stderr), "mininterval": 10.0}
     return tqdm(iterable, **{"file": sys.stderr, "dynamic_ncols": True, **options})
 

@@ -89,11 +89,12 @@ def _variable(name: str) -> str:
     raise UserError(f"one of several processes needs the environment variable {name}, which is empty; {_START}")
 
 
-def _number(name: str, below: int = 1_000_000) -> int:
+def _number(name: str, below: int = 1_000_000, low: int = 0) -> int:
     text = _variable(name)
-    if text.isdecimal() and int(text) < below:
+    if text.isdecimal() and low <= int(text) < below:
         return int(text)
-    raise UserError(f"the environment variable {name} must be a whole number below {below}, got {text!r}; {_START}")
+    must_be = f"must be a whole number from {low} to {below - 1}"
+    raise UserError(f"the environment variable {name} {must_be}, got {text!r}; {_START}")
 
 
 @contextmanager
@@ -106,17 +107,17 @@ def joined_ranks() -> Iterator[Ranks]:
     if count <= 1:
         yield ONE_RANK
         return
-    host, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
-    ranks = Ranks(_number("RANK", count), count, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
+    host, port = _variable("MASTER_ADDR"), _number("MASTER_PORT", 65_536, low=1)
+    local_count = _number("LOCAL_WORLD_SIZE", count + 1, low=1)
+    ranks = Ranks(_number("RANK", count), count, _number("LOCAL_RANK", local_count), local_count)
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     try:
         socket.getaddrinfo(host, port)
-    except OSError as error:
-        raise UserError(
-            f"MASTER_ADDR {host!r}, the machine of rank 0, is not known ({error.strerror}); {_START}"
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter: no name of a machine looks like that
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"MASTER_ADDR {host!r}, the machine of rank 0, is not known ({reason}); {_START}") from None
     met = f"the {count} processes of WORLD_SIZE did not meet at MASTER_ADDR {host!r}, MASTER_PORT {port}"
     with _waiting(f"{met}: one did not come within {MEETING}, or another program uses the port"):
         store, _, _ = next(rendezvous("env://", timeout=MEETING))

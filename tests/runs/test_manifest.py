@@ -189,6 +189,12 @@ def test_versions_load_no_package_that_a_run_may_not_need():
     assert not {"torchvision", "timm"} & set(loaded)
 
 
+def test_a_package_that_is_installed_under_another_name_has_an_unknown_version(monkeypatch):
+    """As Pillow-SIMD, whose distribution is not called pillow."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0" if name != "pillow" else version("no-such"))
+    assert (versions()["timm"], versions()["pillow"]) == ("1.0", "unknown")
+
+
 def test_the_sizes_of_all_tasks_are_in_the_json(tmp_path):
     """A continued run that tests new classes alone reports its own tasks; its title needs those before, too."""
     made = replace(manifest(3, 3), base=BaseFacts("folder", 2, 2, "sha", "new classes alone", 2))

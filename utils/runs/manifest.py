@@ -240,12 +240,17 @@ def run_identity(config: Config, seed: int, backbone: Any, images_sha256: dict[s
 
 def versions() -> dict[str, str]:
     """The versions of what computes the numbers; nothing is loaded for it but PyTorch, which knows its own build."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
-    others = {name: version(name) for name in ("torchvision", "timm", "numpy", "pillow")}
-    return {"python": platform.python_version(), "torch": str(torch.__version__), **others}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("torchvision", "timm", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # it is installed as something else, as Pillow-SIMD is
+            found[name] = "unknown"
+    return found
 
 
 def first_manifest(config: Config, seed: int, backbone: Any) -> RunManifest:
