@@ -4,10 +4,10 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from models import ContinualClassifier, Predictions
+    from models import ContinualClassifier
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "tqdm"]
 
@@ -19,7 +19,6 @@ _LATER = [  # imported late, yet within the window below
         "models.api.predictions",
         "models.api.hub",
         "models.api.export",
-        "utils.runs.continuing",
     ),
     *("utils.data.transforms", "utils.data.folders", "utils.data.loader"),
     "utils.features.extraction",
@@ -39,16 +38,6 @@ def tosca(checkpoint: str, backbone_weights: str | None = None, device: str | No
     """
     load = _models().ContinualClassifier.load
     return cast("ContinualClassifier", load(checkpoint, backbone_weights=backbone_weights, device=device))
-
-
-def from_state(state: dict[str, Any]) -> "ContinualClassifier":
-    """A model in another process: what unpickling calls, with the ``state`` of the model that was pickled."""
-    return cast("ContinualClassifier", _models().ContinualClassifier.from_state(state))
-
-
-def predictions(*values: Any) -> "Predictions":
-    """Answers in another process: what unpickling calls, with their values."""
-    return cast("Predictions", _models().Predictions(*values))
 
 
 def _models() -> ModuleType:

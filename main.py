@@ -1,7 +1,8 @@
-"""Train and evaluate TOSCA or a baseline: python main.py --config=exps/tosca_cifar.json [key=value ...]"""
+"""Train and evaluate TOSCA or a baseline: python main.py --config exps/tosca_cifar.json [key=value ...]"""
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(globals().get("__file__", "main.py")).resolve().parent))
 
 from utils.cli import Parser, exit_process, run_command
+from utils.config.config import Config
 from utils.config.grid import make_grid
 from utils.config.methods import ROOT, methods_help
+from utils.errors import DataError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (``utils.cli``), or 1 if --check-data finds problems."""
-    return run_command("main.py", lambda: _run(_parser().parse_intermixed_args(argv)), needs_output=False)
+    hint = "start the same command again to go on (without --fresh)"
+    return run_command("main.py", lambda: _run(_parser().parse_intermixed_args(argv)), hint=hint, needs_output=False)
 
 
 DEMO = ROOT / "exps" / "tosca_demo.json"
@@ -30,7 +34,13 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", type=Path, default=DEMO, metavar="FILE", help="experiment file, see exps/")
+    add(
+        "--config",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="experiment files, see exps/; all are checked first",
+    )
     add("overrides", nargs="*", metavar="key=value", help="replace a key of the file")
     add(
         "--sweep",
@@ -57,14 +67,12 @@ def _parser() -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     """Do what the arguments say; return the exit code."""
-    cells = make_grid(args.config, args.overrides, args.sweep)
-    config = cells[0].config
+    first, *others = args.config or [str(DEMO)]
+    given = [text for text in others if re.match(r"\w+=", text)]  # what follows --config FILE may be overrides
+    files = [Path(text) for text in (first, *others) if text not in given]
+    cells = make_grid(files, [*given, *args.overrides], args.sweep)
     if args.check_data:
-        from utils.data.check import check_data, summary
-
-        found = check_data(config)
-        print(json.dumps(found, indent=1) if args.json else "\n".join(summary(found)))
-        return 0 if found["good"] else 1
+        return _check_data([cell.config for cell in cells], as_json=args.json)
     import trainer  # after the config is known to be good: this loads PyTorch
     from utils.hardware import use_full_fp32
     from utils.logs import logging_to_terminal
@@ -72,10 +80,27 @@ def _run(args: argparse.Namespace) -> int:
     use_full_fp32()
     with logging_to_terminal():
         if args.dry_run:
-            trainer.dry_run(cells)
+            trainer.dry_run(cells, jobs=args.jobs)
         else:
             trainer.run(cells, fresh=args.fresh, jobs=args.jobs)
     return 0
+
+
+def _check_data(configs: Sequence[Config], *, as_json: bool) -> int:
+    """Check the images of each data set once; return 1 if any has problems. One that is missing is told at the end."""
+    from utils.data.check import check_data, summary
+
+    found, missing = [], list[str]()
+    for config in {(c.dataset, c.data_path, c.scenario, c.image_size): c for c in configs}.values():
+        try:
+            found.append(check_data(config))
+        except DataError as error:
+            missing.append(f"{config.dataset}: {error}")
+    lines = [line for of in found for line in summary(of)]
+    print(json.dumps(found if len(configs) > 1 else found[0], indent=1) if as_json and found else "\n".join(lines))
+    if missing:
+        raise DataError("; ".join(missing))
+    return 0 if all(of["good"] for of in found) else 1
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ import argparse
 import codecs
 import os
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from utils.errors import DataError, UserError
 from utils.hardware import use_full_fp32
 
 if TYPE_CHECKING:
-    from models import ContinualClassifier
     from models.api.predictor import FileAnswers
     from utils.data.folders import Unused
     from utils.results.answers import FeatureFile, Form
@@ -53,18 +51,9 @@ def _export(args: argparse.Namespace) -> int:
     from models.api.export import export
 
     model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
-    _check_output("--export", args.export, args.checkpoint, model)
     path = export(model, args.export, args.selection)
     print(f"{path}: {model!r}")
     return 0
-
-
-def _check_output(option: str, output: Path, checkpoint: Path, model: "ContinualClassifier") -> None:
-    """The files of run and backbone are no place for an output."""
-    from utils.results.answers import check_output
-
-    weights = model.config.backbone_weights
-    check_output(option, output, [*checkpoint.iterdir(), *([Path(weights)] if weights else [])])
 
 
 def _parser() -> Parser:
@@ -114,26 +103,15 @@ def named_paths(paths: Sequence[str]) -> Iterator[Path]:
                 yield Path(name)
 
 
-def _files(args: argparse.Namespace, unused: "Unused") -> Iterator[Path]:
-    """Every image that is asked for, in order; none of them may be the file that features go to."""
-    from utils.data.folders import find_images
-    from utils.results.answers import check_output
-
-    for path in find_images(named_paths(args.paths), unused):
-        if args.features:
-            check_output("--features", args.features, [path])
-        yield path
-
-
 def run(args: argparse.Namespace) -> int:
     """Load the run, answer image after image, return the exit code."""
     from models import ContinualClassifier
-    from utils.data.folders import Unused
+    from utils.data.folders import Unused, find_images
     from utils.logs import progress
     from utils.results.answers import FORMATS, FeatureFile
 
     unused = Unused()
-    total = None if "-" in args.paths else sum(1 for _ in _files(args, unused))
+    total = None if "-" in args.paths else sum(1 for _ in find_images(named_paths(args.paths), unused))
     if total == 0:
         raise DataError(f"{', '.join(args.paths)}: no image there{unused_sentence(unused)}")
     model = ContinualClassifier.load(args.checkpoint, backbone_weights=args.backbone_weights, device=args.device)
@@ -143,15 +121,11 @@ def run(args: argparse.Namespace) -> int:
     top_k = min(args.top_k, len(model.class_names))
     tasks = model.tasks if model.has_modules else 0
     shown = {"top_k": top_k, "tasks": tasks, "selection": selection, "explain": args.explain, "domains": model.domains}
-    form, order = FORMATS[args.form](model.class_names, **shown), deque[Path]()
-    with ExitStack() as stack:
-        features = None
-        if args.features:
-            _check_output("--features", args.features, args.checkpoint, model)
-            features = stack.enter_context(FeatureFile(args.features, model.backbone.feature_dim))
-        bar = stack.enter_context(progress(total=total, unit="img"))
-        files = _noted(_files(args, unused if total is None else Unused()), order)
-        unreadable = _answer_all(model.predict_files(files, top_k, selection), order, form, features, bar)
+    form = FORMATS[args.form](model.class_names, **shown)
+    files = find_images(named_paths(args.paths), unused if total is None else Unused())
+    kept = FeatureFile(args.features, model.backbone.feature_dim) if args.features else nullcontext()
+    with kept as features, progress(total=total, unit="img") as bar:
+        unreadable = _answer_all(model.predict_files(files, top_k, selection), form, features, bar)
     if sentence := unused_sentence(unused):
         print(f"predict.py: not used{sentence}", file=sys.stderr)
     if unreadable:
@@ -159,35 +133,26 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def _noted(files: Iterable[Path], order: deque[Path]) -> Iterator[Path]:
-    for path in files:
-        order.append(path)
-        yield path
-
-
-def _answer_all(
-    batches: Iterable["FileAnswers"], order: deque[Path], form: "Form", features: "FeatureFile | None", bar: Any
-) -> int:
-    """Write an answer for each path of ``order``, in that order; return how many images could not be read."""
+def _answer_all(batches: Iterable["FileAnswers"], form: "Form", features: "FeatureFile | None", bar: Any) -> int:
+    """Write an answer for each file, in order; return how many could not be read."""
     from tqdm import tqdm
 
     unreadable = 0
     _print(form.head())
-    for paths, predictions, errors in batches:
+    for files, predictions, errors in batches:
         answers = iter(predictions.to_dicts() if predictions is not None else ())
-        broken, unreadable = {id(path): error for path, error in errors}, unreadable + len(errors)
-        here = [order.popleft() for _ in range(len(paths) + len(errors))]
-        for path in here:
-            if (error := broken.get(id(path))) is not None:
-                tqdm.write(f"predict.py: {error}", file=sys.stderr)
-                _print(form.failed(str(path), str(error)))
+        for place, path in enumerate(files):
+            if place in errors:
+                tqdm.write(f"predict.py: {errors[place]}", file=sys.stderr)
+                _print(form.failed(str(path), str(errors[place])))
             else:
                 _print(form.lines({"file": str(path), **next(answers)}))
         if features is not None:
             rows = predictions.features.numpy() if predictions is not None else None
-            features.write(rows, [id(path) not in broken for path in here])
+            features.write(rows, [place not in errors for place in range(len(files))])
         sys.stdout.flush()
-        bar.update(len(here))
+        unreadable += len(errors)
+        bar.update(len(files))
     return unreadable
 
 

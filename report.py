@@ -1,7 +1,6 @@
 """Tables and pictures from the JSON files of runs: python report.py [FOLDER or JSON ...]"""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ sys.path.insert(0, str(Path(globals().get("__file__", "report.py")).resolve().pa
 from utils.cli import Parser, exit_process, run_command
 from utils.errors import UserError
 from utils.files import atomic_write, output_file
-from utils.results import page, render
-from utils.results.cells import HasTable
-from utils.results.comparison import Differences, make_comparisons
+from utils.results import render
+from utils.results.comparison import make_comparisons
 from utils.results.escape import terminal
-from utils.results.metrics import SELECTION_NAMES
+from utils.results.metrics import SELECTION_NAMES, terms
+from utils.results.published import PUBLISHED, Entry, published_table, read_published
 from utils.results.read import newest_of_each, read_runs
-from utils.results.tables import Section, make_cost_tables, make_sections
+from utils.results.tables import Section, cost_tables, make_sections, section_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +39,14 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"only these rows of the tables: {', '.join(SELECTION_NAMES)}",
     )
+    parser.add_argument(
+        "--published",
+        nargs="?",
+        const=PUBLISHED,
+        type=Path,
+        metavar="FILE",
+        help="also judge runs of the paper's protocols against its numbers (default: exps/published.json)",
+    )
     parser.add_argument("--no-pictures", action="store_true", help="tables only")
     return parser
 
@@ -48,46 +55,45 @@ def _report(args: argparse.Namespace) -> int:
     runs, skipped = read_runs(args.places or [Path("logs")])
     runs, old = newest_of_each(runs)
     sections, empty = make_sections(runs)
-    comparisons = make_comparisons(sections, args.selection)
-    behind = [Differences(comparison) for comparison in comparisons]
-    costs = make_cost_tables(sections)
-    tables: list[HasTable] = [*comparisons, *behind, *costs]
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is no folder; give another one")
-    page_file = output_file(args.html, "--html") if args.html else None
-    print(render.as_text([*sections, *comparisons, *costs], args.selection, styled=_styled()))
-    print(render.glossary_text() + "\n")
-    notes = [terminal(note) for note in (*skipped, *old, *empty)]
-    for note in notes:
-        print(note)
-    files = {
-        "tables.md": render.as_markdown([*sections, *tables], args.selection),
-        "tables.tex": render.as_latex([*sections, *tables], args.selection),
-    }
-    for name, text in files.items():
-        _write(args.out / name, "--out", text)
-    print(f"Tables: {', '.join(str(args.out / name) for name in files)}")
-    pictures = {} if args.no_pictures else _draw(sections, args.out)
-    if page_file:
-        _write(page_file, "--html", page.as_html(sections, args.selection, pictures, notes, tables))
+    page = output_file(args.html, "--html") if args.html else None
+    comparisons = make_comparisons(sections, args.selection)
+    main_tables, differences = [table for table, _ in comparisons], [table for _, table in comparisons]
+    results, costs = [section_table(section, args.selection) for section in sections], cost_tables(sections)
+    entries = list[Entry]()
+    if args.published:
+        judged, entries = published_table(runs, read_published(args.published))
+        costs.append(judged)
+    defined = terms([run.values for run in runs], args.selection)
+    print(render.as_text([*main_tables, *results, *costs], defined) + "\n")
+    for note in (*skipped, *old, *empty):
+        print(terminal(note))
+    for name, markup in (("tables.md", render.MARKDOWN), ("tables.tex", render.LATEX)):
+        _write(args.out / name, "--out", render.write([*main_tables, *results, *differences, *costs], markup, defined))
+    print(f"Tables: {args.out / 'tables.md'}, {args.out / 'tables.tex'}")
+    pictures = [] if args.no_pictures else _draw(sections, entries, args.out)
+    if page:
+        parts: list[render.Table | render.Picture] = [*main_tables]
+        for place, table in enumerate(results):
+            parts += [table, *(pictures[place] if pictures else [])]
+        parts += [*differences, *costs, *(pictures[-1] if pictures else [])]
+        title = f"Results on {', '.join(section.short_title for section in sections) or 'no data yet'}"
+        _write(page, "--html", render.write(parts, render.HTML, defined, title))
         print(f"Page: {args.html}")
     return 0
 
 
-def _styled() -> bool:
-    """Whether standard output is a terminal that shows bold and underlined type."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def _draw(sections: Sequence[Section], folder: Path) -> dict[str, dict[str, list[tuple[str, Path]]]]:
+def _draw(sections: Sequence[Section], entries: Sequence[Entry], folder: Path) -> list[list[render.Picture]]:
+    """The pictures of each section, then those against published curves; none without matplotlib."""
     try:
         from utils.results import figures
     except ImportError as error:
         print(f"No pictures: they need matplotlib ({error}); pip install matplotlib")
-        return {}
-    pictures = {section.key: figures.draw_section(section, folder) for section in sections}
-    count = sum(len(drawn) for groups in pictures.values() for drawn in groups.values())
-    print(f"Pictures: {count} in {folder}, each as PNG and PDF")
+        return []
+    pictures = [figures.draw_section(section, folder) for section in sections]
+    pictures.append(figures.draw_published(entries, folder))
+    print(f"Pictures: {sum(map(len, pictures))} in {folder}, each as PNG and PDF")
     return pictures
 
 

@@ -29,7 +29,7 @@ from utils.hardware import single_thread
 from utils.ranks import ONE_RANK
 from utils.results import record
 from utils.runs.manifest import RunManifest
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 COMMAND = "benchmarks.many_tasks"
 PHASES = ("learning", "evaluation", "bookkeeping")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --kills 200
 
-Single runs, runs of two seeds, sweeps, and runs that continue a saved one (apart from it, and in its place) take turns.
+Single runs, runs of two seeds, sweeps, and runs that continue a saved one take turns.
 Each life of a run is a process that ``SIGKILL`` ends, either at a moment drawn uniformly from the time that a whole
 run takes, or when it has just done something delicate, such as opening a file of a save. Lives follow each other until
 the run is finished; then every file that it leaves (modules, classifier, results, features, JSON, picture; but times)
@@ -89,7 +89,7 @@ class Race:
     def begin(self) -> None:
         """Write the config again, which all plans share, and start from nothing."""
         write_config(self.plan, self.folder)
-        empty(self.plan, self.folder)
+        empty(self.folder)
 
 
 def start(work: Path, arguments: Sequence[str]) -> Life:
@@ -205,7 +205,7 @@ def undisturbed(plan: Plan, folder: Path) -> Race:
     """Run ``plan`` to its end, twice (the first also fills the file system's caches), and keep what it leaves."""
     arguments = write_config(plan, folder)
     for _ in range(2):
-        empty(plan, folder)
+        empty(folder)
         expected_s = finish(folder / "run", arguments)
     race = Race(plan, folder, arguments, expected_s, snapshot(folder / "run"))
     print(f"{plan.name}, uninterrupted: {race.expected_s:.1f} s, {len(race.expected)} files", flush=True)

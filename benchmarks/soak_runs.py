@@ -42,15 +42,14 @@ class Plan:
     arguments: tuple[str, ...] = ()
     data: str = "before"
     runs: int = 1
-    continues: str = ""  # "apart": in a folder of its own; "in place": where the saved run lies
+    continues: bool = False  # whether it learns on top of the saved run
 
 
 PLANS = (
     Plan("one run"),
     Plan("two seeds", ("seed=1993-1994",), runs=2),
     Plan("a sweep", ("--sweep", "flow=tosca,calibrator", "l1=0,0.001"), runs=4),
-    Plan("a continued run", data="new", continues="apart"),
-    Plan("a run continued in place", data="new", continues="in place"),
+    Plan("a continued run", data="new", continues=True),
 )
 
 
@@ -73,26 +72,23 @@ def write_config(plan: Plan, folder: Path) -> list[str]:
     work = folder / "run"
     keys = {**SETTINGS, **{key: str(work / key) for key in PLACES}, "data_path": str(folder / "data" / plan.data)}
     if plan.continues:
-        keys["continue_from"] = str((work if plan.continues == "in place" else folder / "saved") / "checkpoint_dir")
+        keys["continue_from"] = str(folder / "saved" / "checkpoint_dir")
     path = folder / "config.json"
     path.write_text(json.dumps(keys))
     return [f"--config={path}", *plan.arguments]
 
 
-def empty(plan: Plan, folder: Path) -> None:
-    """Remove what a run left in ``folder``/run, so that the next one begins; in place, it begins as the saved run."""
+def empty(folder: Path) -> None:
+    """Remove what a run left in ``folder``/run, so that the next one begins."""
     work = folder / "run"
     shutil.rmtree(work, ignore_errors=True)
-    if plan.continues == "in place":
-        shutil.copytree(folder / "saved", work)
-    else:
-        work.mkdir()
+    work.mkdir()
 
 
 def snapshot(work: Path) -> dict[str, Any]:
-    """Every file below ``work`` but logs and locks: its SHA-256, or what it says but for times."""
+    """Every file below ``work`` but logs, locks and measured times: its SHA-256, or what it says but for times."""
     found: dict[str, Any] = {}
-    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+    for path in sorted(p for p in work.rglob("*") if p.is_file() and p.parent.name != "backbones"):
         name = _STAMP.sub("DATE", str(path.relative_to(work)))
         if path.name == MANIFEST or path.suffix == ".json":
             found[name] = _timeless(json.loads(_STAMP.sub("DATE", path.read_text(encoding="utf-8"))))

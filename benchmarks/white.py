@@ -128,8 +128,7 @@ class Curve:
         probability, answer = scores.softmax(dim=1).max(dim=1)
         hits = (answer == true).numpy()
         self.accuracy.append(float(hits.mean() * 100))
-        bins = metrics.reliability(probability.numpy(), hits)
-        self.ece.append(metrics.expected_calibration_error(bins) or 0.0)
+        self.ece.append(metrics.expected_calibration_error(probability.numpy(), hits) or 0.0)
 
     @property
     def average(self) -> float:
@@ -232,7 +231,7 @@ def draw(answers: Sequence[Curves], parts: Sequence[Curves], path: Path) -> None
     """A dot for each seed and a bar for the mean: A_T by answer, and inside the true task by ingredients."""
     from matplotlib.figure import Figure
 
-    from utils.results.drawing import save
+    from utils.results.figures import save
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)

@@ -17,8 +17,8 @@ from models.base import Learner, kept_numbers
 from utils.config.config import Config
 from utils.data.tasks import TaskStream
 from utils.hardware import forget_peak, peak_bytes
-from utils.results.cost import (
-    AS_PUBLISHED,
+from utils.results.metrics import (
+    BY_RELEASE,
     EVAL_MS,
     INFERENCE,
     LEARNER,
@@ -71,9 +71,9 @@ class CostMeter:
             PEAK_MB: self.counted[PEAK_MB],
             PARAMS: (backbone.parameters + kept_numbers(learner)) / 1e6,
             TRAINABLE: manifest.tasks[-1].parameters["trainable"] / 1e6,
-            EVAL_MS + AS_PUBLISHED: modules * backbone.forward_ms + answer_ms[first],
-            INFERENCE + AS_PUBLISHED: modules * whole + answering[first],
-            TRAIN + AS_PUBLISHED: self.counted[LEARNER] + whole * passes,
+            EVAL_MS + BY_RELEASE: modules * backbone.forward_ms + answer_ms[first],
+            INFERENCE + BY_RELEASE: modules * whole + answering[first],
+            TRAIN + BY_RELEASE: self.counted[LEARNER] + whole * passes,
             LEARNER: self.counted[LEARNER],
             **{f"{INFERENCE}, {name}": forward + answering[name] for name in learner.selections[1:]},
             **{f"{EVAL_MS}, {name}": backbone.forward_ms + answer_ms[name] for name in learner.selections[1:]},

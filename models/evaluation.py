@@ -14,7 +14,6 @@ from utils.features.bank import FeatureBank
 from utils.features.rows import TEST_VIEW
 from utils.results import metrics
 from utils.results.metrics import SELECTION_NAMES
-from utils.results.predictions import Predictions, SelectionPredictions
 from utils.runs.manifest import TaskRecord
 from utils.seeds import derive_seed
 
@@ -52,19 +51,17 @@ class Evaluation:
     Attributes:
         record: the numbers of the task.
         images: ``(images,)`` which images of the test split were answered, in this order.
-        true_class: ``(images,)`` their classes.
-        answers: to each image, by selection.
+        answers: to each image, the arrays of ``utils.results.record`` by name, but those of names.
     """
 
     record: TaskRecord
     images: np.ndarray
-    true_class: np.ndarray
-    answers: dict[str, SelectionPredictions]
+    answers: dict[str, np.ndarray]
 
-    def predictions(self, keys: Sequence[str], class_names: Sequence[str]) -> Predictions:
-        """Return the answers with the names of images (of the whole test split) and of all classes."""
+    def named(self, keys: Sequence[str], class_names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the arrays with the names of images (of the whole test split) and of all classes."""
         files = np.array([keys[image] for image in self.images], dtype=str)
-        return Predictions(files, self.true_class, tuple(class_names), self.answers)
+        return {"files": files, "class_names": np.array(class_names, dtype=str), **self.answers}
 
 
 def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int, seed: int) -> Evaluation:
@@ -84,23 +81,25 @@ def evaluate(learner: Learner, bank: FeatureBank, stream: TaskStream, task: int,
         row_class,
     )
     results: dict[str, dict[str, Any]] = {}
-    confusion, entropy, answers = {}, {}, {}
+    confusion, entropy = {}, {}
+    answers: dict[str, np.ndarray] = {"true_class": true_class.astype(np.int32)}
     for name, kept in found.items():
         predicted = kept.top[:, 0]
         hits = predicted == true_class
         results[name] = {
             "top1": metrics.percent(hits),
             "top5": metrics.percent(metrics.top_k_hits(kept.top, true_class, 5)),
-            "per_task": metrics.task_accuracies(hits, true_task, len(seen)),
+            "per_task": metrics.group_accuracies(hits, true_task, len(seen)),
             "groups": _groups(stream, task, predicted, true_class, true_task),
         }
-        answers[name] = SelectionPredictions(predicted, kept.probability, kept.module)
+        answers |= {f"{name}.class": predicted.astype(np.int32), f"{name}.probability": kept.probability}
         if kept.module is not None:
+            answers[f"{name}.module"] = kept.module.astype(np.int32)
             results[name]["selection_accuracy"] = metrics.percent(kept.module == true_task)
             confusion[name] = metrics.confusion(true_task, kept.module, len(seen))
             if kept.entropy is not None:
                 entropy[name] = metrics.entropy_by_module(kept.entropy, kept.module, true_task, len(seen))
-    return Evaluation(TaskRecord(results, confusion, entropy), images, true_class, answers)
+    return Evaluation(TaskRecord(results, confusion, entropy), images, answers)
 
 
 class _Kept(NamedTuple):

@@ -54,7 +54,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "models/streaming/ridge.py": STREAMING,
     "models/streaming/ridge_pair.py": STREAMING,
     "models/streaming/whitening.py": STREAMING,
-    "utils/results/metrics.py": ("tests/results/test_metrics.py", "tests/results/test_predictions.py"),
+    "utils/results/metrics.py": ("tests/results/test_metrics.py", "tests/results/test_record.py"),
     "utils/data/tasks.py": ("tests/data/test_tasks.py", "tests/test_domains.py"),
     "utils/data/transforms.py": (
         "tests/data/test_data.py",

@@ -119,7 +119,7 @@ def test_ctrl_c_while_python_shuts_down_is_quiet():
     assert process.stdout.readline() == "last\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert err == "\nprog: stopped; start the same command again to go on\n"
+    assert err == "\nprog: stopped; start it again\n"
     assert process.returncode == 130
 
 

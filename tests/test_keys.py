@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from utils.config.keys import Key
 from utils.config.methods import METHODS, read_method
 from utils.errors import ConfigError
 from utils.results.read import Run
-from utils.runs.manifest import fixed_once_saved, run_identity
+from utils.runs.continuing import fixed_once_saved
+from utils.runs.manifest import run_identity
 
 MEASURED: dict[str, Any] = {"weights_sha256": "w", "precision": "fp32", "images_sha256": {"train": "a", "test": "b"}}
+BACKBONE = SimpleNamespace(**MEASURED, variant={})
 VALID = {**TINY, "dataset": "imagefolder"}
 # values that pass where the next number or another text would not
 OTHER = {"device": ["cpu"], "seed": [7], "milestones": [3], "backbone_type": "vit_small_patch16_224", "init_cls": 3}
@@ -37,7 +40,7 @@ def other_value(key: Key) -> Any:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    return run_identity(config, config.seed[0], **MEASURED)
+    return run_identity(config, config.seed[0], BACKBONE, MEASURED["images_sha256"])
 
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
@@ -60,13 +63,13 @@ def test_a_key_may_be_swept_as_its_declaration_says(key, tmp_path):
     path.write_text(json.dumps(VALID))
     value = other_value(key)
     text = json.dumps(value) if isinstance(value, (list, bool)) else value
-    cells = make_grid(path, [], [f"{key.name}={text}"])
+    cells = make_grid([path], [], [f"{key.name}={text}"])
     named = cells[0].name.partition("=")[0]
     assert cells[0].config.as_dict()[key.name] == value or named == key.name
     assert named == (key.name if key.changes_the_run and not key.is_list else "")
     if not key.changes_the_run and not key.is_list:
         with pytest.raises(ConfigError, match="does not change what a run computes"):
-            make_grid(path, [], [f"{key.name}={text},{text}"])
+            make_grid([path], [], [f"{key.name}={text},{text}"])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -18,15 +18,14 @@ from typing import Any, NoReturn, TextIO, cast
 from utils.errors import UserError, machine_fault
 
 DEBUG = "TOSCA_DEBUG"  # =1 in the environment: every fault shows its traceback
-HINT_GO_ON = "start the same command again to go on"
 
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, or SIGTERM, such as a cluster sends before it takes the machine away."""
 
-    def __init__(self, number: int, hint: str | None = None) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
-        self.number, self.hint = number, hint  # hint: how to go on, where that is not what the command says
+        self.number = number
 
 
 class OutputFailed(Exception):
@@ -75,7 +74,9 @@ class SafeOutput:
         return getattr(self.stream, name)
 
 
-def run_command(prog: str, action: Callable[[], int], *, hint: str = HINT_GO_ON, needs_output: bool = True) -> int:
+def run_command(
+    prog: str, action: Callable[[], int], *, hint: str = "start it again", needs_output: bool = True
+) -> int:
     """Do what a command does; return its exit code.
 
     Args:
@@ -119,9 +120,8 @@ def _code_of(prog: str, action: Callable[[], int], hint: str) -> int:
         print(f"{prog}: error: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        stopped = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
-        print(f"\n{prog}: stopped; {stopped.hint or hint}", file=sys.stderr)
-        return 128 + stopped.number
+        print(f"\n{prog}: stopped; {hint}", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 
 def fault_of(error: Exception) -> UserError:

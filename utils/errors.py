@@ -10,13 +10,7 @@ class UserError(Exception):
     """A fault that the user can correct. The message names the thing, what was found and what to do.
 
     It is no ``ValueError``: no handler of our own for bad values may swallow it.
-
-    Attributes:
-        goes_on: whether the same command, started again when the fault is corrected, goes on with what is done, so
-            that a user who gave ``--fresh`` must leave it out.
     """
-
-    goes_on = True
 
 
 class ConfigError(UserError):
@@ -38,8 +32,6 @@ class CheckpointError(UserError):
 class DamagedRunError(CheckpointError):
     """A run whose saved files are not what was saved: only a copy, or starting over, helps, and the line says so."""
 
-    goes_on = False
-
     def __str__(self) -> str:
         return f"{super().__str__()}; {HINT_RESTORE}"
 
@@ -50,8 +42,6 @@ class BankError(UserError):
 
 class NumericError(UserError):
     """A NaN or an infinite number where there must be none."""
-
-    goes_on = False  # it would come again: another config is another run
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

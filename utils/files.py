@@ -24,10 +24,17 @@ def atomic_write(path: Path, content: bytes | memoryview, *, flush: bool = True)
         flush: False leaves the time of writing to the system, for what can be made again: after a loss of power the
             file may be empty.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, partial_path(path), flush=flush) as file:
             file.write(content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever refuses to let ``path`` be written becomes one line."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); what was there is unchanged: {remedy_of(error)}, then start "

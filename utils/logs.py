@@ -17,17 +17,17 @@ FILE_ONLY = {"file_only": True}  # as ``extra`` of a log call: the line stays of
 
 
 @contextmanager
-def logging_to_terminal() -> Iterator[None]:
+def logging_to_terminal(*, shown: bool = True) -> Iterator[None]:
     """Send log lines to standard output, but for those of the file alone (progress bars go to standard error).
 
-    All lines are kept for the next file that ``logging_to`` opens: a run says much before its log begins.
+    All lines, ``shown`` or not, are kept for the next file that ``logging_to`` opens: a run says much before that.
     """
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     terminal.addFilter(lambda record: not getattr(record, "file_only", False))
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
-    root.handlers = [terminal, MemoryHandler(0)]
+    root.handlers = [terminal, MemoryHandler(0)] if shown else [MemoryHandler(0)]
     root.setLevel(logging.INFO)
     for noisy in ("timm", "huggingface_hub", "httpx", "PIL", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -14,6 +14,6 @@ def task_place(task: int, tasks: int, domains: Sequence[str] = ()) -> str:
     return f"{task + 1} of {tasks}{named}"
 
 
-def fixed(value: float, digits: int) -> str:
-    """Return ``value`` with so many digits after the point; what rounds to zero has no sign."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+def fixed(value: float | None, digits: int) -> str:
+    """Return ``value`` with so many digits after the point; what rounds to zero has no sign; a dash for None."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"

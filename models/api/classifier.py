@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from backbone.vit import Backbone, load_backbone, resolve_device
-from models.api.pickling import maker
 from models.api.predictor import Known, Predictor
 from models.base import TaskData, make_learner, training_features, twin
 from models.evaluation import BankTask, evaluate
@@ -35,8 +34,7 @@ from utils.features.bank import FeatureBank, resolve_cache_dir
 from utils.features.rows import TEST_VIEW
 from utils.files import FolderLock, expanded
 from utils.logs import epoch_bar
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.continuing import read_run
+from utils.runs.checkpoint import CheckpointFolder, read_run
 from utils.runs.manifest import EpochStats, RunManifest, TaskRecord, first_manifest
 from utils.seeds import modes_of_a_run
 from utils.words import task_place
@@ -226,7 +224,7 @@ class ContinualClassifier(Predictor):
             "learner": {name: tensor.cpu() for name, tensor in self.learner.state_dict().items()},
             "modules": [{name: t.cpu() for name, t in of_task.items()} for of_task in self.module_states()],
         }
-        return maker(ContinualClassifier.from_state, "from_state"), (state,)
+        return ContinualClassifier.from_state, (state,)
 
     @classmethod
     @modes_of_a_run()

@@ -1,6 +1,5 @@
-"""The answers to some images: tensors for programs, a table for a notebook, plain values for everything else."""
+"""The answers to some images: tensors for programs, plain values for everything else."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,11 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.api.pickling import maker
-from utils.words import counted, task_place
-
-SHOWN_IMAGES = 20  # rows of the table in a notebook
-SHOWN_CLASSES = 3  # classes in each of its rows
+from utils.words import counted
 
 
 @dataclass(frozen=True)
@@ -90,59 +85,11 @@ class Predictions:
             dicts.append({**named[0], "top": named, "selection": self.selection, **own})
         return dicts
 
-    def to_dataframe(self) -> Any:
-        """A pandas DataFrame with one row an image: class, probability, the runners-up, and the module's columns.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        try:
-            import pandas  # type: ignore[import-untyped,unused-ignore]
-        except ImportError:
-            raise ImportError("to_dataframe needs pandas: pip install pandas (to_dicts needs nothing)") from None
-        rows = []
-        for answer in self.to_dicts():
-            row = {"class": answer["class"], "probability": answer["probability"]}
-            for rank, other in enumerate(answer["top"][1:], start=2):
-                row |= {f"class_{rank}": other["class"], f"probability_{rank}": other["probability"]}
-            row["selection"] = answer["selection"]
-            row |= {name: answer[name] for name in ("module", "entropy", "margin") if name in answer}
-            rows.append(row)
-        return pandas.DataFrame(rows)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return maker(Predictions, "predictions"), tuple(getattr(self, field.name) for field in fields(self))
-
     def __repr__(self) -> str:
-        first = ", ".join(f"{name} {share:.1%}" for name, share in self._best()[:3])
+        best = zip(self.top[:3, :1], self.probabilities[:3, :1], strict=True)
+        first = ", ".join(f"{self.class_names[int(number)]} {float(share):.1%}" for number, share in best)
         more = ", …" if len(self) > 3 else ""
         return f"Predictions({counted(len(self), 'image')}, selection {self.selection}: {first}{more})"
-
-    def _best(self) -> list[tuple[str, float]]:
-        return list(zip(self.classes, self.probabilities[:, 0].tolist(), strict=True)) if len(self) else []
-
-    def _repr_html_(self) -> str:
-        """A table for a notebook; tasks are counted from 1."""
-        runners = min(SHOWN_CLASSES, self.top.shape[1]) - 1
-        titles = ["", "class", "probability"]
-        titles += ["runners-up"] if runners > 0 else []
-        titles += ["task"] if self.module is not None else []
-        rows = []
-        for number, answer in enumerate(self.to_dicts()[:SHOWN_IMAGES]):
-            cells = [str(number), answer["class"], f"{answer['probability']:.1%}"]
-            if runners > 0:
-                others = answer["top"][1 : 1 + runners]
-                cells.append(", ".join(f"{other['class']} {other['probability']:.1%}" for other in others))
-            if self.module is not None:
-                cells.append(task_place(answer["module"], self.tasks, self.domains))
-            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-        head = "".join(f"<th>{title}</th>" for title in titles)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        rest = len(self) - len(rows)
-        caption = f"{counted(len(self), 'image')}, selection {html.escape(self.selection)}" + (
-            f"; {rest} not shown" if rest else ""
-        )
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     @staticmethod
     def joined(parts: Sequence["Predictions"]) -> "Predictions":

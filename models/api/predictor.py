@@ -27,7 +27,8 @@ from utils.runs.manifest import RunManifest
 from utils.seeds import modes_of_a_run
 from utils.words import counted
 
-FileAnswers = tuple[list[Path], Predictions | None, list[tuple[Path, DataError]]]
+FileAnswers = tuple[list[Path], Predictions | None, dict[int, DataError]]
+FileBatch = tuple[list[Path], list[Tensor], dict[int, DataError]]
 
 
 class Known(NamedTuple):
@@ -189,37 +190,34 @@ class Predictor:
     ) -> Iterator[FileAnswers]:
         """Classify any number of files in constant memory; threads read ahead, and on a CPU others compute.
 
-        Yields one batch after another: the files that could be read, their answers (None if there are none), and
-        the files that could not be read, each with its error.
+        Yields one batch after another: its files, the answers to those that could be read (None if there are none),
+        and the errors of the others, by their place among the files.
         """
         selection, top_k = self._checked(selection), checked_top_k(top_k)
         threads = forward_threads(self.backbone.device)
 
-        def answer(batch: tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]) -> Predictions | None:
+        def answer(batch: FileBatch) -> Predictions | None:
             torch.set_num_threads(1)  # of this thread: as many passes as threads are at work, each on one
             return self._answer(batch[1], top_k, selection) if batch[1] else None
 
-        for (good, _, errors), found in load_ahead(answer, self._batches(paths), workers=threads, ahead=threads + 1):
-            yield good, found, errors
+        for (files, _, errors), found in load_ahead(answer, self._batches(paths), workers=threads, ahead=threads + 1):
+            yield files, found, errors
 
-    def _batches(
-        self, paths: Iterable[Path]
-    ) -> Iterator[tuple[list[Path], list[Tensor], list[tuple[Path, DataError]]]]:
-        """The files of one batch that could be read, their pixels, and the errors of the others."""
-        good, pixels, errors = list[Path](), list[Tensor](), list[tuple[Path, DataError]]()
+    def _batches(self, paths: Iterable[Path]) -> Iterator[FileBatch]:
+        """The files of one batch, the pixels of those that could be read, and the errors of the others."""
+        files, pixels, errors = list[Path](), list[Tensor](), dict[int, DataError]()
         for path, loaded in loaded_ahead(paths, self._pixels, ahead=2 * self.batch_size):
             if isinstance(loaded, DataError):
-                errors.append((path, loaded))
+                errors[len(files)] = loaded
             else:
-                good.append(path)
                 pixels.append(loaded)
-            if len(good) + len(errors) == self.batch_size:
-                yield good, pixels, errors
-                good, pixels, errors = [], [], []
-        if good or errors:
-            yield good, pixels, errors
+            files.append(path)
+            if len(files) == self.batch_size:
+                yield files, pixels, errors
+                files, pixels, errors = [], [], {}
+        if files:
+            yield files, pixels, errors
 
-    @modes_of_a_run()
     def extract_features(self, pixels: Tensor) -> Tensor:
         """``(images, 3, S, S)`` uint8, S being ``config.image_size`` -> ``(images, dim)`` on the backbone's device."""
         return self.backbone(pixels).clone()  # the backbone's own is an inference tensor, useless for autograd

@@ -1,6 +1,8 @@
 """The frozen ViT: the [CLS]-only last block against timm's own forward pass, precision and devices."""
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from backbone.forward import (
     supports_cls_only,
 )
 from backbone.vit import Backbone, resolve_precision
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -199,3 +202,22 @@ def test_auto_is_bf16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("backbone.vit._native_bf16", lambda device, native=native: native)
         assert resolve_precision("auto", CPU) == ("bf16" if native else "fp32")
         assert resolve_precision("fp32", CPU) == "fp32" and resolve_precision("bf16", CPU) == "bf16"
+
+
+FORKED = """
+import os, signal, torch
+import backbone.vit
+torch.set_num_threads(2)
+features = torch.randn(512, 512)
+(features @ features).relu().sum()
+if (child := os.fork()) == 0:
+    signal.alarm(30)  # ends it where it waits for ever
+    (features @ features).relu().sum()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_process_that_is_forked_after_pytorch_computed_something_computes_on() -> None:
+    """As web servers do that load a model first and then start their workers; plain PyTorch waits for ever there."""
+    subprocess.run([sys.executable, "-c", FORKED], cwd=ROOT, check=True, timeout=60)

@@ -17,7 +17,7 @@ from utils.runs.checkpoint import MANIFEST
 
 KEYS: dict[str, Any] = {**TINY, "backbone_type": "glyphs_vit", "pretrained": True, "image_size": 16}
 # times, a sum over times, and what depends on whether another run has filled the bank
-_NOT_THE_END = ("seconds", "cost", "sha256", "missing_at_start", "backbone_forwards")
+_NOT_THE_END = ("seconds", "cost", "sha256", "backbone_forwards")
 _WHERE = ("checkpoint_dir", "log_dir", "cache_dir", "data_path", "num_workers")
 
 

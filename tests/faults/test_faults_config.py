@@ -78,6 +78,7 @@ def test_random_bytes_as_a_file_give_one_line(tmp_path, content):
         ("device=0,1", ["device", "torchrun"]),
         ("backbone_type=vit_gigantic", ["backbone_type", "'vit_gigantic'"]),
         ("checkpoint_dir=", ["checkpoint_dir", "not empty"]),
+        ("data_path=/nowhere", ["/nowhere", "train/<class>"]),
         ("log_dir=~nobody-of-this-name/logs", ["log_dir", "home folder"]),
     ],
 )
@@ -100,13 +101,3 @@ def test_a_cuda_device_that_is_absent_is_one_line(run, monkeypatch):
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(arguments, capsys):
     assert main.main(arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_overrides_may_stand_before_and_after_options(tmp_path, capsys):
-    """Both overrides are seen: the error is about their values, not about where they stand."""
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(VALID))
-    assert main.main(["epochs=0", f"--config={path}", "lr=0.1", "--fresh"]) == 2
-    assert "epochs must be at least 1" in capsys.readouterr().err
-    assert main.main(["epochs=1", f"--config={path}", "lr=-1", "--fresh"]) == 2
-    assert "lr must be above 0" in capsys.readouterr().err

@@ -19,7 +19,6 @@ import pytest
 
 import main
 import predict
-import report
 from models.tosca import TOSCA
 from tests.conftest import fork
 from utils import files
@@ -310,20 +309,6 @@ def test_a_manifest_that_is_a_pipe_or_a_device_is_one_line(finished, never_endin
     manifest.symlink_to(never_ending[kind])
     with limited_memory():
         assert "it is a device, pipe or socket" in finished().error
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_results_that_are_a_pipe_or_a_device_are_replaced_or_one_line(finished, never_ending, kind, capsys):
-    (results,) = finished.logs.rglob("*.json")
-    results.unlink()
-    results.symlink_to(never_ending[kind])
-    with limited_memory():
-        capsys.readouterr()
-        assert report.main([str(results), "--no-pictures", f"--out={finished.folder / 'tables'}"]) == 2
-        assert str(results) in capsys.readouterr().err
-        assert finished().code == 0
-    assert results.is_file()
-    assert not results.is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

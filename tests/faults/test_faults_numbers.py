@@ -10,7 +10,6 @@ from backbone.vit import Backbone
 from models import training
 from models.fast_step import FastStep
 from models.selection import entropy
-from utils.results import metrics
 
 
 def test_an_infinite_loss_names_task_epoch_step_and_earlier_tasks_stay(half, tree, undisturbed, monkeypatch):
@@ -106,7 +105,3 @@ def test_black_images_one_class_a_task_and_one_task_give_no_nan(run, make_folder
     run.keys["data_path"] = str(folder)
     for init_cls in (1, 2):  # json.dumps would refuse a NaN in the results
         assert run(init_cls=init_cls, increment=1).code == 0
-
-
-def test_forgetting_of_one_task_is_a_number():
-    assert metrics.forgetting([[50.0]]) == 0

@@ -14,7 +14,6 @@ import pytest
 import main
 import predict
 from models.tosca import TOSCA
-from utils.errors import DataError, NumericError
 from utils.features import __main__ as bank_command
 from utils.runs import checkpoint
 from utils.runs.checkpoint import MANIFEST
@@ -103,71 +102,36 @@ def test_what_a_mount_point_holds_is_moved_aside_within_it(own_disk, tree):
 # -- an interrupted --fresh -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", [0, 1])
-def test_a_fresh_start_that_is_stopped_goes_on_without_fresh(finished, undisturbed, monkeypatch, task):
-    with monkeypatch.context() as patch:
-        at_task(patch, task, lambda: os.kill(os.getpid(), signal.SIGINT))
-        stopped = finished("--fresh")
-    assert stopped.code == 130
-    assert "stopped; start the same command again without --fresh to go on" in stopped.err
-    ending = finished()
-    assert ending.code == 0
-    assert "This run is finished" not in ending.out
-    assert len(list(finished.folder.glob("tosca.*"))) == 1
-
-
-def refusing(kind, *args):
-    def refuse() -> None:
-        raise kind(*args)
-
-    return refuse
-
-
 def fill_the_disk_of_the_log() -> None:
     (handler,) = [one for one in logging.getLogger().handlers if isinstance(one, logging.FileHandler)]
     handler.setStream(open("/dev/full", "w"))  # noqa: SIM115 - the handler closes it
 
 
-FAULTS = {  # at task 1; the words are the fault's own
-    "an image": (refusing(DataError, "an image is damaged; replace it"), "an image is damaged"),
-    "the log's disk": (fill_the_disk_of_the_log, "the log cannot be written (No space left on device)"),
-    "memory": (refusing(MemoryError, "Unable to allocate 8 TiB"), "memory does not suffice (Unable to allocate 8 TiB)"),
+def refuse_memory() -> None:
+    raise MemoryError("Unable to allocate 8 TiB")
+
+
+STOPS = {  # at task 1: what ends the run, with which exit code, and what it says
+    "Ctrl-C": (lambda: os.kill(os.getpid(), signal.SIGINT), 130, "start the same command again to go on (without"),
+    "the log's disk": (fill_the_disk_of_the_log, 2, "the log cannot be written (No space left on device)"),
+    "memory": (refuse_memory, 2, "memory does not suffice (Unable to allocate 8 TiB)"),
 }
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_after_fresh_says_to_go_on_without_it(finished, undisturbed, monkeypatch, kind):
-    refuse, words = FAULTS[kind]
+@pytest.mark.parametrize("kind", STOPS)
+def test_a_fresh_start_that_is_stopped_goes_on_without_fresh(finished, undisturbed, monkeypatch, kind):
+    act, code, words = STOPS[kind]
     with monkeypatch.context() as patch:
-        at_task(patch, 1, refuse)
-        error = finished("--fresh").error
-        assert words in error
-        assert error.endswith("; leave out --fresh then, which would start over")
-        assert "--fresh" not in finished().error
+        at_task(patch, 1, act)
+        stopped = finished("--fresh")
+    assert stopped.code == code and words in stopped.err
+    assert "leave out --fresh to go on" in stopped.out
     ending = finished()
     assert ending.code == 0
     assert "after task 1 of 3" in ending.out
+    assert len(list(finished.folder.glob("tosca.*"))) == 1
     found = finished.end()  # and what was set aside
     assert [name for name in undisturbed if found[name] != undisturbed[name]] == []
-
-
-def test_a_sweep_that_meets_a_fault_after_fresh_says_to_go_on_without_it(run, monkeypatch):
-    assert run("--sweep", "lr=0.1,0.2").code == 0
-    with monkeypatch.context() as patch:
-        at_task(patch, 1, refusing(DataError, "an image is damaged; replace it"))
-        error = run("--sweep", "lr=0.1,0.2", "--fresh").error
-    assert error.endswith("; leave out --fresh then, which would start over")
-
-
-@pytest.mark.parametrize("act", ["a module changed", "a NaN"])
-def test_what_only_another_way_out_helps_does_not_speak_of_going_on(finished, monkeypatch, act):
-    acts = {
-        "a module changed": lambda: CHANGES["a module changed"](finished.checkpoints),
-        "a NaN": refusing(NumericError, "the loss is nan; lower lr"),
-    }
-    with monkeypatch.context() as patch:
-        at_task(patch, 1, acts[act])
-        assert "leave out --fresh" not in finished("--fresh").error
 
 
 def test_fresh_with_several_seeds_moves_all_aside_before_the_first_begins(run, monkeypatch):

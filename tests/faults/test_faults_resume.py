@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from models.tosca import TOSCA
 from utils import files
 from utils.features import rows
 from utils.results import record, run_log
-from utils.runs import checkpoint, resume
+from utils.runs import checkpoint, setup
 from utils.runs.checkpoint import CheckpointFolder
 
 # where a stop comes: the object and the name of what is called then, and which call it is
@@ -26,7 +26,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "in evaluation": (trainer, "evaluate", 2),
     "before a module is written": (CheckpointFolder, "_save", 3),
     "before the classifier is written": (CheckpointFolder, "_save", 4),
-    "before the run begins": (resume.Start, "begin", 1),
+    "before the run begins": (setup.Start, "begin", 1),
     "before results are added": (CheckpointFolder, "_with_lines", 2),
     "before the manifest is written": (CheckpointFolder, "write_manifest", 3),
     "half-way through a write": (files.os, "fsync", 9),
@@ -93,7 +93,7 @@ def test_a_resumed_run_says_what_it_resumes(half):
 
 
 def test_other_versions_since_the_run_began_are_named(half, monkeypatch):
-    monkeypatch.setattr(resume, "versions", lambda real=resume.versions: {**real(), "timm": "9.9"})
+    monkeypatch.setattr(setup, "versions", lambda real=setup.versions: {**real(), "timm": "9.9"})
     assert "-> 9.9" in half().out
 
 
@@ -143,20 +143,12 @@ def test_another_run_moves_the_first_aside_and_says_where(half, tree, key):
     assert tree(aside) == before
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_run_that_stops_at_a_broken_image_leaves_the_run_in_its_folder(
-    finished, tree, make_folder, tmp_path, in_place
-):
+def test_a_run_that_stops_at_a_broken_image_leaves_the_run_in_its_folder(finished, tree, make_folder, tmp_path):
     before = tree(finished.checkpoints)
     other = make_folder(tmp_path / "other", classes=8, train=2, test=2)
-    for split in ("train", "test"):
-        for name in map(str, range(6 if in_place else 0)):
-            shutil.rmtree(other / split / name)
     image = sorted((other / "train").rglob("*.png"))[0]
     image.write_bytes(image.read_bytes()[:-100])
     new = {"data_path": str(other), "cache_dir": "none"}
-    if in_place:
-        new["continue_from"] = str(finished.checkpoints)
     assert str(image) in finished(**new).error
     assert tree(finished.checkpoints) == before
     assert not list(finished.folder.glob("tosca.*"))
@@ -232,7 +224,7 @@ def test_several_seeds_side_by_side_resume_each(run):
     first = (run.checkpoints / "seed3" / checkpoint.MANIFEST).read_bytes()
     ending = run(seed=seeds)
     assert ending.code == 0
-    assert "over 2 seeds" in ending.out
+    assert re.search(r" sample +\S+ ± .* 2\b", ending.out)
     assert (run.checkpoints / "seed3" / checkpoint.MANIFEST).read_bytes() == first
     manifest = json.loads((run.checkpoints / "seed4" / checkpoint.MANIFEST).read_bytes())
     assert (manifest["seed"], manifest["status"]) == (4, "finished")

@@ -215,7 +215,7 @@ def test_eight_threads_answer_as_one_does(model, run_of_four):
     assert model.backbone_forwards - before == 8 * 3 * len(test)
 
 
-def test_answers_become_plain_values_and_tables(model, run_of_four):
+def test_answers_become_plain_values(model, run_of_four):
     test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
     answers = model.predict(test, top_k=2)
     dicts = answers.to_dicts()
@@ -223,19 +223,7 @@ def test_answers_become_plain_values_and_tables(model, run_of_four):
     assert [answer["class"] for answer in dicts] == answers.classes
     assert dicts[3]["top"][1]["probability"] == answers.probabilities[3, 1].item()
     assert repr(answers).startswith(f"Predictions(12 images, selection sample: {answers.classes[0]} ")
-    page = answers._repr_html_()
-    assert page.count("<tr>") == 13 and "<th>task</th>" in page and " of 2</td>" in page
-    frame = pytest.importorskip("pandas") and answers.to_dataframe()
-    assert list(frame["class"]) == answers.classes
-    assert list(frame.columns[:4]) == ["class", "probability", "class_2", "probability_2"]
     assert repr(model.predict([])) == "Predictions(0 images, selection sample: )"
-
-
-def test_the_table_of_a_notebook_shows_names_as_text(model):
-    answers = model.predict(torch.rand(25, 3, 8, 8))
-    hostile = replace(answers, class_names=("<script>", "b", "c", "d"))
-    page = hostile._repr_html_()
-    assert "<script>" not in page and page.count("<tr>") == 21 and "25 images, selection sample; 5 not shown" in page
 
 
 def test_the_model_says_what_it_is(model):
@@ -271,6 +259,7 @@ def test_a_pickled_model_is_the_same_in_another_process(model, run_of_four, tmp_
     test = sorted((run_of_four.folder / "data" / "test").rglob("*.png"))
     expected = model.predict(test)
     copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(pickle.loads(pickle.dumps(expected)).top, expected.top)
     torch.testing.assert_close(copy.predict(test).probabilities, expected.probabilities, rtol=0, atol=0)
     copy.learn(list(torch.rand(4, 3, 32, 32)), ["a", "b", "a", "b"])
     assert (copy.tasks, model.tasks) == (3, 2)
@@ -433,10 +422,6 @@ assert utils.WHO == models.WHO == "foreign", (utils, models)
 assert {root!r} not in sys.path
 assert type(torch.hub.load({root!r}, "tosca", source="local", checkpoint={checkpoint!r})) is type(model)
 print(len(answers), *model.class_names)
-import pickle
-again = pickle.loads(pickle.dumps(model))
-assert repr(again) == repr(model)
-assert torch.equal(pickle.loads(pickle.dumps(answers)).top, answers.top)
 """
 
 
@@ -449,22 +434,3 @@ def test_torch_hub_works_from_a_project_with_the_same_names(run_of_four, tmp_pat
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.split() == ["2", "0", "1", "2", "3", "x", "y"]
-
-
-WORKERS = """
-import multiprocessing
-import torch
-if __name__ == "__main__":
-    model = torch.hub.load({root!r}, "tosca", source="local", checkpoint={checkpoint!r}, verbose=False)
-    images = torch.rand(2, 3, 32, 32)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        there = pool.apply(model.predict, (images,))  # the model travels there, its answers travel back
-    assert torch.equal(there.probabilities, model.predict(images).probabilities)
-"""
-
-
-@pytest.mark.slow
-def test_a_model_of_torch_hub_works_in_worker_processes(run_of_four, tmp_path):
-    script = WORKERS.format(root=str(ROOT), checkpoint=str(run_of_four.checkpoints))
-    found = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr

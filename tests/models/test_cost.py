@@ -17,7 +17,7 @@ from models.base import Learner, make_learner
 from models.cost import CostMeter, kept_numbers
 from tests.conftest import tiny_config
 from utils.hardware import forget_peak, peak_bytes
-from utils.results.cost import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PEAK_MB, PUBLISHED_COLUMNS, TRAIN
+from utils.results.metrics import COLUMNS, EVAL_MS, INFERENCE, LEARNER, PEAK_MB, RELEASE_COLUMNS, TRAIN
 
 CPU = torch.device("cpu")
 DIM, ROWS, IMAGES = 32, 3, 8
@@ -180,7 +180,7 @@ def test_the_peak_of_an_accelerator_is_what_its_tensors_took(monkeypatch):
 def test_the_log_has_one_line_with_the_published_keys(finished_run):
     (line,) = [line for line in finished_run.log().splitlines() if "Cost summary: " in line]
     cost = ast.literal_eval(line.partition("Cost summary: ")[2])
-    assert tuple(cost) == (*COLUMNS, *PUBLISHED_COLUMNS)
+    assert tuple(cost) == (*COLUMNS, *RELEASE_COLUMNS)
     assert all(value > 0 for value in cost.values())
     stored = finished_run.json()["cost"]
     assert all(value == pytest.approx(stored[name], rel=1e-3) for name, value in cost.items())
@@ -190,13 +190,13 @@ def test_the_log_has_one_line_with_the_published_keys(finished_run):
 def test_the_releases_account_is_a_backbone_for_each_module_and_for_each_image_in_each_epoch(finished_run):
     values = finished_run.json()
     cost, epochs, modules = values["cost"], 2, 3
-    release_train, release_inference = PUBLISHED_COLUMNS[2], PUBLISHED_COLUMNS[1]
+    release_train, release_inference = RELEASE_COLUMNS[2], RELEASE_COLUMNS[1]
     whole = (cost[release_train] - cost[LEARNER]) / (values["data"]["train_images"] * (epochs + 1))
     spent_forward = (cost[TRAIN] - cost[LEARNER]) / values["backbone_forwards"]
     assert 0 < spent_forward < whole
     answering = cost[INFERENCE] - spent_forward
     assert cost[release_inference] == pytest.approx(modules * whole + answering)
-    assert cost[PUBLISHED_COLUMNS[0]] > cost[EVAL_MS]
+    assert cost[RELEASE_COLUMNS[0]] > cost[EVAL_MS]
 
 
 def test_a_full_bank_costs_nothing_more(finished_run, digit_folder, run_main, tmp_path):
@@ -206,4 +206,4 @@ def test_a_full_bank_costs_nothing_more(finished_run, digit_folder, run_main, tm
     images, dim, classes = 24, 192, 2
     assert cost[LEARNER] * 1e9 == 2 * images * dim * classes  # class means: members x features
     assert cost[TRAIN] == cost[LEARNER]
-    assert cost[PUBLISHED_COLUMNS[0]] == cost[EVAL_MS]  # it has one module: the classifier
+    assert cost[RELEASE_COLUMNS[0]] == cost[EVAL_MS]  # it has one module: the classifier

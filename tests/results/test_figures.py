@@ -11,16 +11,16 @@ import pytest
 
 import report as report_command
 from utils.results import record as report
+from utils.results.metrics import selection_name
 from utils.results.read import read_runs
 from utils.results.tables import make_sections
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from matplotlib import rc_context  # noqa: E402 - it needs matplotlib
 from matplotlib.text import Text  # noqa: E402 - it needs matplotlib
 
-from utils.results import drawing, figures  # noqa: E402 - it needs matplotlib
+from utils.results import figures  # noqa: E402 - it needs matplotlib
 
 
 @pytest.fixture
@@ -37,106 +37,135 @@ def two_seeds(finished_run, tmp_path):
     return section
 
 
-def test_the_curve_is_the_mean_over_seeds_and_the_band_one_sample_deviation(two_seeds, finished_run):
-    figure = figures.accuracy_curves(two_seeds, "sample")
-    (axes,) = figure.axes
+def looks_of(axes) -> dict[str, tuple]:
+    return {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+
+
+def other_run(tmp_path, name: str, model: str, **changes) -> dict:
+    """A copy of the real run that another method has given."""
+    values = json.loads((tmp_path / "a.json").read_text())
+    values["identity"]["model_name"] = values["config"]["model_name"] = model
+    values |= changes
+    (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    return values
+
+
+def section_in(folder):
+    (section,), _ = make_sections(read_runs([folder])[0])
+    return section
+
+
+def test_the_first_picture_is_every_method_under_its_best_answer_against_the_classes_seen(two_seeds, tmp_path):
+    values = other_run(tmp_path, "c", "simplecil", selection_accuracy={}, confusion={})
+    values["results"] = {"sample": values["results"]["sample"]}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    section = section_in(tmp_path)
+    figure = figures.methods_curves(section)
+    single, batch = figure.axes
+    group = section.groups[0]
+    best = max(("sample", "lda", "ridge"), key=lambda name: group.number(name, "last").mean)
+    assert list(looks_of(single)) == [f"tosca (flow tosca) [{best}]", "simplecil"]
+    assert list(single.lines[0].get_xdata()) == [2, 4, 6] and single.get_xlabel() == "classes seen"
+    assert figure.get_suptitle() == "imagefolder: 2 classes, then 2 (3 tasks)" == section.title
+    assert len(batch.lines) == 1 and "tells the task" in batch.get_title()
+    assert list(looks_of(batch).values()) == [looks_of(single)[f"tosca (flow tosca) [{best}]"]]
+    assert single.get_ylim() == batch.get_ylim()
+    assert figure.legends[0].get_title().get_text() == "line: mean over seeds; band: ± one standard deviation"
+
+
+def test_a_curve_is_the_mean_over_seeds_and_the_band_one_sample_deviation(two_seeds, finished_run):
+    figure = figures.selection_curves(two_seeds)
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.lines}
+    assert list(panels) == [selection_name(name) for name in two_seeds.groups[0].selections]
+    assert len({axes.get_ylim() for axes in panels.values()}) == 1  # one scale
     curve = np.array(finished_run.json()["results"]["sample"]["top1_curve"])
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), curve - 1)
-    (band,) = axes.collections
+    np.testing.assert_allclose(panels["sample"].lines[0].get_ydata(), curve - 1)
+    (band,) = panels["sample"].collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert heights.min() == pytest.approx((curve - 1).min() - np.sqrt(2))
-    assert "sample" in axes.get_title() and "2 seeds" in axes.get_title()
 
 
 @pytest.mark.parametrize("curves", [[[100.0, 99.0], [60.0, 97.0]], [[0.0, 1.0], [30.0, 2.0]]])
-def test_bands_and_axes_never_leave_percentages(curves):
-    _, axes = drawing.one_panel()
-    drawing.draw_line(axes, 0, "x", np.array(curves))
-    drawing.finish_curves(axes, "after task", "accuracy (%)")
+def test_bands_and_axes_never_leave_percentages(two_seeds, curves):
+    for run, curve in zip(two_seeds.groups[0].runs, curves, strict=True):
+        for result in run.values["results"].values():
+            result["top1_curve"] = curve
+    axes = figures.methods_curves(two_seeds).axes[0]
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert heights.min() >= 0 and heights.max() <= 100
     assert axes.get_ylim()[0] >= 0 and axes.get_ylim()[1] <= 101
+    assert axes.get_xlim()[0] > 0
 
 
-@pytest.mark.parametrize("name", ["$x^2$", "a $ and $ b_1", r"$\\frac{$"])
-def test_a_dollar_sign_in_a_name_is_drawn_as_it_is(name, tmp_path):
-    """Matplotlib would read what stands between two of them as a formula, and stop at one that is none."""
-    with rc_context(drawing.RC):
-        figure, axes = drawing.one_panel()
-        drawing.draw_line(axes, 0, name, np.array([[1.0, 2.0]]))
-        axes.set_title(name)
-        axes.set_xticks([1, 2], [name, "b"])
-        drawing.finish_curves(axes, name, name)
-    drawing.save(figure, tmp_path / "a.png", tmp_path / "a.pdf")
-    texts = [text for text in figure.findobj(Text) if text.get_text() == name]
-    assert len(texts) >= 5
-    assert not any(text.get_parse_math() for text in texts)
-
-
-def test_a_group_looks_the_same_in_every_picture(two_seeds, tmp_path):
-    """Also where other groups lack the selection that a picture shows."""
-    values = json.loads((tmp_path / "a.json").read_text())
-    values["identity"]["model_name"] = values["config"]["model_name"] = "tosca_white"
-    values["results"]["ridges"] = values["results"].pop("ridge")
-    (tmp_path / "c.json").write_text(json.dumps(values))
-    (section,), _ = make_sections(read_runs([tmp_path])[0])
-    looks = {}
-    for selection in ("sample", "ridge", "ridges"):
-        for line in figures.accuracy_curves(section, selection).axes[0].lines:
-            looks.setdefault(line.get_label(), set()).add((line.get_color(), line.get_marker()))
-    assert len(looks) == 2 and all(len(found) == 1 for found in looks.values())
-
-
-def test_no_axis_counts_from_zero(two_seeds):
-    assert figures.accuracy_curves(two_seeds, "sample").axes[0].get_xlim()[0] >= 0.5
-
-
-def test_letters_that_no_font_has_are_boxes_without_a_warning(tmp_path):
-    figure, axes = drawing.one_panel()
-    axes.set_title("\U0001f989 \U0010fffd")
+@pytest.mark.parametrize("name", ["$x^2$", "a $ and $ b_1", "\U0001f989 \U0010fffd"])
+def test_names_are_drawn_as_they_are_and_without_a_warning(finished_run, tmp_path, name):
+    """Matplotlib would read what stands between two dollar signs as a formula; a letter that no font has is a box."""
+    run = finished_run.json()
+    run["config"]["dataset"] = name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawing.save(figure, tmp_path / "a.png")
+        figure = figures.run_curves(run)
+        figures.save(figure, tmp_path / "a.png", tmp_path / "a.pdf")
+    (title,) = [text for text in figure.findobj(Text) if name in text.get_text()]
+    assert title.get_text() == f"tosca (flow tosca) on {name}, seed {run['seed']}" and not title.get_parse_math()
 
 
-def test_lines_differ_without_their_colour():
-    looks = set(zip(map(str, drawing.STYLES), drawing.MARKERS, strict=True))
-    assert len(looks) == len(set(drawing.MARKERS)) == len(set(map(str, drawing.STYLES))) == drawing.MAX_LINES
-
-
-def test_a_baseline_stands_in_other_selections_under_its_own_name(two_seeds, tmp_path):
-    values = json.loads((tmp_path / "a.json").read_text())
-    values["identity"]["model_name"] = values["config"]["model_name"] = "simplecil"
-    values["results"] = {"sample": values["results"]["sample"]}
-    values["selection_accuracy"], values["confusion"], values["entropy"], values["sparsity"] = {}, {}, {}, []
+def test_a_group_looks_the_same_in_every_picture_also_without_colour(two_seeds, tmp_path):
+    values = other_run(tmp_path, "c", "tosca_white")
+    values["results"]["ridges"] = values["results"].pop("ridge")
     (tmp_path / "c.json").write_text(json.dumps(values))
-    (section,), _ = make_sections(read_runs([tmp_path])[0])
-    labels = figures.accuracy_curves(section, "batch").axes[0].get_legend_handles_labels()[1]
-    assert labels == ["tosca (tosca)", "simplecil [sample]"]
-    assert figures.accuracy_curves(section, "unknown") is None
+    section = section_in(tmp_path)
+    first = [look for _, look in sorted(looks_of(figures.methods_curves(section).axes[0]).items())]
+    figure = figures.selection_curves(section)
+    assert {look for axes in figure.axes for look in looks_of(axes).values()} == set(first)
+    assert len({look[1:] for look in first}) == 2
 
 
 def test_of_many_methods_the_best_are_shown_and_it_says_so(finished_run, tmp_path):
-    for index in range(drawing.MAX_LINES + 2):
+    count = figures.MAX_LINES + 2
+    for index in range(count):
         values = finished_run.json()
         values["identity"]["l1"] = index
-        values["results"]["sample"]["top1_curve"] = [50.0 + index] * 3
+        for result in values["results"].values():
+            result["last"], result["top1_curve"] = 50.0 + index, [50.0 + index] * 3
         (tmp_path / f"{index}.json").write_text(json.dumps(values))
-    (section,), _ = make_sections(read_runs([tmp_path])[0])
-    (axes,) = figures.accuracy_curves(section, "sample").axes
-    assert [line.get_ydata()[0] for line in axes.lines] == [52.0 + i for i in range(drawing.MAX_LINES)]
-    assert f"the best {drawing.MAX_LINES} of {drawing.MAX_LINES + 2}" in axes.get_title()
+    axes = figures.methods_curves(section_in(tmp_path)).axes[0]
+    assert [line.get_ydata()[0] for line in axes.lines] == [52.0 + i for i in range(figures.MAX_LINES)]
+    assert len({look[1:] for look in looks_of(axes).values()}) == figures.MAX_LINES
+    assert f"the best {figures.MAX_LINES} of {count}" in axes.get_title()
 
 
-def test_confusion_shows_the_share_of_each_true_task(two_seeds):
+def test_a_run_of_new_classes_alone_is_in_no_curve(two_seeds, tmp_path):
+    base = {"base": {"reported_from_task": 2}}
+    other_run(tmp_path, "c", "simplecil", **base)
+    assert len(figures.methods_curves(section_in(tmp_path)).axes[0].lines) == 1
+
+
+def test_shares_of_20_and_60_are_told_apart_with_and_without_colour():
+    """By the lightness (CIE L*) of what is drawn, which a print in grey keeps."""
+    colours = matplotlib.colormaps["viridis"](np.array([0.2, 0.6]))[:, :3]
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    dark, light = 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+    assert light - dark > 25
+
+
+def test_matrices_show_mean_accuracies_and_the_shares_of_each_true_task(two_seeds):
     group = two_seeds.groups[0]
-    figure = figures.confusions(group, ["batch", "sample"])
-    panels = [axes for axes in figure.axes if axes.images and axes.get_xlabel()]
-    assert [axes.get_title() for axes in panels] == ["batch (class order)", "sample"]
-    shares = np.asarray(panels[1].images[0].get_array())
-    np.testing.assert_allclose(shares.sum(axis=1), 100)
-    counts = np.array(group.runs[0].values["confusion"]["sample"])
-    np.testing.assert_allclose(shares, 100 * counts / counts.sum(axis=1, keepdims=True))
+    for kind in ("matrix", "confusion"):
+        figure = figures.matrices(group, kind, "tosca on a set")
+        assert figure.get_suptitle() == "tosca on a set"
+        panels = {axes.get_title(): axes for axes in figure.axes if axes.images and axes.get_title()}
+        assert list(panels) == ["batch (class order)", "sample", "lda", "ridge"]
+        (image,) = panels["sample"].images
+        assert image.get_cmap().name == "viridis" and image.get_clim() == (0, 100)  # one scale
+        shown = np.asarray(image.get_array(), dtype=float)
+        values = group.runs[0].values
+        if kind == "matrix":
+            matrix = np.array(values["results"]["sample"]["matrix"], dtype=float)
+            np.testing.assert_allclose(shown[np.tril_indices(3)], matrix[np.tril_indices(3)])
+        else:
+            counts = np.array(values["confusion"]["sample"])
+            np.testing.assert_allclose(shown, 100 * counts / counts.sum(axis=1, keepdims=True))
 
 
 def test_all_pictures_of_a_section_as_png_and_pdf_and_on_one_page(two_seeds, tmp_path, capsys):
@@ -148,21 +177,21 @@ def test_all_pictures_of_a_section_as_png_and_pdf_and_on_one_page(two_seeds, tmp
         path.write_text(json.dumps(values))
     assert report_command.main([*map(str, places), "--out", str(out), "--html", str(page)]) == 0
     pngs = sorted(path for path in out.iterdir() if path.suffix == ".png")
-    for what in ("accuracy-sample", "accuracy-batch", "matrix", "confusion"):
-        assert any(what in path.name for path in pngs)
+    assert [path.stem.rpartition("-")[2] for path in pngs] == ["accuracy", "selections", "confusion", "matrix"]
     for path in pngs:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     text = page.read_text(encoding="utf-8")
     assert text.count('src="') == text.count('src="data:image/png;base64,') == len(pngs)
+    assert text.index("every method under its best selection") < text.index("every selection")
     assert "http" not in text.split("</style>")[0]
 
 
-def test_the_same_picture_gives_the_same_bytes(two_seeds, tmp_path):
+def test_the_same_picture_gives_the_same_bytes(finished_run, tmp_path):
     for suffix in (".png", ".pdf"):
         paths = [tmp_path / f"{i}{suffix}" for i in range(2)]
         for path in paths:
-            drawing.save(figures.accuracy_curves(two_seeds, "sample"), path)
+            figures.save(figures.run_curves(finished_run.json()), path)
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -172,9 +201,8 @@ def test_each_run_leaves_a_picture_beside_its_json(finished_run):
 
 @pytest.fixture
 def without_matplotlib(monkeypatch):
-    for name in ("utils.results.figures", "utils.results.drawing", "utils.results.prediction_figures"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        monkeypatch.delattr(name, raising=False)
+    monkeypatch.delitem(sys.modules, "utils.results.figures", raising=False)
+    monkeypatch.delattr("utils.results.figures", raising=False)
     for name in ("matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
 

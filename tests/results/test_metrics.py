@@ -52,22 +52,25 @@ def test_percent_of_nothing_is_none():
 
 def test_a_row_of_the_matrix_is_the_accuracy_on_each_task():
     hits, task = np.array([1, 0, 1, 1, 0], dtype=bool), np.array([0, 0, 1, 1, 0])
-    assert metrics.task_accuracies(hits, task, 2) == [pytest.approx(100 / 3), 100.0]
+    assert metrics.group_accuracies(hits, task, 3) == [pytest.approx(100 / 3), 100.0, None]
 
 
 def test_average_is_the_mean_of_the_curve():
     assert metrics.average_accuracy([100.0, 80.0, 60.0]) == 80.0
 
 
-def test_forgetting_on_a_matrix_worked_by_hand():
+def test_forgetting_is_the_releases_on_a_matrix_worked_by_hand():
+    """Whose highest accuracy on a task may be the last one: a task that gained at the very end has lost nothing."""
     matrix = [
         [90, NONE, NONE, NONE],
         [95, 80, NONE, NONE],
         [70, 60, 50, NONE],
         [60, 85, 45, 99],
     ]
-    # task 0: best before the end 95, now 60; task 1: best before the end 80, now 85 (it gained); task 2: 50, now 45
-    assert metrics.forgetting(matrix) == pytest.approx((35 - 5 + 5) / 3)
+    assert metrics.forgetting(matrix) == pytest.approx((35 + 0 + 5) / 3)
+    table = np.array([[value or 0 for value in row] for row in matrix], dtype=float).T  # as the release has it
+    assert metrics.forgetting(matrix) == np.mean((np.max(table, axis=1) - table[:, 3])[:3])
+    assert metrics.backward_transfer(matrix) == pytest.approx((60 - 90 + 85 - 80 + 45 - 50) / 3)  # its sign stays
 
 
 def test_forgetting_reads_nothing_above_the_diagonal():
@@ -92,8 +95,8 @@ def test_the_selections_that_read_the_order_have_a_name_for_a_shuffled_test_set_
     assert metrics.SELECTION_NAMES["batch_shuffled"] == "batch (shuffled test set)"
 
 
-def test_one_task_alone_cannot_forget():
-    assert metrics.forgetting([[73.0]]) == 0.0
+def test_one_task_alone_has_no_forgetting():
+    assert metrics.forgetting([[73.0]]) is None and metrics.backward_transfer([[73.0]]) is None
 
 
 def test_mean_and_sample_standard_deviation():
@@ -116,7 +119,37 @@ def test_entropy_by_module_where_it_was_right_and_where_it_was_not():
     }
 
 
-def test_a_probability_lies_in_the_bin_that_ends_at_or_above_it():
-    bins = metrics.reliability(np.array([0.01, 1 / 15, 0.1, 0.5, 1.0]), np.array([True, False, True, False, True]))
-    assert {place: b.count for place, b in enumerate(bins) if b.count} == {0: 2, 1: 1, 7: 1, 14: 1}
-    assert bins[0].accuracy == 50.0 and bins[14].probability == 100.0
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_ece_worked_by_hand():
+    probability = np.array([0.99, 0.97, 0.5, 0.5], dtype=np.float32)
+    hits = np.array([True, True, False, True])
+    # two answers of 98 % that are always right, two of 50 % of which one is: (2 · 2 + 2 · 0) / 4
+    assert metrics.expected_calibration_error(probability, hits) == pytest.approx(1.0, abs=1e-4)
+    assert metrics.expected_calibration_error(probability[:0], hits[:0]) is None
+
+
+@pytest.mark.parametrize(
+    ("probability", "ece"),
+    [
+        ([1 / 15, 0.0], 100 * (1 + 1 - 1 / 15) / 2),  # on an edge: the bin below, with the other
+        ([2 / 15, 1 / 15 + 0.001], 100 * (2 - 3 / 15 - 0.001) / 2),
+        ([1.0000001], 1e-5),  # lifted above one by rounding: the last bin
+    ],
+)
+def test_a_probability_belongs_to_the_bin_that_ends_at_or_above_it(probability, ece):
+    hits = np.ones(len(probability), dtype=bool)
+    assert metrics.expected_calibration_error(np.array(probability), hits) == pytest.approx(ece, abs=1e-4)
+
+
+def test_reliability_is_that_of_the_calibration_curve_of_scikit_learn():
+    calibration = pytest.importorskip("sklearn.calibration")
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(0.3, 1.0, 20_000)
+    hits = rng.uniform(size=20_000) < probability - 0.1  # 10 points too sure
+    accuracy, mean = calibration.calibration_curve(hits, probability, n_bins=metrics.BINS)
+    counts = np.histogram(probability, np.linspace(0, 1, metrics.BINS + 1))[0]
+    expected = 100 * np.average(np.abs(accuracy - mean), weights=counts[counts > 0])
+    assert metrics.expected_calibration_error(probability, hits) == pytest.approx(expected, abs=0.05)
+    assert expected == pytest.approx(10.0, abs=0.7)

@@ -46,29 +46,15 @@ def test_a_link_is_followed_and_stays_a_link(logs, tmp_path, option):
 
 
 @posix
-def test_a_table_that_is_a_link_is_written_where_it_points(logs, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tables.md").symlink_to(tmp_path / "elsewhere.md")
-    assert report.main([str(logs), "--no-pictures", "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "tables.md").is_symlink() and (tmp_path / "elsewhere.md").is_file()
-
-
-@posix
 def test_devices_pipes_and_folders_are_refused_in_one_line(logs, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    for place in ("/dev/null", str(tmp_path / "pipe"), str(tmp_path)):
-        assert report.main([str(logs), "--no-pictures", "--out", str(tmp_path / "out"), "--html", place]) == 2
+    for option, place in (
+        ("--html", "/dev/null"), ("--html", str(tmp_path / "pipe")), ("--html", str(tmp_path)), ("--out", "/dev/null"),
+    ):  # fmt: skip
+        assert report.main([str(logs), "--no-pictures", "--out", str(tmp_path / "out"), option, place]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "--html" in line and place in line and "regular file" in line
+        assert option in line and place in line
     assert not (tmp_path / "out").exists()  # known before anything is written
-
-
-@posix
-def test_the_folder_may_not_be_a_file_or_device(logs, tmp_path, capsys):
-    for place in ("/dev/null", str(next(logs.iterdir()))):
-        assert report.main([str(logs), "--no-pictures", "--out", place]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "--out" in line and place in line
 
 
 def test_a_page_of_surrogates_is_written(tmp_path):
@@ -78,16 +64,10 @@ def test_a_page_of_surrogates_is_written(tmp_path):
     assert "udcff" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_a_killed_report_left_is_removed_by_the_next(logs, tmp_path, there):
+def test_what_a_killed_report_left_is_removed_by_the_next(logs, tmp_path):
     page = tmp_path / "page.html"
-    if there:
-        page.write_text("old")
-    dead, at_work, other = (
-        tmp_path / f".{name}.{process}.partial"
-        for name, process in (("page.html", 2**30), ("page.html", os.getppid()), ("else.html", 2**30))
-    )
-    for partial in (dead, at_work, other):
+    dead, at_work = (tmp_path / f".page.html.{process}.partial" for process in (2**30, os.getppid()))
+    for partial in (dead, at_work):
         partial.write_bytes(b"half")
     assert report.main([str(logs), "--no-pictures", "--html", str(page)]) == 0
-    assert "<html" in page.read_text() and not dead.exists() and at_work.exists() and other.exists()
+    assert "<html" in page.read_text() and not dead.exists() and at_work.exists()

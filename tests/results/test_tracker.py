@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import tiny_config
 from utils.errors import UserError
-from utils.results.tracker import TensorBoard, Tracker, WeightsAndBiases, curve_points, plain, tracking
+from utils.results.tracker import TensorBoard, Tracker, WeightsAndBiases, points, summary_numbers, tracking
 from utils.runs.manifest import EpochStats, TaskRecord
 
 RUN = {
@@ -54,18 +54,24 @@ def a_run(kind: type[Tracker], folder: Path, starts: list[list[TaskRecord]]) -> 
 # -- what every tracker gets ------------------------------------------------------------------------------------------
 
 
-def test_a_point_for_each_task_selection_and_epoch():
+def test_a_point_for_each_task_and_epoch():
     records = [record(90.0, (EpochStats(2.0, 50.0), EpochStats(1.0, 60.0))), record(80.0, (EpochStats(0.5, 70.0),))]
-    points = curve_points(records, 0)
-    assert [(v, s) for n, v, s in points if n == "top1/sample"] == [(90.0, 1), (80.0, 2)]
-    assert [(v, s) for n, v, s in points if n == "train/loss"] == [(2.0, 1), (1.0, 2), (0.5, 3)]
-    assert "selection_accuracy/oracle" not in {name for name, _, _ in points}
-    assert curve_points(records, 1) == [point for point in points if point in curve_points(records, 1)]
-    assert ("train/accuracy", 70.0, 3) in curve_points(records, 1)
+    found = points(records, 0)
+    assert [(axis, step) for axis, step, _ in found] == [
+        ("epoch", 1), ("epoch", 2), ("task", 1), ("epoch", 3), ("task", 2),
+    ]  # fmt: skip
+    assert found[3][2] == {"train/loss": 0.5, "train/accuracy": 70.0}
+    shown = {"top1/sample": 80.0, "top5/sample": 99.0, "selection_accuracy/sample": 50.0, "top1/oracle": 97.0}
+    assert found[4][2] == shown
+    assert points(records, 1) == found[3:]
 
 
-def test_names_that_every_tracker_takes():
-    assert plain("Peak Train Mem. (MB)") == "Peak Train Mem. MB"
+def test_what_is_not_defined_is_no_number():
+    run = {**RUN, "results": {"sample": {**RUN["results"]["sample"], "forgetting": None}}}
+    assert summary_numbers(run) == {
+        "average/sample": 85.0, "last/sample": 80.0, "backward_transfer/sample": -1.0, "ece/sample": 3.0,
+        "cost/Eval (ms/smp)": 2.5,
+    }  # fmt: skip
 
 
 # -- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -145,8 +151,7 @@ def test_wandb_holds_config_curves_summary_and_pictures_offline(tmp_path, monkey
     assert {c.key: c.value_json for c in begun.config.update}["l1"] == "0.25" and begun.project == "tosca"
     summaries = [i for r in records if r.HasField("summary") for i in r.summary.update]
     assert ("last/sample", 80.0) in [("/".join(i.nested_key) or i.key, json.loads(i.value_json)) for i in summaries]
-    (pictures,) = [r.artifact for r in records if r.HasField("artifact")]
-    assert [entry.path for entry in pictures.manifest.contents] == ["curves.png"]
+    assert [item.path for r in records if r.HasField("files") for item in r.files.files].count("curves.png") == 1
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

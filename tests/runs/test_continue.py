@@ -32,6 +32,13 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
+def raising(error):
+    def act(*_):
+        raise error
+
+    return act
+
+
 def comparable(run):
     """What a run's JSON says about results: all but names, times and what it cost."""
     keys = ("results", "selection_accuracy", "confusion", "entropy", "class_order", "task_sizes", "sparsity")
@@ -114,6 +121,7 @@ def test_without_old_test_data_the_new_classes_are_tested_alone(go_on):
     run = grown.json()
     assert run["base"]["evaluation"] == "new classes alone"
     assert "evaluation covers new classes alone" in grown.log()
+    assert "Of the new classes alone: the classes learned before were not tested" in grown.log()
     assert run["task_sizes"] == [2]
     for result in run["results"].values():
         assert len(result["top1_curve"]) == len(result["matrix"]) == len(result["matrix"][0]) == 1
@@ -126,6 +134,7 @@ def test_with_old_test_data_all_classes_are_tested(go_on):
     grown = go_on()
     assert grown.json()["base"]["evaluation"] == "old and new classes"
     assert "evaluation covers old and new classes" in grown.log()
+    assert "Of the new classes alone" not in grown.log()
     assert len(grown.json()["results"]["sample"]["top1_curve"]) == 3
 
 
@@ -137,66 +146,30 @@ def test_some_of_the_old_test_data_is_an_error(go_on, capsys):
 # -- never lost, always resumable -------------------------------------------------------------------------------------
 
 
-def test_killed_while_it_copied_the_next_start_copies_again_and_sets_nothing_aside(go_on, whole, first, tmp_path):
-    (tmp_path / "tosca").mkdir()
-    shutil.copy(first.checkpoints / "task0.pth", tmp_path / "tosca")  # no manifest yet
+def test_in_its_own_folder_it_is_one_line_and_changes_nothing(go_on, first, tmp_path, capsys):
+    own = shutil.copytree(first.checkpoints, tmp_path / "tosca")
+    before = files_of(own)
+    assert go_on(base=own).code == 2
+    assert (
+        "continue_from and checkpoint_dir are both" in (said := capsys.readouterr().err)
+        and "set checkpoint_dir=<another>" in said
+    )
+    assert files_of(own) == before and not list(tmp_path.glob("tosca.*"))
+
+
+def test_killed_before_its_first_commit_the_next_start_begins_with_the_saved_run(go_on, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "_with_lines", raising(KeyboardInterrupt))
+        assert go_on().code == 130
+    assert {path.name for path in (tmp_path / "tosca").glob("*.pth")} > {"task0.pth", "task2.pth"}
     grown = go_on()
     assert grown.code == 0
     assert not list(tmp_path.glob("tosca.*"))
     assert_same_tensors(grown.checkpoints, whole.checkpoints)
+    assert comparable(grown.json()) == comparable(whole.json())
 
 
-def test_a_file_that_is_no_copy_is_set_aside_before_the_saved_run_is_copied(go_on, first, tmp_path):
-    (tmp_path / "tosca").mkdir()
-    shutil.copy(first.checkpoints / "task0.pth", tmp_path / "tosca" / "task1.pth")
-    assert go_on().code == 0
-    (aside,) = tmp_path.glob("tosca.*")
-    assert (aside / "task1.pth").read_bytes() == (first.checkpoints / "task0.pth").read_bytes()
-
-
-def test_what_a_killed_write_left_in_a_copy_set_aside_is_removed(first, tmp_path):
-    own = CheckpointFolder(shutil.copytree(first.checkpoints, tmp_path / "tosca"))
-    (tmp_path / ".tosca.copying").mkdir()
-    (tmp_path / ".tosca.copying" / ".task1.pth.4711.partial").write_bytes(b"half")
-    aside = own.copy_aside(own.read_manifest())
-    assert not list(aside.glob("*.partial"))
-    assert CheckpointFolder(aside).load(CheckpointFolder(aside).read_manifest())
-
-
-def test_in_its_own_folder_the_run_grows_and_a_copy_is_set_aside(go_on, whole, first, tmp_path):
-    own = shutil.copytree(first.checkpoints, tmp_path / "tosca")
-    before = files_of(own)
-    grown = go_on(base=own)
-    aside = [path for path in tmp_path.glob("tosca.*") if path.is_dir()]
-    assert grown.checkpoints == own
-    assert [files_of(path) for path in aside] == [before]
-    assert_same_tensors(own, whole.checkpoints)
-    assert "holds another run" not in grown.log()
-
-
-def test_the_same_command_again_learns_nothing_twice(go_on, first, tmp_path):
-    shutil.copytree(first.checkpoints, tmp_path / "tosca")
-    go_on(base=tmp_path / "tosca")
-    before = files_of(tmp_path / "tosca")
-    again = go_on(base=tmp_path / "tosca")
-    assert (again.code, files_of(tmp_path / "tosca")) == (0, before)
-    assert len(list(tmp_path.glob("tosca.*"))) == 1
-
-
-def test_fresh_starts_again_from_the_saved_run(go_on, whole, first, tmp_path):
-    shutil.copytree(first.checkpoints, tmp_path / "tosca")
-    go_on(base=tmp_path / "tosca")
-    again = go_on("--fresh", base=tmp_path / "tosca")
-    assert again.code == 0
-    assert_same_tensors(tmp_path / "tosca", whole.checkpoints)
-    assert len(list(tmp_path.glob("tosca.*"))) == 2
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_stopped_after_a_task_it_goes_on(go_on, run_main, whole, first, tmp_path, monkeypatch, in_place):
-    base = first.checkpoints
-    if in_place:
-        base = shutil.copytree(first.checkpoints, tmp_path / "tosca")
+def test_stopped_after_a_task_it_goes_on(go_on, first, tmp_path, monkeypatch):
     evaluate, calls = trainer.evaluate, []
 
     def stop_at_the_second(*arguments):
@@ -205,7 +178,7 @@ def test_stopped_after_a_task_it_goes_on(go_on, run_main, whole, first, tmp_path
             raise NumericError("stopped")
         return evaluate(*arguments)
 
-    keys = {"base": base, "init_cls": 1, "increment": 1}
+    keys = {"init_cls": 1, "increment": 1}
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", stop_at_the_second)
         assert go_on(**keys).code == 2
@@ -213,7 +186,7 @@ def test_stopped_after_a_task_it_goes_on(go_on, run_main, whole, first, tmp_path
     resumed = go_on(**keys)
     assert resumed.code == 0
     assert "Resuming from" in resumed.log()
-    uninterrupted = go_on(**{**keys, "base": first.checkpoints}, checkpoint_dir=str(tmp_path / "other"))
+    uninterrupted = go_on(**keys, checkpoint_dir=str(tmp_path / "other"))
     assert_same_tensors(resumed.checkpoints, uninterrupted.checkpoints)
     assert comparable(resumed.json()) == comparable(uninterrupted.json())
 

@@ -15,7 +15,7 @@ from utils.errors import CheckpointError, UserError
 from utils.results.record import write_run_json
 from utils.runs.checkpoint import RESULTS, CheckpointFolder
 from utils.runs.manifest import FEW_TASKS, BaseFacts, EpochStats, RunManifest, TaskRecord, versions
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 SELECTIONS = ("batch", "sample", "oracle")
 ABOUT = {"identity": {"a": 1}, "config": {"scenario": "class"}, "backbone": {}, "data": {}, "versions": {"c": "d"}}
@@ -62,7 +62,7 @@ def commit_tasks(folder: CheckpointFolder, done: int, tasks: int) -> RunManifest
 
 def test_json_and_back_is_the_same():
     base = BaseFacts("folder", 1, 2, "sha", "old and new classes", 0)
-    made = manifest(3, 3, base=base, missing_at_start=7, cost={"minutes": 0.5})
+    made = manifest(3, 3, base=base, backbone_forwards=7, cost={"minutes": 0.5})
     assert RunManifest.from_json(json.loads(json.dumps(made.to_json()))) == made
     assert made.finished and not manifest(2, 3).finished
 
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_while_a_line_is_added_leaves_what_was_saved(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr("utils.runs.checkpoint.atomic_write", lambda *_: None)
         patch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match=rf"{RESULTS} cannot be written \(No space left .*saved is unchanged"):
+        with pytest.raises(UserError, match=rf"{RESULTS} cannot be written \(No space left .*was there is unchanged"):
             commit(folder, made.with_task(record(3)))
     assert folder.read_manifest() == made
 

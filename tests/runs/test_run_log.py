@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests.conftest import tiny_config
-from utils.runs.paths import run_paths
+from utils.runs.setup import run_paths
 from utils.words import fixed
 
 
@@ -57,6 +57,17 @@ def test_the_file_ends_with_forgetting_and_the_summary(finished_run, run):
     forgetting = round(run["results"]["sample"]["forgetting"], 2) + 0.0
     assert f"[selection: sample] Forgetting (CNN): {forgetting:.2f}" in text
     assert text.index("Forgetting (CNN)") < text.index("oracle: the accuracy when") < text.index("Summary: ")
+
+
+def test_the_matrix_stands_before_forgetting_a_row_for_each_group_of_classes(finished_run, run):
+    """As the release prints it: a column after each task, 0 before the group is learned."""
+    lines = lines_of(finished_run)
+    place = lines.index("[selection: sample] Accuracy Matrix (CNN):")
+    assert sum("Accuracy Matrix" in line for line in lines) == 1
+    rows = [[float(value) for value in line.strip("[]").split()] for line in lines[place + 1 : place + 4]]
+    matrix = run["results"]["sample"]["matrix"]
+    assert rows == [[round(matrix[after][on] or 0.0, 2) for after in range(3)] for on in range(3)]
+    assert "Forgetting (CNN)" in lines[place + 4]
 
 
 def test_every_epoch_is_in_the_json(finished_run, run):

@@ -206,9 +206,10 @@ class Config:
         """Augmented views of each training image; 0 means the test transform."""
         return min(self.epochs, self.epochs if self.train_views is None else self.train_views)
 
-    def shares_backbone_with(self, other: "Config") -> bool:
-        """Whether data and backbone that were loaded for ``other`` serve this config."""
-        return all(getattr(self, n) == getattr(other, n) for n, key in KEYS.items() if not key.shares_the_backbone)
+    def shares_backbone_with(self, other: "Config", but_for: str = "") -> bool:
+        """Whether data and backbone (``but_for="data"``: the backbone) loaded for ``other`` serve this config."""
+        keys = [n for n, key in KEYS.items() if not (key.shares_the_backbone or key.affects == but_for)]
+        return all(getattr(self, name) == getattr(other, name) for name in keys)
 
     def view_seed(self, seed: int) -> int:
         """Where the random numbers of the views of a run under ``seed`` come from."""

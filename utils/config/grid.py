@@ -1,4 +1,4 @@
-"""``--sweep key=v1,v2 ...`` -> the configs of a grid, all checked before anything starts."""
+"""Config files and ``--sweep key=v1,v2 ...`` -> the configs of a grid, all checked before anything starts."""
 
 import itertools
 import re
@@ -12,18 +12,18 @@ from utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One combination of the swept values: its name, such as ``flow=tosca_r,l1=0.0005``, and its config."""
+    """A file under one combination of the swept values: its name, such as ``tosca_cub/flow=tosca``, and its config."""
 
     name: str
     config: Config
 
 
-def make_grid(path: Path, overrides: Sequence[str], sweep: Sequence[str]) -> list[SweepCell]:
-    """Every combination of the swept values on top of a config file and overrides, the last key fastest.
+def make_grid(paths: Sequence[Path], overrides: Sequence[str], sweep: Sequence[str]) -> list[SweepCell]:
+    """Every combination of the swept values on top of each config file and the overrides, the last key fastest.
 
     A cell's files go to a folder of its name below ``log_dir`` and ``checkpoint_dir``; of equal cells there is one.
-    What stands behind ``--sweep`` and cannot be swept, such as ``seed=1,2``, is an override; if nothing is swept, the
-    one cell has no name.
+    What stands behind ``--sweep`` and cannot be swept, such as ``seed=1,2``, is an override; if there is one file and
+    nothing is swept, the one cell has no name.
     """
     overrides, swept = list(overrides), dict[str, list[str]]()
     for text in sweep:
@@ -37,11 +37,17 @@ def make_grid(path: Path, overrides: Sequence[str], sweep: Sequence[str]) -> lis
             raise ConfigError(f"--sweep {key!r}: {key} does not change what a run computes; set it with {key}=<value>")
         else:
             swept.setdefault(key, []).extend(values.split(","))
+    files = list(dict.fromkeys(paths))
+    if len({path.stem for path in files}) < len(files):
+        raise ConfigError("--config: files of the same name would write to one folder; rename one of them")
     cells: dict[str, SweepCell] = {}
-    for chosen in itertools.product(*([f"{key}={value}" for value in values] for key, values in swept.items())):
+    combinations = itertools.product(*([f"{key}={value}" for value in values] for key, values in swept.items()))
+    for path, chosen in itertools.product(files, combinations):
         config = load_config(path, [*overrides, *chosen])
         shown = (f"{key}={str(config.as_dict()[key]).removesuffix('.0')}" for key in swept)  # 0 and 0.0 are one cell
-        name = re.sub(r'[/\\:*?"<>|]', "_", ",".join(shown))
-        log_dir, checkpoint_dir = (str(Path(folder) / name) for folder in (config.log_dir, config.checkpoint_dir))
+        parts = [path.stem] if len(files) > 1 else []
+        parts += [re.sub(r'[/\\:*?"<>|]', "_", ",".join(shown))] if swept else []
+        log_dir, checkpoint_dir = (str(Path(folder, *parts)) for folder in (config.log_dir, config.checkpoint_dir))
+        name = "/".join(parts)
         cells[name] = SweepCell(name, replace(config, log_dir=log_dir, checkpoint_dir=checkpoint_dir))
     return list(cells.values())

@@ -8,6 +8,7 @@ ends by itself when its socket ends, that is, with us.
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -78,6 +79,40 @@ def load_ahead(
             worker.stop()
 
 
+def as_done(
+    work: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int
+) -> Generator[tuple[Job, Result | DataError], None, None]:
+    """Yield ``(job, work(job))`` as processes get done, each of which takes the next job only then.
+
+    A process that ends by itself takes its one job with it: the error stands for that result, and a new process goes
+    on. Close the generator to kill them all.
+
+    Args:
+        work, jobs: as for ``load_ahead``.
+        workers: how many processes (``--jobs``).
+    """
+    waiting, busy, idle = deque(jobs), dict[_Process, Job](), list[_Process]()
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                process = idle.pop() if idle else _Process(work, "its process", "lower --jobs")
+                busy[process] = waiting.popleft()
+                process.send(busy[process])
+            for process in select.select(list(busy), [], [])[0]:
+                job = busy.pop(process)
+                try:
+                    result, error = process.receive(lambda: "its result")
+                    idle.append(process)
+                except DataError as ended:
+                    result, error = ended, None
+                if error is not None:
+                    raise error
+                yield job, result
+    finally:
+        for process in (*busy, *idle):
+            process.stop()
+
+
 class _Thread:
     """A thread that does one job after another. It is a daemon: if it waits for a dead disk, that holds no exit.
 
@@ -114,10 +149,22 @@ class _Thread:
 
 
 class _Process:
-    """A loader process, as seen from here. Pillow and NumPy need no threads of their own there."""
+    """A process that works, as seen from here: it shows no bar, and Pillow and NumPy need no threads of their own.
 
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    Args:
+        work: what to do with each job.
+        what: which process it is, for messages.
+        hint: what helps where memory is short.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Any], Any],
+        what: str = "a process that loads images",
+        hint: str = "lower num_workers, 0 needs none",
+    ) -> None:
+        self._what, self._hint = what, hint
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX", "TQDM_DISABLE"), "1")
         try:
             self._socket, theirs = socket.socketpair()
             with theirs:
@@ -125,17 +172,21 @@ class _Process:
                     [sys.executable, "-c", _MAIN, str(theirs.fileno()), str(_ROOT), *map(str, sys.path)],
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # what a library prints must not get into the output of a command
-                    env=environment,
+                    env={**os.environ, **one},
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # a terminal's Ctrl-C is for us to answer
                 )
         except OSError as error:
             raise DataError(
-                f"a process that loads images cannot be started ({error.strerror}); lower num_workers, or raise the "
-                "limits of processes and open files (ulimit -u, ulimit -n)"
+                f"{what} cannot be started ({error.strerror}); {hint}, or raise the limits of processes and open files "
+                "(ulimit -u, ulimit -n)"
             ) from None
         self._answers = self._socket.makefile("rb")
         self.send(work)
+
+    def fileno(self) -> int:
+        """Of the socket: ready to be read when the answer is there, or the process has ended."""
+        return self._socket.fileno()
 
     def send(self, job: object) -> None:
         content = pickle.dumps(job, protocol=5)
@@ -149,9 +200,8 @@ class _Process:
             self.stop()
             code = self._process.returncode or 0
             raise DataError(
-                f"a process that loads images ended ({f'signal {-code}' if code < 0 else f'exit code {code}'}) before "
-                f"it had handed over {name()}; often memory is short: lower num_workers, 0 needs none; start again "
-                "afterwards: what is done stays"
+                f"{self._what} ended ({f'signal {-code}' if code < 0 else f'exit code {code}'}) before it had handed "
+                f"over {name()}; often memory is short: {self._hint}; start again afterwards: what is done stays"
             ) from None
         if error is not None:
             error.__cause__ = RuntimeError(f"in a loader process:\n{text}")

@@ -114,6 +114,11 @@ class FeatureBank:
         """Features of the images ``rows`` of ``split`` under ``view``: ``(len(rows), dim)`` float32."""
         return self._rows[split].read(view, rows)
 
+    def path(self, view: View) -> Path | None:
+        """The file of a (split, view); None in memory."""
+        rows = self._rows[view[0]]
+        return rows.path(view[1]) if isinstance(rows, FolderRows) else None
+
     # -- what is missing -------------------------------------------------------------------------------------------
 
     def missing(self, wanted: Sequence[View]) -> int:

@@ -2,8 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,14 +144,6 @@ def _csv_line(values: Sequence[Any]) -> str:
     return text.getvalue()
 
 
-def check_output(option: str, output: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output whose file is one that is read: it would be lost."""
-    for path in inputs if output.exists() else ():
-        with suppress(FileNotFoundError, NotADirectoryError):
-            if path.samefile(output):
-                raise UserError(f"{option} {str(output)!r} would replace {path}, which is read here; give another file")
-
-
 class FeatureFile:
     """An ``.npy`` of ``(images, dim)`` float32 that grows row by row and has its name only when it is whole.
 
@@ -160,6 +152,8 @@ class FeatureFile:
 
     def __init__(self, path: Path, dim: int) -> None:
         self.path, self.dim, self.rows = output_file(path, "--features"), dim, 0
+        if self.path.suffix != ".npy":  # images and the files of a run have other names
+            raise UserError(f"--features {str(path)!r}: give a name that ends in .npy: nothing else is replaced")
         self.shown = str(path) if path.absolute() == self.path else f"{path} (a link to {self.path})"
         self._writing = ExitStack()
 

@@ -1,24 +1,24 @@
-"""Text from runs made safe for where it is shown: terminal, Markdown, LaTeX, CSV, HTML and file names.
+"""Text from runs made safe for where it is shown: terminal, Markdown, LaTeX, HTML, CSV and file names.
 
 Names of data sets, methods and settings come from JSON files that anybody may have written.
 """
 
 import hashlib
 import html
+import re
 import unicodedata
 
 _LATEX = {
+    **{character: f"\\{character}" for character in "_%&#${}"},
+    **{character: f"${character}$" for character in "<>"},
+    **{character: f"{{{character}}}" for character in "[*"},  # else options of the row before
     "\\": r"\textbackslash{}",
-    "_": r"\_",
-    "%": r"\%",
-    "&": r"\&",
-    "#": r"\#",
-    "$": r"\$",
-    "{": r"\{",
-    "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    '"': "''",
     "–": "--",
+    "…": r"\ldots{}",
     "−": "$-$",
     "±": r"$\pm$",
     "×": r"$\times$",
@@ -26,13 +26,11 @@ _LATEX = {
     "≤": r"$\leq$",
     "·": r"$\cdot$",
     "→": r"$\to$",
-    "…": r"\ldots{}",
-    "<": "$<$",
-    ">": "$>$",
-    "|": r"\textbar{}",
-    '"': "''",
+    "†": r"$\dagger$",
+    "Ā": r"$\bar{A}$",
 }
-_LATEX_TERMS = {"Ā": r"$\bar{A}$", "A_T": "$A_T$"}
+# the letters beyond ASCII that fonts of the encoding T1 have
+_T1 = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞßàáâãäåæçèéêëìíîïðñòóôõöøùúûüýþÿŒœŠšŽž"
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -52,8 +50,12 @@ def markdown(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Return ``text`` with everything that LaTeX would take for a command escaped."""
-    return _LATEX_TERMS.get(text) or "".join(_LATEX.get(c, c) for c in terminal(text))
+    """Return ``text`` with all that LaTeX would take for a command escaped, and no letter that T1 lacks.
+
+    A_T is set in maths, as Ā is; any other letter stands as its number.
+    """
+    escaped = "".join(_LATEX.get(c) or (c if c.isascii() or c in _T1 else f"U+{ord(c):04X}") for c in terminal(text))
+    return re.sub(r"(?<![\w\\])A\\_T(?!\w|\\_)", "$A_T$", escaped)
 
 
 def csv_cell(value: object) -> object:
@@ -73,10 +75,8 @@ def plain_name(text: str) -> str:
 
     Texts that differ only in what is left out get different names: a few digits of a hash are appended then.
     """
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._=") else "-" for c in text)
-    short = "-".join(part for part in kept.split("-") if part).lstrip(".")[:60]
-    lossless = text.replace(" (", "-").replace(", ", "-").replace(")", "").replace(" ", "-")
-    if short and short == lossless:
-        return short
+    kept = re.sub(r"[^A-Za-z0-9._=]+", "-", text).strip("-").lstrip(".")[:60]
+    if kept and kept == text:
+        return kept
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
-    return f"{short}-{digest}" if short else digest
+    return f"{kept}-{digest}" if kept else digest

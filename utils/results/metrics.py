@@ -1,10 +1,11 @@
-"""Every number that is reported, as a pure function. NumPy only.
+"""Every number that is reported: its name, its definition in words (``GLOSSARY``), and a pure function.
 
-The definitions, used word for word in log, JSON, tables and README, are in ``GLOSSARY``.
+SciPy is imported where it is needed: a run that only trains does not wait for it.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ GLOSSARY = {
     "Ā": "average accuracy: the mean over tasks of the top-1 accuracy on all test images of the classes seen so far, "
     "measured after each task (%)",
     "A_T": "last accuracy: the top-1 accuracy on all test images after the last task (%)",
-    "forgetting": "the mean over all tasks but the last of (best accuracy on the task before the end − its final "
-    "accuracy), in percentage points",
+    "forgetting": "the mean over all tasks but the last of (the highest accuracy on the task after any task, the last "
+    "included, − that after the last), in percentage points",
     "backward transfer": "the mean over all tasks but the last of (final accuracy − accuracy right after the task was "
     "learned), in percentage points; forward transfer, the accuracy on a task before it is learned, is not defined "
     "here: a classifier without rows for a task's classes cannot answer with them",
@@ -44,6 +45,24 @@ SELECTION_NAMES = _selection_names()
 def selection_name(selection: str) -> str:
     """Return how every table and picture names a selection."""
     return SELECTION_NAMES.get(selection, selection)
+
+
+def terms(runs: Iterable[Mapping[str, Any]], selections: Sequence[str] | None = None) -> dict[str, str]:
+    """The definitions of what is shown of these runs (their JSON), or of some selections of theirs.
+
+    ``sample`` and the like are defined only where there are modules to choose from.
+    """
+    shown = {"Ā", "A_T", "forgetting"}
+    for run in runs:
+        if len(run["results"]) > 1:
+            shown |= {name for name in run["results"] if selections is None or name in selections}
+            shown |= {"selection accuracy"} if run["selection_accuracy"] else set()
+    return {term: meaning for term, meaning in GLOSSARY.items() if term in shown}
+
+
+def new_classes_alone(run: Mapping[str, Any]) -> bool:
+    """Whether a run's JSON is that of a continued run that did not test the classes of the saved one."""
+    return bool(run.get("base") and run["base"]["reported_from_task"])
 
 
 def top_k_hits(top: np.ndarray, true: np.ndarray, k: int) -> np.ndarray:
@@ -79,13 +98,11 @@ def accuracy_groups(
     return {name: round(value, 2) for name, value in groups.items() if value is not None}
 
 
-def task_accuracies(hits: np.ndarray, task: np.ndarray, tasks: int) -> list[float | None]:
-    """One row of the accuracy matrix: percent correct on each of the ``tasks`` so far."""
-    return _percent_of_groups(hits, task, tasks)
+def group_accuracies(hits: np.ndarray, group: np.ndarray, groups: int) -> list[float | None]:
+    """Percent correct in each group, in one pass: ``(images,), (images,)``, groups from 0; None: without images.
 
-
-def _percent_of_groups(hits: np.ndarray, group: np.ndarray, groups: int) -> list[float | None]:
-    """``percent`` of the hits in each group, in one pass over them: ``(samples,), (samples,)``, groups from 0."""
+    By task it is a row of the accuracy matrix.
+    """
     right, images = np.bincount(group[hits], minlength=groups), np.bincount(group, minlength=groups)
     return [float(r / n * 100) if n else None for r, n in zip(right[:groups], images[:groups], strict=True)]
 
@@ -95,27 +112,27 @@ def average_accuracy(curve: Sequence[float]) -> float:
     return float(np.mean(curve))
 
 
-def forgetting(matrix: Sequence[Sequence[float | None]]) -> float:
-    """Mean over all but the last task of (best accuracy before the end − final accuracy), in percentage points.
+def forgetting(matrix: Sequence[Sequence[float | None]]) -> float | None:
+    """Mean over all but the last task of (highest accuracy − final accuracy), in percentage points, as the release.
 
-    ``matrix[t][k]`` is the accuracy on task ``k`` after learning task ``t``; only ``k <= t`` is read. A task that
-    improves to its best at the very end has negative forgetting. One task alone: 0.
+    ``matrix[t][k]`` is the accuracy on task ``k`` after learning task ``t``; only ``k <= t`` is read. The highest may
+    be the final one: a task that improves to its best at the very end has lost nothing. One task alone: None.
     """
     last = len(matrix) - 1
-    table = np.full((len(matrix), len(matrix)), -np.inf)  # of a task that is still to come: never the best
+    table = np.full((len(matrix), len(matrix)), -np.inf)  # of a task that is still to come: never the highest
     for t, row in enumerate(matrix):
         table[t, : t + 1] = np.array(row[: t + 1], dtype=float)  # None becomes NaN
-    drops = table[:last, :last].max(axis=0, initial=-np.inf) - table[last, :last]
+    drops = (table.max(axis=0, initial=-np.inf) - table[last])[:last]
     drops = drops[~np.isnan(drops)]
-    return float(drops.mean()) if len(drops) else 0.0
+    return float(drops.mean()) if len(drops) else None
 
 
-def backward_transfer(matrix: Sequence[Sequence[float | None]]) -> float:
+def backward_transfer(matrix: Sequence[Sequence[float | None]]) -> float | None:
     """Mean over all but the last task of (final accuracy − accuracy right after learning it), in percentage points.
 
     After Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, Section 2; ``matrix``
     as in ``forgetting``. Forward transfer is not defined for class-incremental learning: before a task is learned the
-    classifier has no rows for its classes. One task alone: 0.
+    classifier has no rows for its classes. One task alone: None.
     """
     last = len(matrix) - 1
     changes = []
@@ -123,12 +140,40 @@ def backward_transfer(matrix: Sequence[Sequence[float | None]]) -> float:
         first, final = matrix[k][k], matrix[last][k]
         if first is not None and final is not None:
             changes.append(final - first)
-    return float(np.mean(changes)) if changes else 0.0
+    return float(np.mean(changes)) if changes else None
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean and sample standard deviation over ``count`` seeds, and half the width of the mean's 95 % interval."""
+
+    mean: float
+    std: float
+    count: int
+    half_width: float | None = None
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1); the deviation of one value is 0."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def over_seeds(values: Sequence[float | None]) -> MeanStd | None:
+    """Mean, deviation and interval of one value for each seed; None if any is absent."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return None
+    return MeanStd(*mean_std(known), len(known), half_width(known))
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % t interval of the mean: ``t · s / √n``; None for values that do not vary."""
+    count = len(values)
+    if count < 2 or not np.ptp(np.round(values, 9)):  # closer values differ through rounding alone
+        return None
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
 
 
 def confusion(true_task: np.ndarray, module: np.ndarray, tasks: int) -> list[list[int]]:
@@ -152,58 +197,36 @@ def entropy_by_module(
     return means
 
 
-# -- after the last task ----------------------------------------------------------------------------------------------
-
-BINS = 15  # of the reliability diagram, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
+BINS = 15  # as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
 
 
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """The images whose answer had a probability in one of the equal bins of (0, 1].
+def expected_calibration_error(probability: np.ndarray, hits: np.ndarray) -> float | None:
+    """ECE of answers sorted by their probability into ``BINS`` equal bins of (0, 1]: ``(images,), (images,)``.
 
-    Attributes:
-        count: how many.
-        probability: their mean probability in percent; None for an empty bin.
-        accuracy: their accuracy in percent; None for an empty bin.
+    The mean distance between probability and accuracy, weighted by images, in percentage points; None: no images.
     """
-
-    count: int
-    probability: float | None = None
-    accuracy: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-ready values under the names of the attributes."""
-        return asdict(self)
-
-
-def reliability(probability: np.ndarray, hits: np.ndarray) -> list[ReliabilityBin]:
-    """Sort images by the probability of their answer into ``BINS`` equal bins: ``(images,), (images,)``."""
+    if not len(hits):
+        return None
     place = np.clip(np.ceil(probability.astype(np.float64) * BINS).astype(int) - 1, 0, BINS - 1)
-    bins = []
-    for index in range(BINS):
-        inside = place == index
-        count = int(inside.sum())
-        mean = float(probability[inside].astype(np.float64).mean() * 100) if count else None
-        bins.append(ReliabilityBin(count, mean, percent(hits[inside])))
-    return bins
+    distances = np.bincount(place, weights=probability.astype(np.float64) - hits)  # of a bin, times its images
+    return float(100 * np.abs(distances).sum() / len(hits))
 
 
-def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
-    """Mean distance between probability and accuracy, weighted by images, in percentage points; None: no images."""
-    total = sum(b.count for b in bins)
-    distances = [
-        b.count * abs(b.accuracy - b.probability) for b in bins if b.accuracy is not None and b.probability is not None
-    ]
-    return sum(distances) / total if total else None
+# -- cost: measured by models.cost ------------------------------------------------------------------------------------
+
+TRAIN_MINUTES = "Train Time (min)"
+EVAL_MS = "Eval (ms/smp)"
+INFERENCE = "Inference (GFLOPs)"
+TRAIN = "Train (GFLOPs)"
+PEAK_MB = "Peak Train Mem. (MB)"
+PARAMS = "Params (M)"
+TRAINABLE = "Trainable Params (M)"
+COLUMNS = (TRAIN_MINUTES, EVAL_MS, INFERENCE, TRAIN, PEAK_MB, PARAMS, TRAINABLE)
+BY_RELEASE = " by the release procedure"
+RELEASE_COLUMNS = tuple(name + BY_RELEASE for name in (EVAL_MS, INFERENCE, TRAIN))
+LEARNER = "Learner (GFLOPs)"  # of training, without the backbone
 
 
-def class_accuracies(hits: np.ndarray, true: np.ndarray, classes: int) -> list[float | None]:
-    """Percent correct on the test images of each class; None for a class without any."""
-    return _percent_of_groups(hits, true, classes)
-
-
-def class_confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Counts of (true class, predicted class): ``(images,), (images,) -> (classes, classes)`` int64."""
-    table = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(table, (true, predicted), 1)
-    return table
+def cost_summary(cost: Mapping[str, float]) -> dict[str, float]:
+    """The columns in their order, rounded to four significant digits, for the log's ``Cost summary`` line."""
+    return {name: float(f"{cost[name]:.4g}") for name in (*COLUMNS, *RELEASE_COLUMNS) if name in cost}

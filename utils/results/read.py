@@ -1,16 +1,18 @@
 """The JSON files of runs: found, checked, and of each run the newest alone."""
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.config.config import KEYS
 from utils.config.methods import METHODS
 from utils.errors import ConfigError, UserError
 from utils.files import read_json
+from utils.results.metrics import new_classes_alone
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Run:
     values: dict[str, Any]
     path: str = ""
     modified: float = 0.0
+
+    @property
+    def seed(self) -> int:
+        seed: int = self.values["seed"]
+        return seed
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -41,12 +48,9 @@ class Run:
 
     @property
     def status(self) -> str:
-        total = len(self.values["task_sizes"])
-        return "finished" if self.finished else f"unfinished, {self.tasks_done} of {total} tasks"
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.values["status"] == "finished")
+        if self.values["status"] != "finished":
+            return f"unfinished, {self.tasks_done} of {len(self.values['task_sizes'])} tasks"
+        return "new classes alone" if new_classes_alone(self.values) else "finished"
 
     @property
     def tasks_done(self) -> int:
@@ -54,11 +58,7 @@ class Run:
 
 
 def read_runs(places: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in files and, at any depth, folders; and a line for each JSON file that is not one.
-
-    Raises:
-        UserError: a place does not exist, or there is no readable run in any.
-    """
+    """The runs in files and, at any depth, folders; and a line for each JSON file that is not one."""
     runs, skipped = [], []
     for path in _json_files(places):
         try:
@@ -83,63 +83,31 @@ def _json_files(places: Sequence[Path]) -> list[Path]:
 
 def _read_run(path: Path) -> Run:
     try:
-        values = read_json(path, "a run's JSON", "correct that or leave it out")
+        run = Run(read_json(path, "a run's JSON", "correct that or leave it out"), str(path), path.stat().st_mtime)
+        _check(run)
     except ConfigError as error:
         raise UserError(str(error).removeprefix(f"{path}: ")) from None
-    try:
-        fault = _fault(values)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        fault = f"not the JSON of a run ({type(error).__name__}: {error})"
-    if fault:
-        raise UserError(fault)
-    return Run(values, str(path), path.stat().st_mtime)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"not the JSON of a run, or a damaged one ({type(error).__name__}: {error})") from None
+    return run
 
 
-def _fault(run: dict[str, Any]) -> str | None:
-    """What keeps a file from being a run's JSON; anything of another shape may also raise."""
-    if absent := [k for k in ("format", "status", "identity", "results", "task_sizes", "data") if k not in run]:
-        return f"not the JSON of a run: no {absent[0]!r}"
-    if run["format"] != 1:
-        return f"its format is {run['format']!r}, this code reads 1"
-    identity, tasks = run["identity"], len(run["task_sizes"])
-    keys = (identity["dataset"], identity["model_name"], identity["weights_sha256"], run["backbone"]["name"])
-    if not all(isinstance(value, str) for value in keys):
-        return "its identity is damaged"
-    steps = () if identity["scenario"] == "domain" else (identity["init_cls"], identity["increment"])
-    if not all(isinstance(v, int) for v in (*steps, run["seed"], tasks)):
-        return "its identity is damaged"
-    data = run["data"]
-    if not all(isinstance(data[k], int) for k in ("classes", "train_images", "test_images")):
-        return "its data counts are damaged"
-    canonical([identity["scenario"], run["continual"], run["config"]["augment_seed"], data["images_sha256"]])
-    chosen = run["selection_accuracy"]
-    if not all(math.isfinite(number) for number in _numbers(list({**run.get("cost", {})}.values()))):
-        return "its cost is not a number"
-    lengths = {len(result["top1_curve"]) for result in run["results"].values()}
-    if len(lengths) > 1 or max(lengths, default=0) > tasks:
-        return "its curves have different lengths"
-    for name, result in run["results"].items():
-        parts = [result[k] for k in ("top1_curve", "top5_curve", "average", "last", "forgetting", "matrix")]
-        pictures = [run["confusion"].get(name), run["entropy"].get(name), run["sparsity"]]
-        if not all(math.isfinite(n) for n in _numbers([parts, pictures, chosen.get(name)])):
-            return f"a result of {name!r} is not a number"
-        left_out = result["matrix"] == [] and run["status"] != "finished"  # of a long run that goes on
-        if not left_out and {len(row) for row in [result["matrix"], *result["matrix"]]} != lengths:
-            return f"the matrix of {name!r} is not square"
-    if run["status"] == "finished" and lengths != {tasks}:
-        return "it says finished, but results are missing"
-    return None
-
-
-def _numbers(nested: Any) -> Iterator[float]:
-    """The numbers in nested lists and objects; None stands for what is undefined."""
-    if isinstance(nested, dict):
-        nested = list(nested.values())
-    if isinstance(nested, list):
-        for item in nested:
-            yield from _numbers(item)
-    elif nested is not None:
-        yield 0.0 + nested
+def _check(run: Run) -> None:
+    """Look up what reports look up; what is absent, or of another kind, raises one of many errors."""
+    values, tasks = run.values, len(run.values["task_sizes"])
+    if values["format"] != 1:
+        raise ValueError(f"its format is {values['format']!r}, this code reads 1")
+    json.dumps([values, run.settings], allow_nan=False)
+    sum([*values["task_sizes"], *values["all_task_sizes"], values["seed"], *values.get("cost", {}).values()])
+    lengths = {tasks} if values["status"] == "finished" else {run.tasks_done}
+    for name, result in values["results"].items():
+        curves = np.array([result["top1_curve"], result["top5_curve"]], dtype=float)
+        matrix = np.array(result["matrix"], dtype=float)  # None becomes NaN; empty in a long run that goes on
+        lengths |= {curves.shape[1], *(matrix.shape if len(matrix) else ())}
+        sum([result["average"], result["last"], result["forgetting"] or 0, *values["selection_accuracy"].get(name, [])])
+        np.array(values["confusion"].get(name, []), dtype=float)
+    if len(lengths) > 1 or max(lengths) > tasks:
+        raise ValueError("its curves and matrices do not fit its tasks")
 
 
 def newest_of_each(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

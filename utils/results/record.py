@@ -1,17 +1,25 @@
-"""The run's JSON and picture: made from its manifest, and made again whenever they differ from it."""
+"""What a finished task leaves beside the log: the run's JSON and picture, and at the end the answers as ``.npz``.
+
+JSON and picture are made from the manifest, and made again whenever they differ from it. The arrays of the ``.npz``:
+``files`` and ``true_class`` ``(images,)``, ``class_names`` ``(classes,)``, and for each selection, ``(images,)`` each,
+``<selection>.class``, ``<selection>.probability`` and, with modules, ``<selection>.module``. Classes are places in
+``class_names``, the order of learning; modules are tasks from 0.
+"""
 
 import dataclasses
+import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.errors import UserError
 from utils.files import atomic_write, json_lines, read_regular
 from utils.results import metrics
-from utils.results.metrics import GLOSSARY
 from utils.runs.manifest import RunManifest, TaskRecord
-from utils.runs.paths import RunPaths
+from utils.runs.setup import RunPaths
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +50,7 @@ def collect_results(tasks: Sequence[TaskRecord], *, with_matrix: bool = True) ->
 
 
 def run_json(manifest: RunManifest) -> dict[str, Any]:
-    """Everything that a table needs, from the run's manifest.
+    """Everything that a table needs, from the run's manifest; docs/outputs.md describes it.
 
     A continued run whose data does not test the classes of the saved run reports its own tasks alone.
     """
@@ -52,7 +60,8 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
     last = tasks[-1] if tasks else TaskRecord()
     selecting = {name: [task.results[name].get("selection_accuracy") for task in tasks] for name in last.results}
     own = ("status", "config", "seed", "identity", "backbone", "data", "versions", "class_order")
-    return {
+    seconds = {**manifest.seconds, "total": sum(manifest.seconds.values())}
+    found: dict[str, Any] = {
         "format": FORMAT,
         **{name: values[name] for name in own},
         "task_sizes": values["task_sizes"][first:],
@@ -68,15 +77,10 @@ def run_json(manifest: RunManifest) -> dict[str, Any]:
         "details": last.details,
         "epochs": [[epoch.to_json() for epoch in task.epochs] for task in tasks] if manifest.shows_all else [],
         "cost": manifest.cost,
-        "seconds": _rounded_seconds(manifest.seconds),
-        "missing_at_start": manifest.missing_at_start,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "backbone_forwards": manifest.backbone_forwards,
-        "glossary": GLOSSARY,
     }
-
-
-def _rounded_seconds(seconds: dict[str, float]) -> dict[str, float]:
-    return {phase: round(value, 3) for phase, value in {**seconds, "total": sum(seconds.values())}.items()}
+    return {**found, "glossary": metrics.terms([found])}
 
 
 def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
@@ -86,20 +90,16 @@ def _without_tasks(record: TaskRecord, first: int) -> TaskRecord:
 
 
 def write_run_json(paths: RunPaths, manifest: RunManifest) -> dict[str, Any]:
-    """Bring the run's JSON to what ``manifest`` says, unless it says so already; return what it holds."""
-    values = run_json(manifest)
-    write_if_different(paths.file(".json"), json_lines(values).encode() + b"\n")
-    return values
-
-
-def write_if_different(path: Path, content: bytes, *, flush: bool = True) -> None:
-    """Replace a file whose content is another one, or that is not there; ``flush`` as in ``atomic_write``."""
+    """Bring the run's JSON to what ``manifest`` says, if it says otherwise; return what it holds."""
+    values, path = run_json(manifest), paths.file(".json")
+    content = json_lines(values).encode() + b"\n"
     try:
-        if read_regular(path) == content:
-            return
+        same = read_regular(path) == content
     except OSError:
-        pass
-    atomic_write(path, content, flush=flush)
+        same = False
+    if not same:
+        atomic_write(path, content)
+    return values
 
 
 def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
@@ -108,16 +108,35 @@ def draw_curves(paths: RunPaths, run: dict[str, Any]) -> None:
     A run never fails for want of a picture.
     """
     picture = paths.file(".png")
+    if picture.is_file() and picture.stat().st_mtime_ns >= paths.file(".json").stat().st_mtime_ns:
+        return
     try:
-        if picture.stat().st_mtime_ns >= paths.file(".json").stat().st_mtime_ns:
-            return
-    except OSError:
-        pass
-    try:
-        from utils.results import drawing, figures
+        from utils.results import figures
 
-        drawing.save(figures.run_curves(run), picture)
+        figures.save(figures.run_curves(run), picture)
     except ImportError:
         log.info("No picture of the curves: it needs matplotlib (pip install matplotlib)")
     except UserError as error:
         log.warning("No picture of the curves: %s", error)
+
+
+# -- the answers ------------------------------------------------------------------------------------------------------
+
+
+def details(answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """From the arrays of the ``.npz``: for each selection the accuracy on each class (%) and ECE (points), for JSON."""
+    found, true = {}, answers["true_class"]
+    for name in (array.removesuffix(".class") for array in answers if array.endswith(".class")):
+        hits = answers[f"{name}.class"] == true
+        found[name] = {
+            "per_class": metrics.group_accuracies(hits, true, len(answers["class_names"])),
+            "ece": metrics.expected_calibration_error(answers[f"{name}.probability"], hits),
+        }
+    return found
+
+
+def write_answers(path: Path, answers: Mapping[str, np.ndarray]) -> None:
+    """Write the ``.npz``; the same answers give the same bytes. ``np.load`` reads it without pickles."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **answers)  # type: ignore[arg-type]
+    atomic_write(path, buffer.getbuffer())

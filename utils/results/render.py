@@ -1,97 +1,267 @@
-"""Tables as text, Markdown and LaTeX (booktabs). ``utils.results.page`` makes the HTML page."""
+"""Tables as typed cells, and the one loop that writes them as text, Markdown, LaTeX (booktabs) or an HTML page."""
 
-from collections.abc import Sequence
+import base64
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 from utils.results import escape
-from utils.results.cells import Cell, HasTable, Selections, Table
-from utils.results.metrics import GLOSSARY
-from utils.results.tables import glossary_markdown
+from utils.results.metrics import MeanStd
+from utils.words import fixed
 
-# -- text and Markdown ------------------------------------------------------------------------------------------------
-
-_PLAIN_MARKS = {"": ("", ""), "best": ("*", "*"), "close": ("_", "_")}
-_STYLED_MARKS = {"": ("", ""), "best": ("\x1b[1m", "\x1b[22m"), "close": ("\x1b[4m", "\x1b[24m")}
+Mark = Literal["", "best", "close"]
+TERMINAL_WIDTH = 120
 
 
-def as_text(parts: Sequence[HasTable], selections: Selections = None, *, styled: bool = False) -> str:
-    """Return tables for the terminal.
+@dataclass(frozen=True)
+class Cell:
+    """The text of a cell, and whether it is the best of its column or not significantly worse than that."""
 
-    Args:
-        parts: what to show.
-        selections: only the rows of these; None: all.
-        styled: mark cells by bold and underlined type; else by ``*`` and ``_`` around them.
+    text: str
+    mark: Mark = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What every markup shows.
+
+    Attributes:
+        key: for labels and file names, such as ``cub-10-10``.
+        header: one text for each column.
+        labels: how many of the first columns hold words; the others hold numbers.
+        rows: of cells; words that stand in the row above as well are written once.
+        notes: what a reader must know, a line each.
     """
-    return "\n".join(text for part in parts for text in _text_table(part.table(selections), styled))
+
+    key: str
+    title: str
+    header: tuple[str, ...]
+    labels: int
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
-def _text_table(table: Table, styled: bool) -> tuple[str, str]:
-    shown = [[Cell(escape.terminal(name)) for name in table.header]]
-    shown += [[Cell(escape.terminal(cell.text), cell.mark) for cell in row.cells] for row in table.rows]
-    plain = table.marked and not styled
-    widths = [max(len(c.text) + (2 if plain and c.mark else 0) for c in column) for column in zip(*shown, strict=True)]
-    marks = _STYLED_MARKS if styled else _PLAIN_MARKS
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file and what it shows."""
 
-    def line(cells: Sequence[Cell]) -> str:
-        texts = []
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-            before, after = marks[cell.mark]
-            space = " " * (width - len(cell.text) - (0 if styled else len(before + after)))
-            text = before + cell.text + after
-            texts.append(text + space if index < table.labels else space + text)
-        return "  ".join(texts).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    body = []
-    for index, (row, cells) in enumerate(zip(table.rows, shown[1:], strict=True)):
-        body += ["", line(cells)] if row.first and index else [line(cells)]
-    notes = [escape.terminal(note) for note in table.notes]
-    if plain:
-        notes = [note.replace("Bold:", "*x*:").replace("Underlined:", "_x_:") for note in notes]
-    lines = [escape.terminal(table.title), rule, line(shown[0]), rule, *body, rule]
-    return "\n".join(lines), "".join(f"{note}\n" for note in notes)
+    caption: str
+    path: Path
 
 
-def glossary_text() -> str:
-    return "\n".join(f"{term}: {definition}" for term, definition in GLOSSARY.items())
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-_MARKDOWN_MARKS = {"": "{}", "best": "**{}**", "close": "<ins>{}</ins>"}
+def signed(value: float | None, digits: int = 2) -> str:
+    """Write a number with a true minus sign; a dash for None."""
+    return fixed(value, digits).replace("-", "−")
 
 
-def as_markdown(parts: Sequence[HasTable], selections: Selections = None) -> str:
-    """Return tables and definitions as Markdown; ``<ins>`` is what Markdown viewers show underlined."""
-    texts = []
-    for table in (part.table(selections) for part in parts):
-        rule = ["---" if i < table.labels else "---:" for i in range(len(table.header))]
-        rows = [[escape.markdown(name) for name in table.header], rule]
-        rows += [[_MARKDOWN_MARKS[c.mark].format(escape.markdown(c.text)) for c in row.cells] for row in table.rows]
-        texts.append(f"## {escape.markdown(table.title)}\n")
-        texts.append("".join(f"| {' | '.join(row)} |\n" for row in rows))
-        texts.append("".join(f"- {escape.markdown(note)}\n" for note in table.notes))
-    return "\n".join([*(text for text in texts if text), "## Definitions\n", glossary_markdown()])
+def number_text(number: MeanStd | None, digits: int = 2) -> str:
+    """Write ``93.12 ± 0.35``; without a deviation where there is one seed."""
+    if number is None:
+        return "–"
+    return signed(number.mean, digits) + (f" ± {number.std:.{digits}f}" if number.count > 1 else "")
 
 
-# -- LaTeX ------------------------------------------------------------------------------------------------------------
-
-_LATEX_MARKS = {"": "{}", "best": r"\textbf{{{}}}", "close": r"\underline{{{}}}"}
-
-
-def as_latex(parts: Sequence[HasTable], selections: Selections = None) -> str:
-    """Return tables for ``\\input``; they need the packages booktabs and graphicx."""
-    texts = ["% \\usepackage{booktabs,graphicx} in the preamble, then \\input this file\n"]
-    texts += [_latex_table(part.table(selections)) for part in parts]
-    texts.append("".join(f"% {term}: {definition}\n" for term, definition in GLOSSARY.items()))
-    return "\n".join(texts)
+def significant_text(number: MeanStd | None) -> str:
+    """Write mean ± deviation with four significant digits of the mean, in plain digits."""
+    size = math.floor(math.log10(abs(number.mean))) if number and number.mean else 0
+    return number_text(number, max(0, 3 - size))
 
 
-def _latex_table(table: Table) -> str:
-    columns = "l" * table.labels + "r" * (len(table.header) - table.labels)
-    caption = " ".join([f"{table.title}. Mean and sample standard deviation over seeds.", *table.notes])
-    label = escape.plain_name(table.key)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{escape.latex(caption)}}}"]
-    lines += [rf"\label{{tab:{label}}}", r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{columns}}}"]
-    lines += [r"\toprule", " & ".join(map(escape.latex, table.header)) + r" \\", r"\midrule"]
-    for index, row in enumerate(table.rows):
-        texts = [_LATEX_MARKS[cell.mark].format(escape.latex(cell.text)) for cell in row.cells]
-        lines.append((r"\addlinespace" + "\n" if row.first and index else "") + " & ".join(texts) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
+def interval_text(
+    mean: float | None, half_width: float | None, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> str:
+    """Write a 95 % interval, ``[92.25, 93.99]``, cut at ``bounds``; a dash where there is none."""
+    if mean is None or half_width is None:
+        return "–"
+    return f"[{signed(max(bounds[0], mean - half_width))}, {signed(min(bounds[1], mean + half_width))}]"
+
+
+# -- markup -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How a kind of file writes tables: what makes text safe in it, and templates.
+
+    Attributes:
+        best, close: around a cell with that mark.
+        label, number: of a cell of words and of a number.
+        between: stands between two cells.
+        rule_end: how the line below the head ends in a column of numbers.
+        group: stands before a group of rows.
+        picture: of a caption and the base64 of a PNG; empty leaves pictures out.
+    """
+
+    escape: Callable[[str], str]
+    best: str
+    close: str
+    table: str
+    label: str = "{}"
+    number: str = "{}"
+    between: str = "  "
+    row: str = "{}\n"
+    rule_end: str = "-"
+    group: str = ""
+    note: str = "- {}\n"
+    definition: str = "{}: {}\n"
+    document: str = "{body}{definitions}"
+    picture: str = ""
+
+
+def write(
+    parts: Sequence[Table | Picture], markup: Markup, terms: Mapping[str, str] | None = None, title: str = ""
+) -> str:
+    """Return the tables (and pictures) in their order, then the definitions of ``terms``."""
+    body = (_table(part, markup) if isinstance(part, Table) else _picture(part, markup) for part in parts)
+    defined = (markup.definition.format(*map(markup.escape, term)) for term in (terms or {}).items())
+    return markup.document.format(title=markup.escape(title), body="".join(body), definitions="".join(defined))
+
+
+def _picture(picture: Picture, markup: Markup) -> str:
+    if not markup.picture:
+        return ""
+    return markup.picture.format(markup.escape(picture.caption), base64.b64encode(picture.path.read_bytes()).decode())
+
+
+def _table(table: Table, markup: Markup) -> str:
+    """Fill the templates; every cell is padded to the width of its column."""
+    marks = {"": "{}", "best": markup.best, "close": markup.close}
+    lines = [tuple(map(Cell, table.header)), *_without_repeats(table)]
+    texts = [[marks[cell.mark].format(markup.escape(cell.text)) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+
+    def row(cells: Sequence[str]) -> str:
+        padded = [
+            markup.label.format(text.ljust(width)) if place < table.labels else markup.number.format(text.rjust(width))
+            for place, (text, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return markup.row.format(markup.between.join(padded).rstrip())
+
+    rule = ["-" * w if i < table.labels else "-" * (w - 1) + markup.rule_end for i, w in enumerate(widths)]
+    head, *body = map(row, texts)
+    grouped = not all(cells[0].text for cells in lines)
+    begins = [markup.group if grouped and i and cells[0].text else "" for i, cells in enumerate(lines[1:])]
+    return markup.table.format(
+        title=markup.escape(table.title),
+        key=escape.plain_name(table.key),
+        columns="l" * table.labels + "r" * (len(table.header) - table.labels),
+        head=head,
+        rule=row(rule),
+        rows="".join(map("".join, zip(begins, body, strict=True))),
+        notes="".join(markup.note.format(markup.escape(note)) for note in table.notes),
+    )
+
+
+def _without_repeats(table: Table) -> list[tuple[Cell, ...]]:
+    rows, above = [], tuple[Cell, ...]()
+    for row in table.rows:
+        alike = [cell == other for cell, other in zip(row, above, strict=False)][: table.labels]
+        repeated = (*alike, False).index(False)
+        rows.append((*[Cell("")] * repeated, *row[repeated:]))
+        above = row
+    return rows
+
+
+TEXT = Markup(escape.terminal, "*{}*", "_{}_", "{title}\n{rule}{head}{rule}{rows}{rule}{notes}\n", group="\n")
+MARKDOWN = Markup(
+    escape.markdown,
+    "**{}**",
+    "<ins>{}</ins>",  # what viewers of Markdown show underlined
+    "## {title}\n\n{head}{rule}{rows}\n{notes}\n",
+    between=" | ",
+    row="| {} |\n",
+    rule_end=":",
+    definition="- **{}**: {}\n",
+    document="{body}## Definitions\n\n{definitions}",
+)
+LATEX = Markup(
+    escape.latex,
+    r"\textbf{{{}}}",
+    r"\underline{{{}}}",
+    "\\begin{{table}}\n\\centering\n\\caption{{{title}. Mean and sample standard deviation over seeds.\n{notes}}}\n"
+    "\\label{{tab:{key}}}\n\\resizebox{{\\linewidth}}{{!}}{{%\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head}"
+    "\\midrule\n{rows}\\bottomrule\n\\end{{tabular}}}}\n\\end{{table}}\n\n",
+    between=" & ",
+    row="{} \\\\\n",
+    group="\\addlinespace\n",
+    note="{}\n",
+    definition="% {}: {}\n",
+    document="% \\usepackage[T1]{{fontenc}} and \\usepackage{{booktabs,graphicx}} in the preamble, then \\input this"
+    " file\n\n{body}{definitions}",
+)
+HTML = Markup(
+    escape.html_text,
+    "<strong>{}</strong>",
+    "<ins>{}</ins>",
+    '<h2>{title}</h2>\n<div class="box"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+    "<ul>\n{notes}</ul>\n",
+    label="<td>{}</td>",
+    number='<td class="n">{}</td>',
+    between="",
+    row="<tr>{}</tr>\n",
+    note="<li>{}</li>\n",
+    definition="<dt>{}</dt><dd>{}</dd>\n",
+    document="""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem; }}
+.box {{ overflow-x: auto; }} thead, dt {{ font-weight: 600; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+td {{ padding: .2rem .6rem; border-bottom: 1px solid #ccc; white-space: nowrap; }} .n {{ text-align: right; }}
+figure {{ margin: 1.5rem 0; }} img {{ max-width: 100%; }} ul, figcaption {{ font-size: .9rem; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}<h2>Definitions</h2>
+<dl>
+{definitions}</dl>
+</body></html>
+""",
+    picture='<figure><img alt="{0}" src="data:image/png;base64,{1}"><figcaption>{0}</figcaption></figure>\n',
+)
+
+
+# -- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def as_text(tables: Sequence[Table], terms: Mapping[str, str] | None = None) -> str:
+    """Return tables for a terminal: no line is longer than ``TERMINAL_WIDTH``."""
+    lines = write([part for table in tables for part in _narrow(table)], TEXT, terms).splitlines()
+    return "\n".join(line if len(line) <= TERMINAL_WIDTH else textwrap.fill(line, TERMINAL_WIDTH) for line in lines)
+
+
+def _narrow(table: Table) -> list[Table]:
+    """Shorten words where the labels leave no room for numbers, and go on below with the columns that do not fit."""
+    lines = [tuple(map(Cell, table.header)), *table.rows]
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+    if sum(widths[: table.labels]) > TERMINAL_WIDTH - 40:
+        longest = (TERMINAL_WIDTH - 40) // table.labels
+        widths[: table.labels] = [min(width, longest) for width in widths[: table.labels]]
+    labels = list(range(table.labels))
+    blocks = [labels]
+    for column in range(table.labels, len(widths)):
+        if blocks[-1] != labels and sum(widths[i] for i in [*blocks[-1], column]) > TERMINAL_WIDTH:
+            blocks.append(labels)
+        blocks[-1] = [*blocks[-1], column]
+    parts = []
+    for block in blocks:
+        head, *rows = (tuple(_shortened(line[i], widths[i] - 2) for i in block) for line in lines)
+        title = table.title if block is blocks[0] else f"{table.title} (further columns)"
+        notes = table.notes if block is blocks[-1] else ()
+        parts.append(replace(table, title=title, header=tuple(c.text for c in head), rows=tuple(rows), notes=notes))
+    return parts
+
+
+def _width(cell: Cell) -> int:
+    """With the marks around it and the space before the next column."""
+    return len(escape.terminal(cell.text)) + 2 + 2 * bool(cell.mark)
+
+
+def _shortened(cell: Cell, longest: int) -> Cell:
+    shown = escape.terminal(cell.text)
+    return cell if len(shown) <= longest else replace(cell, text=f"{shown[: longest - 1]}…")

@@ -14,9 +14,7 @@ from utils.config.grid import SweepCell
 from utils.config.methods import SELECTIONS
 from utils.data.tasks import Task, TaskStream
 from utils.logs import FILE_ONLY
-from utils.results import metrics
-from utils.results.cost import cost_summary
-from utils.results.metrics import GLOSSARY, SELECTION_NAMES
+from utils.results.metrics import SELECTION_NAMES, cost_summary, new_classes_alone
 from utils.runs.manifest import BaseFacts, EpochStats, TaskRecord
 from utils.words import counted, fixed, task_place
 
@@ -55,15 +53,14 @@ def log_task_start(task: Task, parameters: Mapping[str, int]) -> None:
     log.info("Learning on %d-%d", task.rows.start, task.rows.stop, extra=FILE_ONLY)
 
 
-def log_epoch(task: int, epoch: int, epochs: int, stats: EpochStats) -> None:
-    """PILOT's line of an epoch; ``task`` and ``epoch`` count from 0."""
-    shown = task, epoch + 1, epochs, stats.loss, stats.accuracy
-    log.info("Task %d, Epoch %d/%d => Loss %.3f, Train_accy %.2f", *shown, extra=FILE_ONLY)
-
-
 def epoch_logger(task: int, epochs: int) -> Callable[[int, EpochStats], None]:
     """What writes PILOT's line of each epoch of a task; all count from 0."""
-    return lambda epoch, stats: log_epoch(task, epoch, epochs, stats)
+
+    def log_epoch(epoch: int, stats: EpochStats) -> None:
+        shown = task, epoch + 1, epochs, stats.loss, stats.accuracy
+        log.info("Task %d, Epoch %d/%d => Loss %.3f, Train_accy %.2f", *shown, extra=FILE_ONLY)
+
+    return log_epoch
 
 
 def log_saved(method: str, path: object | None) -> None:
@@ -75,22 +72,20 @@ def log_saved(method: str, path: object | None) -> None:
 def log_task(record: TaskRecord, selection: str) -> None:
     """PILOT's ``CNN: {...}`` line for ``selection``; the others beside it, each under its own name."""
     for name, result in record.results.items():
-        label = "CNN" if name == selection else "Accuracy"
-        log.info("[selection: %s] %s: %s", SELECTION_NAMES[name], label, result["groups"], extra=FILE_ONLY)
+        _to_file(name, f"{'CNN' if name == selection else 'Accuracy'}: {result['groups']}")
 
 
 def log_curves(results: dict[str, Any], selection: str) -> None:
     """PILOT's curve and average lines for ``selection``; the others beside it, each under its own name."""
     for name, result in results.items():
-        place, label = SELECTION_NAMES[name], "CNN " if name == selection else ""
-        log.info("[selection: %s] %stop1 curve: %s", place, label, _rounded(result["top1_curve"]), extra=FILE_ONLY)
-        log.info("[selection: %s] %stop5 curve: %s", place, label, _rounded(result["top5_curve"]), extra=FILE_ONLY)
-        average = f"Average Accuracy{' (CNN)' if name == selection else ''}: {result['average']:.2f}"
-        log.info("[selection: %s] %s", place, average, extra=FILE_ONLY)
+        label = "CNN " if name == selection else ""
+        for curve in ("top1", "top5"):
+            _to_file(name, f"{label}{curve} curve: {[round(value, 2) for value in result[f'{curve}_curve']]}")
+        _to_file(name, f"Average Accuracy{' (CNN)' if label else ''}: {result['average']:.2f}")
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 2) for value in values]
+def _to_file(selection: str, text: str) -> None:
+    log.info("[selection: %s] %s", SELECTION_NAMES[selection], text, extra=FILE_ONLY)
 
 
 def log_task_line(record: TaskRecord, selection: str, stream: TaskStream, task: int) -> None:
@@ -112,8 +107,7 @@ def summary_table(run: dict[str, Any]) -> list[str]:
     """The closing lines of a run: every selection beside the others, as they are."""
     lines = [f"{'':27}{'Ā':>8}{'A_T':>8}{'forgetting':>12}{'selection accuracy':>20}"]
     for name, result in run["results"].items():
-        selecting = run["selection_accuracy"].get(name)
-        chosen = fixed(selecting[-1], 1) if selecting else "–"
+        chosen = fixed((run["selection_accuracy"].get(name) or [None])[-1], 1)
         average, last, forgetting = (fixed(result[key], 1) for key in ("average", "last", "forgetting"))
         lines.append(f"{SELECTION_NAMES[name]:27}{average:>8}{last:>8}{forgetting:>12}{chosen:>20}")
     return lines
@@ -135,15 +129,20 @@ def best_order_free(run: dict[str, Any]) -> str | None:
 
 
 def log_summary(run: dict[str, Any], selection: str) -> None:
-    """The end of a run; the file has PILOT's line of forgetting and the meaning of all terms before it."""
+    """The end of a run; the file has PILOT's matrix and forgetting and the meaning of all terms before it."""
     for name, result in run["results"].items():
-        place, label = SELECTION_NAMES[name], " (CNN)" if name == selection else ""
-        log.info("[selection: %s] Forgetting%s: %s", place, label, fixed(result["forgetting"], 2), extra=FILE_ONLY)
-    for term in ("Ā", "A_T", "forgetting", "selection accuracy", "oracle"):
-        log.info("%s: %s", term, GLOSSARY[term], extra=FILE_ONLY)
+        if name == selection:
+            _to_file(name, "Accuracy Matrix (CNN):")
+            for row in accuracy_matrix(result["matrix"]):
+                log.info("%s", row, extra=FILE_ONLY)
+        _to_file(name, f"Forgetting{' (CNN)' if name == selection else ''}: {fixed(result['forgetting'], 2)}")
+    for term, meaning in run["glossary"].items():
+        log.info("%s: %s", term, meaning, extra=FILE_ONLY)
     tasks = counted(len(run["task_sizes"]), "domain" if run.get("domains") else "task")
     config = run["config"]
     log.info("Summary: %s on %s, %s, seed %d (%%)", config["model_name"], config["dataset"], tasks, run["seed"])
+    if new_classes_alone(run):
+        log.info("  Of the new classes alone: the classes learned before were not tested")
     for line in summary_table(run):
         log.info("  %s", line)
     if (best := best_order_free(run)) is not None:
@@ -159,26 +158,23 @@ def log_summary(run: dict[str, Any], selection: str) -> None:
         log.info("Cost summary: %s", cost_summary(run["cost"]))
 
 
-def log_seeds(runs: Sequence[dict[str, Any]]) -> None:
-    """Mean ± sample standard deviation over seeds, for each selection."""
-    for name in runs[0]["results"]:
-        a, last = ([r["results"][name][k] for r in runs] for k in ("average", "last"))
-        (a_mean, a_std), (l_mean, l_std) = metrics.mean_std(a), metrics.mean_std(last)
-        log.info(
-            "[selection: %s] over %d seeds: Ā %.2f ± %.2f, A_T %.2f ± %.2f",
-            *(SELECTION_NAMES[name], len(runs), a_mean, a_std, l_mean, l_std),
-        )
+def accuracy_matrix(matrix: Sequence[Sequence[float | None]]) -> list[str]:
+    """PILOT's rows: accuracy on a task, after each task; 0 before it is learned, nan without test images."""
+    tasks = len(matrix)
+    on_task = [[0.0 if after < task else matrix[after][task] for after in range(tasks)] for task in range(tasks)]
+    return [f"[{' '.join('nan' if value is None else f'{value:.2f}' for value in row)}]" for row in on_task]
 
 
-def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]], done: int) -> None:
-    """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
-    selection = cells[0].config.selection
+def log_seeds(runs: Sequence[dict[str, Any]], selections: Sequence[str] | None = None) -> None:
+    """A table of mean ± sample standard deviation over seeds, for each selection or for some."""
     read, tables, render = (module(f"utils.results.{name}") for name in ("read", "tables", "render"))
     sections, _ = tables.make_sections([read.Run(run) for run in runs])
-    for line in render.as_text(sections, [selection, "sample", "oracle"]).splitlines():
+    for line in render.as_text([tables.section_table(section, selections) for section in sections]).splitlines():
         log.info("%s", line)
-    if done == len(runs) and runs:
-        log.info("Sweep: %s, all finished already: nothing to do; --fresh starts them over", counted(done, "run"))
-    else:
-        log.info("Sweep: %s, %d of them finished earlier", counted(len(runs), "run"), done)
-    log.info("Every selection, and pictures: python report.py %s", Path(cells[0].config.log_dir).parent)
+
+
+def log_sweep(cells: Sequence[SweepCell], runs: Sequence[dict[str, Any]]) -> None:
+    """The closing table: the selection asked for beside ``sample`` and ``oracle``."""
+    log_seeds(runs, [cells[0].config.selection, "sample", "oracle"])
+    folder = Path(cells[0].config.log_dir).parents[cells[0].name.count("/")]
+    log.info("%s; every selection, and pictures: python report.py %s", counted(len(runs), "run"), folder)

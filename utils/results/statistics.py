@@ -1,15 +1,12 @@
-"""Intervals over seeds and paired differences between methods, as pure functions of numbers.
+"""Paired differences between methods, as pure functions of numbers."""
 
-SciPy is imported where it is needed: a run that only trains does not wait for it.
-"""
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from utils.results.metrics import half_width
+
 MIN_PAIRS = 3  # with two shared seeds a t statistic has one degree of freedom: it tells next to nothing
 
 
@@ -17,12 +14,14 @@ MIN_PAIRS = 3  # with two shared seeds a t statistic has one degree of freedom: 
 class Difference:
     """A paired comparison of two methods over the seeds that both have.
 
+    Differences that do not vary are one observation, however many seeds gave it: nothing is tested then.
+
     Attributes:
         count: how many seeds both have.
         mean: the mean of (first − second); None without a shared seed.
-        half_width: of the 95 % t interval around ``mean``; None below ``MIN_PAIRS`` seeds or if no difference varies.
-        p_t: two-sided p value of the paired t test; None below ``MIN_PAIRS`` seeds or if no difference varies.
-        p_wilcoxon: two-sided p value of Wilcoxon's signed-rank test; None where ``p_t`` is.
+        half_width: of the 95 % t interval around ``mean``; None where nothing is tested.
+        p_t: two-sided p value of the paired t test; None below ``MIN_PAIRS`` seeds, or without variation.
+        p_wilcoxon: two-sided p value of Wilcoxon's signed-rank test; None as ``p_t``.
     """
 
     count: int
@@ -31,35 +30,21 @@ class Difference:
     p_t: float | None = None
     p_wilcoxon: float | None = None
 
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % t interval of the mean: ``t · s / √n``; None for fewer than two values."""
-    count = len(values)
-    if count < 2:
-        return None
-    from scipy import stats
-
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
+    @property
+    def constant(self) -> bool:
+        """Whether there are seeds enough, but the difference is the same in all of them."""
+        return self.count >= MIN_PAIRS and self.p_t is None
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Compare values of two methods, of the same seeds in the same order.
-
-    Raises:
-        ValueError: there are not equally many of both.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} values cannot be paired")
+    """Compare equally many values of two methods, of the same seeds in the same order."""
     count = len(first)
     if count == 0:
         return Difference(0)
     # figures in percent differ by less than this through rounding alone
-    differences = np.round(np.asarray(first, dtype=float) - np.asarray(second, dtype=float), 9)
+    differences = np.round(np.subtract(first, second), 9)
     mean = float(differences.mean())
-    if count < MIN_PAIRS:
-        return Difference(count, mean)
-    if not np.ptp(differences):  # seeds that cannot differ are one observation, however many they are: not testable
+    if count < MIN_PAIRS or not np.ptp(differences):
         return Difference(count, mean)
     from scipy import stats
 
@@ -79,8 +64,3 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(known) - rank)))
         corrected[place] = largest
     return corrected
-
-
-def smallest_wilcoxon_p(count: int) -> float:
-    """Return the smallest two-sided p that Wilcoxon's test can give: all ``count`` differences have one sign."""
-    return float(2.0 ** (1 - count))

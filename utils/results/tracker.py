@@ -18,8 +18,7 @@ from utils.errors import ConfigError, UserError
 from utils.runs.manifest import TaskRecord
 
 MEASURES = ("top1", "top5", "selection_accuracy")
-PROJECT = "tosca"
-Point = tuple[str, float, int]  # name of the curve, value, task or epoch from 1
+Point = tuple[str, int, dict[str, float]]  # "task" or "epoch", its number from 1, and values by curve
 
 
 class Tracker:
@@ -35,64 +34,48 @@ class Tracker:
 
     package = ""  # what to import, so that its absence is known before any work
     install = ""
+    _to: Any = None  # the package's own object for a run, once it has begun
 
     def __init__(self, folder: Path, config: Config, name: str) -> None:
         self.folder, self.config, self.name = folder, config, name
-        self._begun, self._written = False, 0
+        self._written = 0
 
     def update(self, records: Sequence[TaskRecord]) -> None:
-        """Take the records of all tasks so far, the newest last.
-
-        Raises:
-            UserError: the tracker cannot write.
-        """
+        """Take the records of all tasks so far, the newest last."""
         if not self.package:
             return
         with self._faults_named():
-            if not self._begun:
-                self.begin()
-                self._begun = True
-            self.add(curve_points(records, self._written))
+            if self._to is None:
+                if self.folder.is_dir():
+                    shutil.rmtree(self.folder)
+                self.folder.mkdir(parents=True)
+                self._to = self.begin(importlib.import_module(self.package))
+            self.add(points(records, self._written))
             self._written = len(records)
 
     def finish(self, run: Mapping[str, Any], pictures: Sequence[Path]) -> None:
-        """Take the JSON of the finished run and the pictures that there are.
-
-        Raises:
-            UserError: the tracker cannot write.
-        """
-        if self._begun:
+        """Take the JSON of the finished run and the pictures that there are."""
+        if self._to is not None:
             with self._faults_named():
                 self.end(summary_numbers(run), [path for path in pictures if path.is_file()])
 
-    def close(self) -> None:
-        """End; nothing follows."""
+    def begin(self, package: Any) -> Any:
+        """Begin with the config; return the package's object for the run."""
 
-    def begin(self) -> None:
-        """Remove what an earlier start of this run wrote, and begin with the config."""
-
-    def add(self, points: Sequence[Point]) -> None:
+    def add(self, found: Sequence[Point]) -> None:
         """Add points to the curves."""
 
     def end(self, summary: Mapping[str, float], pictures: Sequence[Path]) -> None:
         """Add the numbers and pictures of the end."""
 
-    def config_values(self) -> dict[str, Any]:
-        """Return the run's config as flat values."""
-        return self.config.as_dict()
-
-    @property
-    def key(self) -> str:
-        """An identifier that the same run has at each start."""
-        return hashlib.sha256(str(self.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    def close(self) -> None:
+        """End; nothing follows."""
 
     @contextmanager
     def _faults_named(self) -> Iterator[None]:
         """A fault of the disk or of the tracker's package becomes one line."""
         try:
             yield
-        except UserError:
-            raise
         except Exception as error:
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] != self.package:
                 raise
@@ -100,134 +83,102 @@ class Tracker:
             raise UserError(f"{self.folder} cannot be written ({reason}); tracker=none does without") from error
 
 
-def curve_points(records: Sequence[TaskRecord], written: int) -> list[Point]:
+def points(records: Sequence[TaskRecord], written: int) -> list[Point]:
     """Return the points of the tasks from ``written`` on: accuracies by task, loss and training accuracy by epoch."""
-    points: list[Point] = []
+    found: list[Point] = []
     epoch = sum(len(record.epochs) for record in records[:written])
     for task, record in enumerate(records[written:], start=written + 1):
         for stats in record.epochs:
             epoch += 1
-            points += [("train/loss", stats.loss, epoch), ("train/accuracy", stats.accuracy, epoch)]
-        for selection, result in record.results.items():
-            points += [(f"{m}/{selection}", result[m], task) for m in MEASURES if result.get(m) is not None]
-    return points
+            found.append(("epoch", epoch, {"train/loss": stats.loss, "train/accuracy": stats.accuracy}))
+        values = {f"{m}/{name}": result.get(m) for name, result in record.results.items() for m in MEASURES}
+        found.append(("task", task, {name: value for name, value in values.items() if value is not None}))
+    return found
 
 
 def summary_numbers(run: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a finished run's JSON that a table of runs needs, by name."""
-    names = ("average", "last", "forgetting", "backward_transfer")
-    numbers = {f"{name}/{selection}": of[name] for selection, of in run["results"].items() for name in names}
-    numbers |= {f"ece/{name}": of["ece"] for name, of in run["details"].items() if of["ece"] is not None}
-    return numbers | {f"cost/{plain(name)}": value for name, value in run["cost"].items()}
-
-
-def plain(name: str) -> str:
-    """Return a name that every tracker takes: letters, digits, spaces and ``_ - . /``."""
-    return " ".join("".join(c if c.isalnum() or c in "_-./" else " " for c in name).split())
-
-
-# -- the trackers -----------------------------------------------------------------------------------------------------
+    kinds = {name: of | run["details"].get(name, {}) for name, of in run["results"].items()}
+    numbers = {f"{what}/{name}": value for name, of in kinds.items() for what, value in of.items()}
+    numbers |= {f"cost/{name}": value for name, value in run["cost"].items()}
+    return {name: value for name, value in numbers.items() if isinstance(value, float)}
 
 
 class TensorBoard(Tracker):
     """Event files in ``<run>.tensorboard``."""
 
     package, install = "torch.utils.tensorboard", "tensorboard"
-    _writer: Any = None
 
-    def begin(self) -> None:
-        for old in self.folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._writer = importlib.import_module(self.package).SummaryWriter(str(self.folder))
-        rows = "".join(f"| {name} | {value} |\n" for name, value in self.config_values().items())
-        self._writer.add_text("config", f"| key | value |\n|---|---|\n{rows}")
+    def begin(self, package: Any) -> Any:
+        writer = package.SummaryWriter(str(self.folder))
+        rows = "".join(f"| {name} | {value} |\n" for name, value in self.config.as_dict().items())
+        writer.add_text("config", f"| key | value |\n|---|---|\n{rows}")
+        return writer
 
-    def add(self, points: Sequence[Point]) -> None:
-        for name, value, step in points:
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+    def add(self, found: Sequence[Point]) -> None:
+        for _, step, values in found:
+            for name, value in values.items():
+                self._to.add_scalar(name, value, step)
+        self._to.flush()
 
     def end(self, summary: Mapping[str, float], pictures: Sequence[Path]) -> None:
+        import numpy as np
+        from PIL import Image
+
         for name, value in summary.items():
-            self._writer.add_scalar(f"summary/{name}", value, 0)
+            self._to.add_scalar(f"summary/{name}", value, 0)
         for path in pictures:
-            self._writer.add_image(path.name, _pixels(path), dataformats="HWC")
-        self._writer.flush()
+            with Image.open(path) as image:
+                self._to.add_image(path.name, np.asarray(image.convert("RGB")), dataformats="HWC")
+        self._to.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-def _pixels(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        if self._to is not None:
+            self._to.close()
 
 
 class WeightsAndBiases(Tracker):
     """A run in ``<run>.wandb``: offline unless the environment's WANDB_MODE says otherwise."""
 
     package = install = "wandb"
-    _run: Any = None
 
-    def begin(self) -> None:
-        wandb = importlib.import_module(self.package)
-        for old in self.folder.glob("wandb/offline-run-*"):
-            shutil.rmtree(old)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
+    def begin(self, package: Any) -> Any:
+        key = hashlib.sha256(str(self.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        run = package.init(
+            project=os.environ.get("WANDB_PROJECT", "tosca"),
             name=self.name,
-            id=self.key,
+            id=key,  # the same at each start
             resume="allow",
             dir=str(self.folder),
             mode=os.environ.get("WANDB_MODE", "offline"),
-            config=self.config_values(),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+            config=self.config.as_dict(),
+            settings=package.Settings(silent=True, console="off", disable_git=True, disable_code=True),
         )
         for axis, curves in (("task", [f"{measure}/*" for measure in MEASURES]), ("epoch", ["train/*"])):
-            self._run.define_metric(axis)
+            run.define_metric(axis)
             for name in curves:
-                self._run.define_metric(name, step_metric=axis)
+                run.define_metric(name, step_metric=axis)
+        return run
 
-    def add(self, points: Sequence[Point]) -> None:
-        rows: dict[tuple[str, int], dict[str, float]] = {}
-        for name, value, step in points:
-            axis = "epoch" if name.startswith("train/") else "task"
-            rows.setdefault((axis, step), {})[name] = value
-        for (axis, step), values in rows.items():
-            self._run.log({axis: step, **values})
+    def add(self, found: Sequence[Point]) -> None:
+        for axis, step, values in found:
+            self._to.log({axis: step, **values})
 
     def end(self, summary: Mapping[str, float], pictures: Sequence[Path]) -> None:
-        self._run.summary.update(dict(summary))
-        wandb = importlib.import_module(self.package)
-        artifact = wandb.Artifact(f"pictures-{self.key}", "pictures")
+        self._to.summary.update(dict(summary))
         for path in pictures:
-            artifact.add_file(str(path))
-        if pictures:
-            self._run.log_artifact(artifact)
+            self._to.save(str(path), base_path=str(path.parent))
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
+        if self._to is not None:
+            self._to.finish()
 
 
-TRACKERS: dict[str, type[Tracker]] = {
-    "none": Tracker,
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
+TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def check_tracker(config: Config) -> None:
-    """Find out before any work whether the tracker can be used.
-
-    Raises:
-        ConfigError: its package is not installed.
-    """
+    """Find out before any work whether the tracker's package is installed."""
     kind = TRACKERS[config.tracker]
     if kind.package:
         try:

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import CheckpointError, DamagedRunError, UserError, is_lack_of_memory
+from utils.errors import CheckpointError, DamagedRunError, UserError, is_lack_of_memory, remedy_of
 from utils.files import (
     atomic_write,
     free_name,
-    hint_of_limits,
     json_text,
     open_regular,
     read_regular,
@@ -35,15 +34,14 @@ from utils.files import (
     sha256_of_file,
     sync_folder,
     write_json,
+    writing,
 )
 from utils.runs.manifest import RunManifest, TaskRecord
 
 FORMAT = 1  # of the manifest and of all that it names
 # JSON, but not named so, for scripts that collect the JSON files below a log folder
 MANIFEST, RESULTS = "run.manifest", "results.jsonl"
-MODULE_FILE, CLASSIFIER_FILE = re.compile(r"task(\d{1,6})\.pth"), re.compile(r"classifier(\d{1,6})\.pth")
-NAMED_FILES = (MODULE_FILE, CLASSIFIER_FILE, re.compile(re.escape(RESULTS)))  # what a manifest may name
-RUN_FILES = (*NAMED_FILES, re.compile(re.escape(MANIFEST)))
+RUN_FILE = re.compile(rf"(task|classifier)\d{{1,6}}\.pth|{re.escape(RESULTS)}|{re.escape(MANIFEST)}")
 MODULE_PREFIX = "backbone.tosca."  # in front of LuCA's parameters in the release's files
 
 
@@ -84,52 +82,39 @@ class CheckpointFolder:
                 )
             manifest = RunManifest.from_json(values)
             for name in manifest.files:
-                if not any(form.fullmatch(name) for form in NAMED_FILES):
+                if not RUN_FILE.fullmatch(name) or name == MANIFEST:
                     raise ValueError(f"it names {name!r}, which is no file of a run")
-        if RESULTS not in manifest.files:
-            return manifest
-        lines = self._lines(manifest)
-        with reading(self.folder / RESULTS):
-            return RunManifest.from_json({**values, "tasks": [json.loads(line) for line in lines]})
+            records = map(json.loads, self._lines(manifest) if RESULTS in manifest.files else ())
+            return replace(manifest, tasks=tuple(map(TaskRecord.from_json, records)))
 
     def _lines(self, manifest: RunManifest) -> list[bytes]:
         """The lines of ``results.jsonl`` that ``manifest`` names."""
-        path = self._own(RESULTS)
+        path = self.folder / RESULTS
         with reading(path):
             lines = read_regular(path)[: manifest.results_bytes].splitlines(keepends=True)
         _check_sha256(path, _chained("", lines), manifest)
         return lines
 
-    def _own(self, name: str) -> Path:
-        """The path of a file of this folder; a link may lead to where the model hub's cache keeps its files alone."""
-        path, folder = self.folder / name, Path(os.path.realpath(self.folder))
-        if Path(os.path.realpath(path)).parent not in (folder, folder.parent.parent / "blobs"):
-            raise DamagedRunError(f"{path} is a link to elsewhere")
-        return path
-
     def check(self, manifest: RunManifest, name: str) -> Path:
         """Check that a file is the one that ``manifest`` names; return its path."""
-        path = self._own(name)
+        path = self.folder / name
         if name == RESULTS:
             self._lines(manifest)
-            return path
-        with reading(path):
-            found = sha256_of_file(path)
-        _check_sha256(path, found, manifest)
+        else:
+            with reading(path):
+                found = sha256_of_file(path)
+            _check_sha256(path, found, manifest)
         return path
 
     def verify(self, manifest: RunManifest) -> None:
-        """Read every file that ``manifest`` names once more, and the manifest too."""
+        """Read every file that ``manifest`` names once more."""
         for name in manifest.files:
             self.check(manifest, name)
-        found = self.read_manifest()
-        if found is None or found.files != manifest.files:
-            raise DamagedRunError(f"{self.manifest_path} was changed while the run was at work")
 
     def load(self, manifest: RunManifest) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """The last ``classifier<t>.pth`` and every ``task<i>.pth``, each checked against its SHA-256."""
         found = {name: load_tensors(self.check(manifest, name)) for name in manifest.files if name != RESULTS}
-        numbers = sorted(int(task[1]) for name in found if (task := MODULE_FILE.fullmatch(name)))
+        numbers = sorted(int(name[len("task") : -len(".pth")]) for name in found if name.startswith("task"))
         modules = [found.pop(module_name(number)) for number in numbers]
         return next(iter(found.values()), {}), modules
 
@@ -148,7 +133,7 @@ class CheckpointFolder:
         first, last = min(modules), max(modules)
         if first == 0:
             manifest = replace(manifest, files={}, results_bytes=0)
-        files = {name: sha256 for name, sha256 in manifest.files.items() if not CLASSIFIER_FILE.fullmatch(name)}
+        files = {name: sha256 for name, sha256 in manifest.files.items() if not name.startswith("classifier")}
         for task, module in modules.items():
             if module is not None:
                 named = {MODULE_PREFIX + key: tensor for key, tensor in module.items()}
@@ -168,19 +153,17 @@ class CheckpointFolder:
 
     def _with_lines(self, manifest: RunManifest, records: Sequence[TaskRecord]) -> RunManifest:
         """Add lines to ``results.jsonl`` behind those that ``manifest`` names; return the manifest that names them."""
-        path, size = self._own(RESULTS), manifest.results_bytes
+        path, size = self.folder / RESULTS, manifest.results_bytes
         lines = [json_text(record.to_json()).encode() + b"\n" for record in records]
-        try:
+        with writing(path):
+            if not size:
+                path.unlink(missing_ok=True)  # it may be a link
             with open(path, "ab") as file:
                 file.truncate(size)  # what a process added that died before it could commit
                 file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(self.folder)
-        except OSError as error:
-            hint = hint_of_limits(error) or "free space or correct the permissions"
-            reason = f"{path} cannot be written ({error.strerror})"
-            raise UserError(f"{reason}; what was saved is unchanged: {hint}, then start again") from error
         sha256 = _chained(manifest.files.get(RESULTS, ""), lines)
         size += sum(map(len, lines))
         return replace(manifest, files={**manifest.files, RESULTS: sha256}, results_bytes=size)
@@ -192,21 +175,21 @@ class CheckpointFolder:
 
     def remove_partials(self) -> None:
         """Remove what killed writes left; only for the holder of the folder's lock."""
-        remove_partials(self.folder, f"({'|'.join(form.pattern for form in RUN_FILES)})")
+        remove_partials(self.folder, f"({RUN_FILE.pattern})")
 
     def remove_old_files(self, manifest: RunManifest) -> None:
         """Remove every classifier but the one that ``manifest``, which is on disk, names."""
         for path in self.run_files():
-            if CLASSIFIER_FILE.fullmatch(path.name) and path.name not in manifest.files:
+            if path.name.startswith("classifier") and path.name not in manifest.files:
                 path.unlink(missing_ok=True)
 
-    # -- moving and copying ----------------------------------------------------------------------------------------
+    # -- moving ----------------------------------------------------------------------------------------------------
 
     def run_files(self) -> list[Path]:
         """The files here that belong to some run, ours or the release's; the manifest first."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if any(form.fullmatch(path.name) for form in RUN_FILES)]
+        found = [path for path in self.folder.iterdir() if RUN_FILE.fullmatch(path.name)]
         return sorted(found, key=lambda path: (path.name != MANIFEST, path.name))
 
     def move_aside(self) -> Path | None:
@@ -218,7 +201,7 @@ class CheckpointFolder:
         gathers the rest, so that a run is never split.
         """
         folder = self.folder.resolve()
-        gathered = moving_folder(folder)
+        gathered = _outside(folder) / f".{folder.name}.moving"
         aside = _name_aside(folder)
         try:
             files = self.run_files()
@@ -237,23 +220,6 @@ class CheckpointFolder:
             ) from error
         return aside
 
-    def copy_aside(self, manifest: RunManifest) -> Path:
-        """Copy the run of ``manifest`` to a new folder beside this one, which has its name once it is whole."""
-        folder = self.folder.resolve()
-        copy = CheckpointFolder(_outside(folder) / f".{folder.name}.copying")  # a killed copy is written over
-        copy.remove_partials()
-        copy.copy_files(self, manifest)
-        copy.write_manifest(manifest)
-        return copy.folder.rename(_name_aside(folder))
-
-    def copy_files(self, source: "CheckpointFolder", manifest: RunManifest) -> None:
-        """Copy the files that ``source``'s manifest names to here, byte for byte; ``source`` is only read."""
-        for name in manifest.files:
-            path = source.check(manifest, name)
-            with reading(path):
-                content = read_regular(path)
-            atomic_write(self.folder / name, content[: manifest.results_bytes] if name == RESULTS else content)
-
 
 def _outside(folder: Path) -> Path:
     """Where a folder's files can be moved to by renaming them: its parent; itself, if that is on another disk."""
@@ -261,13 +227,26 @@ def _outside(folder: Path) -> Path:
     return folder if own_disk or not os.access(folder.parent, os.W_OK | os.X_OK) else folder.parent
 
 
-def moving_folder(folder: Path) -> Path:
-    return _outside(folder) / f".{folder.name}.moving"
-
-
 def _name_aside(folder: Path) -> Path:
     """A new folder beside ``folder``, named by the time."""
     return free_name(_outside(folder) / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def read_run(checkpoint: CheckpointFolder) -> RunManifest:
+    """The manifest of a run that has learned something; where there is none, a fault says what is there instead."""
+    manifest, folder = checkpoint.read_manifest(), checkpoint.folder
+    if manifest is not None and manifest.tasks:
+        return manifest
+    if manifest is not None:
+        raise CheckpointError(f"the run in {str(folder)!r} has not finished its first task")
+    if seeds := sorted(path.parent.name for path in folder.glob(f"seed*/{MANIFEST}")):
+        raise CheckpointError(f"{str(folder)!r} holds the runs of several seeds; choose one: {folder / seeds[0]}")
+    if checkpoint.run_files():
+        raise CheckpointError(
+            f"{str(folder)!r} holds modules but no {MANIFEST}: the release's files come without a classifier, so they "
+            "cannot predict; train with this project"
+        )
+    raise CheckpointError(f"{str(folder)!r} holds no run (no {MANIFEST}); give a run's checkpoint_dir")
 
 
 # -- single files -----------------------------------------------------------------------------------------------------
@@ -314,8 +293,8 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DamagedRunError(f"{path} is missing") from None
     except OSError as error:
-        hint = hint_of_limits(error) or "correct that"
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); {hint}, then start again") from error
+        said = f"{path} cannot be read ({error.strerror or error})"
+        raise CheckpointError(f"{said}; {remedy_of(error)}, then start again") from error
     except Exception as error:
         if is_lack_of_memory(error):
             raise

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.config.config import Config
-from utils.data.tasks import LearnedClasses
+from utils.data.tasks import LearnedClasses, TaskStream
 
 FEW_TASKS = 30  # up to here a run that goes on keeps and shows what grows with the square of its tasks
 
@@ -48,7 +48,7 @@ class TaskRecord:
         parameters: numbers of parameters, by what holds them.
         epochs: what each epoch of training gave.
         details: of a run's last task, for each selection accuracy on each class and calibration
-            (``utils.results.predictions``); empty for the others.
+            (``utils.results.record``); empty for the others.
     """
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -106,8 +106,7 @@ class RunManifest:
         row_class: the class (a place in ``class_order``) of each classifier row.
         domains: of each task, in domain-incremental runs; else empty.
         continual: False for a method that sees earlier tasks' data again.
-        missing_at_start: forward passes that the feature bank lacked when the run first began; None before that.
-        backbone_forwards: images that passed the backbone for this run.
+        backbone_forwards: images that pass the backbone for this run: those that the feature bank lacked at first.
         seconds: spent, by phase.
         files: the checkpoint's files with their SHA-256.
         results_bytes: how much of ``results.jsonl`` counts.
@@ -128,7 +127,6 @@ class RunManifest:
     row_class: tuple[int, ...]
     domains: tuple[str, ...] = ()
     continual: bool = True
-    missing_at_start: int | None = None
     backbone_forwards: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "train": 0.0, "evaluate": 0.0})
     files: dict[str, str] = field(default_factory=dict)
@@ -175,14 +173,14 @@ class RunManifest:
         class_names = self.class_order[: int(row_class.max(initial=-1)) + 1]
         return LearnedClasses(class_names, row_class, sizes, self.domains[: len(sizes)])
 
-    def with_learned(self, learned: LearnedClasses) -> "RunManifest":
-        """The manifest of a run whose classes are those of ``learned``."""
+    def with_classes(self, of: LearnedClasses | TaskStream) -> "RunManifest":
+        """The manifest of a run that has these classes, in these tasks."""
         return replace(
             self,
-            class_order=learned.class_names,
-            row_class=tuple(learned.row_class.tolist()),
-            task_sizes=learned.task_sizes,
-            domains=learned.domains,
+            class_order=tuple(of.class_names),
+            row_class=tuple(of.row_class.tolist()),
+            task_sizes=tuple(of.task_sizes),
+            domains=tuple(of.domains),
         )
 
     def with_images(self, learned: LearnedClasses, images: int, content: str) -> "RunManifest":
@@ -196,7 +194,7 @@ class RunManifest:
         by_hand = [*self.identity.get("learned_by_hand", []), content]
         counts = {"classes": len(learned.class_names), "train_images": self.data["train_images"] + images}
         return replace(
-            self.with_learned(learned),
+            self.with_classes(learned),
             status="running",
             identity={**self.identity, "learned_by_hand": by_hand},
             data={**self.data, **counts},
@@ -220,9 +218,7 @@ class RunManifest:
 # -- which run it is --------------------------------------------------------------------------------------------------
 
 
-def run_identity(
-    config: Config, seed: int, *, weights_sha256: str, precision: str, images_sha256: dict[str, str]
-) -> dict[str, Any]:
+def run_identity(config: Config, seed: int, backbone: Any, images_sha256: dict[str, str]) -> dict[str, Any]:
     """What makes two runs the same run: every key that changes what is computed, or what was found behind it.
 
     Where a key only names something (weights, images) or leaves it open (``precision: auto``), what was found stands
@@ -234,19 +230,12 @@ def run_identity(
         **settings,
         "views": config.views,
         "augment_seed": config.view_seed(seed) if config.views else None,
-        "precision": precision,
+        "precision": backbone.precision,
         "seed": seed,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": backbone.weights_sha256,
         "images_sha256": images_sha256,
+        **backbone.variant,
     }
-
-
-def fixed_once_saved(config: Config) -> list[str]:
-    """The entries of a run's identity in which a run that continues a saved one must agree with it.
-
-    Modules and classifier were made for them; the rest (epochs, rate, views …) a new task may choose for itself.
-    """
-    return list(dict.fromkeys(key.identity_name for key in config.keys.values() if key.must_agree))
 
 
 def versions() -> dict[str, str]:
@@ -261,15 +250,13 @@ def versions() -> dict[str, str]:
 
 def first_manifest(config: Config, seed: int, backbone: Any) -> RunManifest:
     """The manifest of a run that has learned nothing, with no task laid out yet."""
-    identity = run_identity(
-        config, seed, weights_sha256=backbone.weights_sha256, precision=backbone.precision, images_sha256={}
-    )
+    facts = ("name", "weights_sha256", "feature_dim", "precision", "parameters", "pooling")
     return RunManifest(
         status="finished",
-        identity={**identity, **backbone.variant},
+        identity=run_identity(config, seed, backbone, {}),
         config=config.as_dict(),
         seed=seed,
-        backbone=backbone_facts(backbone),
+        backbone={name: getattr(backbone, name) for name in facts},
         data={"classes": 0, "train_images": 0, "test_images": 0, "images_sha256": {}},
         versions=versions(),
         class_order=(),
@@ -277,9 +264,3 @@ def first_manifest(config: Config, seed: int, backbone: Any) -> RunManifest:
         row_class=(),
         continual=config.method.continual,
     )
-
-
-def backbone_facts(backbone: Any) -> dict[str, Any]:
-    """What a run records of its backbone."""
-    names = ("name", "weights_sha256", "feature_dim", "precision", "parameters", "pooling")
-    return {name: getattr(backbone, name) for name in names}

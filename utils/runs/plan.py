@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from utils.features.bank import FeatureBank, resolve_cache_dir
-from utils.features.rows import TEST_VIEW, View
+from utils.features.rows import View
 from utils.files import human_size
+from utils.hardware import total_memory
 from utils.runs.checkpoint import MANIFEST, RESULTS, classifier_name, module_name
-from utils.runs.paths import WRITTEN_WHOLE, run_paths
-from utils.runs.setup import Setup
+from utils.runs.setup import WRITTEN_WHOLE, Setup, run_paths
 from utils.words import counted
 
 log = logging.getLogger(__name__)
 
 
-def plan(setup: Setup, wanted: Sequence[View]) -> dict[str, Any]:
+def plan(setup: Setup, wanted: Sequence[View], counted_before: set[Path]) -> dict[str, Any]:
     """Log the tasks, forward passes, disk, files and time of a run that was only set up. Nothing is written.
 
     Args:
         setup: the run.
         wanted: every (split, view) that it reads.
+        counted_before: the arrays of features that an earlier run of the same start fills; this run's are added.
 
     Returns:
         ``forwards`` and ``bytes`` that the feature bank lacks, ``seconds`` that the forward passes would take
@@ -32,7 +33,7 @@ def plan(setup: Setup, wanted: Sequence[View]) -> dict[str, Any]:
     log.info("Backbone: %s", setup.backbone)
     for seed in setup.config.seed:
         _log_tasks(setup, seed)
-    lacking = _lacking(setup, wanted)
+    lacking = _lacking(setup, wanted, counted_before)
     forwards = sum(bank.missing(views) for bank, views in lacking)
     size = sum(bank.bytes_needed(views) for bank, views in lacking)
     log.info("Forward passes missing from the feature bank, all seeds: %d", forwards)
@@ -60,12 +61,15 @@ def _log_tasks(setup: Setup, seed: int) -> None:
         )
 
 
-def _lacking(setup: Setup, wanted: Sequence[View]) -> list[tuple[FeatureBank, Sequence[View]]]:
-    """For each seed its bank and what no earlier seed will have put there; in memory every seed begins anew."""
-    config = setup.config
-    own = [] if config.augment_seed is not None else [(split, view) for split, view in wanted if view != TEST_VIEW]
-    later = wanted if resolve_cache_dir(config.cache_dir) is None else own
-    return [(setup.bank(seed), later if number else wanted) for number, seed in enumerate(config.seed)]
+def _lacking(setup: Setup, wanted: Sequence[View], before: set[Path]) -> list[tuple[FeatureBank, Sequence[View]]]:
+    """For each seed its bank and what no earlier seed or run will have put there; in memory every seed begins anew."""
+    lacking = list[tuple[FeatureBank, Sequence[View]]]()
+    for seed in setup.config.seed:
+        bank = setup.bank(seed)
+        paths = {view: bank.path(view) for view in wanted}
+        lacking.append((bank, [view for view in wanted if paths[view] not in before]))
+        before |= {path for path in paths.values() if path}
+    return lacking
 
 
 def _log_space(setup: Setup, size: int) -> None:
@@ -96,6 +100,24 @@ def _files(setup: Setup, seed: int) -> list[Path]:
     modules = [module_name(task) for task in range(tasks)] if setup.config.method.modular else []
     names = (*modules, RESULTS, classifier_name(tasks - 1), MANIFEST)
     return [*(folder / name for name in names), *(paths.file(suffix) for suffix in (".log", *WRITTEN_WHOLE))]
+
+
+def log_memory(setups: Sequence[Setup], jobs: int, process: int) -> None:
+    """Log what runs beside each other take of this machine's memory; ``process``: the bytes of one before it learns."""
+    jobs = min(jobs, sum(len(setup.config.seed) for setup in setups))
+    each, total = process + max(map(_bytes_of_features, setups), default=0), total_memory()
+    log.info(
+        "Memory: about %s for each of %s side by side, %s together; this machine has %s",
+        *(human_size(each), counted(jobs, "run"), human_size(jobs * each), human_size(total) if total else "?"),
+    )
+    if total and jobs * each > total:
+        log.warning("That is too little memory: give a smaller --jobs")
+
+
+def _bytes_of_features(setup: Setup) -> int:
+    """What a run holds at a time: the test images, and a task's training images under two views."""
+    largest = max(len(task.train) for task in setup.stream(setup.config.seed[0]).tasks)
+    return int((len(setup.data.test) + 2 * largest) * setup.backbone.feature_dim * 4)
 
 
 def log_total(planned: Sequence[dict[str, Any]]) -> None:
