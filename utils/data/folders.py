@@ -15,8 +15,8 @@ from textwrap import shorten
 import numpy as np
 
 from utils.config.config import Config
-from utils.data.images import MAX_PIXELS, image_suffixes, kinds_of_file
-from utils.data.splits import LAYOUT, Dataset, ImageFiles, normal_name
+from utils.data.images import ImageFiles, image_suffixes, kinds_of_file
+from utils.data.splits import LAYOUT, MAX_PIXELS, Dataset, normal_name
 from utils.errors import DataError
 
 log = logging.getLogger(__name__)
