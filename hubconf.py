@@ -20,7 +20,7 @@ _LATER = [  # imported late, yet within the window below
         "models.api.hub",
         "models.api.export",
     ),
-    *("utils.data.transforms", "utils.data.folders", "utils.data.loader"),
+    *("utils.data.transforms", "utils.data.folders", "utils.data.images", "utils.data.loader"),
     "utils.features.extraction",
 ]
 

@@ -97,7 +97,8 @@ def _check_data(configs: Sequence[Config], *, as_json: bool) -> int:
         except DataError as error:
             missing.append(f"{config.dataset}: {error}")
     lines = [line for of in found for line in summary(of)]
-    print(json.dumps(found if len(configs) > 1 else found[0], indent=1) if as_json and found else "\n".join(lines))
+    if found:
+        print(json.dumps(found if len(configs) > 1 else found[0], indent=1) if as_json else "\n".join(lines))
     if missing:
         raise DataError("; ".join(missing))
     return 0 if all(of["good"] for of in found) else 1

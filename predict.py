@@ -5,7 +5,7 @@ import codecs
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,9 @@ def _parser() -> Parser:
 def check_paths(paths: Sequence[str]) -> None:
     """What is named on the command line must be there; known before PyTorch is loaded."""
     for path in paths:
-        if path != "-" and not Path(path).exists():
-            raise UserError(f"{path} does not exist; give images, folders, or - for a list on standard input")
+        with suppress(PermissionError):  # it is named when its turn comes, and the others are answered
+            if path != "-" and not Path(path).exists():
+                raise UserError(f"{path} does not exist; give images, folders, or - for a list on standard input")
 
 
 def named_paths(paths: Sequence[str]) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 import zipfile
@@ -44,8 +45,8 @@ def load_weights(model: TimmModel, path: Path, remarks: Remarks) -> None:
     A PyTorch file, a safetensors file or an archive of NumPy arrays as Google publishes ViTs. Weights in a nested
     dictionary, and under a common prefix such as ``backbone.`` or ``module.``, are found; where, is one of ``remarks``.
     """
-    if not path.is_file():
-        raise BackboneError(f"backbone_weights {str(path)!r} is not a file")
+    if not os.path.isfile(path):
+        raise BackboneError(f"backbone_weights {str(path)!r} is not a file, or not one that may be read")
     try:
         if _is_numpy(path):
             _remark_shapes(model, _shapes_of_numpy(path), path, remarks)

@@ -26,8 +26,9 @@ from benchmarks.images import machine, make_jpegs
 from utils.config.config import make_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
+from utils.data.images import ImageFiles
 from utils.data.loader import load_ahead
-from utils.data.splits import Dataset, ImageFiles
+from utils.data.splits import Dataset
 from utils.data.transforms import Transforms, crop_and_flip, test_pixels, train_pixels
 from utils.features.extraction import ViewsJob, load_views, view_jobs
 from utils.hardware import available_cpus

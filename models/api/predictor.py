@@ -16,8 +16,8 @@ from models.evaluation import class_scores
 from models.modular import ModularLearner
 from utils.config.config import Config
 from utils.data.given import Images, ImageSource, as_image, checked_top_k, loaded_ahead, numbered, sources_of
-from utils.data.images import MAX_PIXELS
 from utils.data.loader import load_ahead
+from utils.data.splits import MAX_PIXELS
 from utils.data.tasks import LearnedClasses
 from utils.data.transforms import Transforms
 from utils.errors import BackboneError, CheckpointError, DamagedRunError, DataError, is_lack_of_memory

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import FolderMaker, tiny_config
-from utils.data import fingerprints
+from utils.data import fingerprints, images
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
 from utils.data.splits import Dataset
@@ -33,8 +33,8 @@ def data(tmp_path: Path, make_folder: FolderMaker) -> Dataset:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose contents are read."""
     paths: list[Path] = []
-    content = fingerprints.content_of_file
-    monkeypatch.setattr(fingerprints, "content_of_file", lambda path: paths.append(path) or content(path))
+    content = images.content_of_file
+    monkeypatch.setattr(images, "content_of_file", lambda path: paths.append(path) or content(path))
     return paths
 
 
@@ -116,11 +116,16 @@ def test_where_hashes_cannot_be_remembered_the_images_are_read_each_time(
 def test_what_is_hashed_when_a_start_is_stopped_is_remembered(
     data: Dataset, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    content, bad = images.content_of_file, data.train.path(9)
+
+    def stops(path: Path) -> str:
+        if path == bad:
+            raise PermissionError(13, "Permission denied")
+        return content(path)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            data.train, "path", lambda row: Path("gone") if row == 9 else data.train.root / data.train.keys[row]
-        )
-        with pytest.raises(DataError, match="gone cannot be read"):
+        patch.setattr(images, "content_of_file", stops)
+        with pytest.raises(DataError, match=f"{bad} cannot be read"):
             fingerprint_splits(data, tmp_path / "cache")
     hashed.clear()
     fingerprint_splits(data, tmp_path / "cache")

@@ -21,7 +21,8 @@ from utils.data.datasets import load_dataset
 from utils.data.folders import Unused, Walk, find_images
 from utils.data.images import image_suffixes, open_image
 from utils.data.tasks import LearnedClasses, make_stream
-from utils.errors import DataError
+from utils.errors import BankError, DataError
+from utils.features.rows import TEST_VIEW, FolderRows
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
@@ -294,3 +295,34 @@ def test_the_key_max_pixels_reaches_every_reader_of_the_data(tmp_path):
     with pytest.raises(DataError, match="above max_pixels 23"):
         load_dataset(small).train.load(0)
     assert len(check_data(small)["problems"]["unreadable"]) == 2
+
+
+@pytest.fixture
+def locked(tmp_path, monkeypatch) -> Path:
+    """A folder that may not be searched, as another user's; root may search all."""
+    folder, stat = tmp_path / "locked", os.stat
+
+    def refused(path: object, *args: object, **options: object) -> os.stat_result:
+        if str(path).startswith(f"{folder}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    folder.mkdir()
+    monkeypatch.setattr(os, "stat", refused)
+    return folder
+
+
+def test_a_folder_that_may_not_be_searched_is_named(locked):
+    with pytest.raises(DataError, match=rf"{locked}/data cannot be read \(Permission denied\)"):
+        load(locked / "data")
+    assert list(find_images([locked / "a.jpg"])) == [locked / "a.jpg"]  # decoding names it
+    predict.check_paths([str(locked / "a.jpg")])
+    with pytest.raises(BankError, match=rf"{locked}/bank/test.npy cannot be read \(Permission denied\); .*cache_dir"):
+        FolderRows(locked / "bank", (1, 1), {}, 0).complete(TEST_VIEW)
+
+
+def test_a_folder_that_cannot_be_read_costs_the_check_no_other_class(tmp_path):
+    folder(tmp_path, *(f"{split}/{name}/{name}.png" for split in ("train", "test") for name in "ab"))
+    (tmp_path / "train" / "a" / "loop").symlink_to("loop")
+    (problem,) = check_data(tiny_config(data_path=str(tmp_path)))["problems"]["folders"]
+    assert problem.startswith(f"{tmp_path}/train/a/loop cannot be read (Too many levels of symbolic links)")

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
 from tests.conftest import ROOT, FolderMaker, TinyExtractor, tiny_config
 from utils.data.datasets import load_dataset
 from utils.data.fingerprints import fingerprint_splits
-from utils.data.splits import ImageFiles
+from utils.data.images import ImageFiles
 from utils.data.transforms import ATTEMPTS, WORDS, Draws, Transforms, crop_and_flip
 from utils.errors import DataError
 from utils.features.bank import FeatureBank

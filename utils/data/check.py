@@ -13,8 +13,9 @@ from PIL import Image
 from utils.config.config import Config
 from utils.data.datasets import DATASETS, data_folder, list_class_folders, load_dataset
 from utils.data.folders import Listing, list_folders
-from utils.data.images import MAX_PIXELS, UnreadableImage, decode, kind_sentences, kinds_of_file
+from utils.data.images import UnreadableImage, decode, kind_sentences, kinds_of_file
 from utils.data.loader import load_ahead
+from utils.data.splits import MAX_PIXELS
 from utils.hardware import available_cpus
 from utils.logs import progress
 from utils.words import counted

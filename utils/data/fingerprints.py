@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils import module
-from utils.data.images import content_of_file, kind_sentences
-from utils.data.splits import Dataset, ImageFiles
+from utils.data.splits import Dataset
 from utils.errors import DataError, UserError
 from utils.files import atomic_write, read_regular, remove_partials
 from utils.logs import progress
@@ -48,37 +47,37 @@ def fingerprint_splits(data: Dataset, cache_dir: Path | None) -> Fingerprints:
     kinds: list[str] = []
     for name in ("train", "test"):
         split = data.split(name)
-        if isinstance(split, ImageFiles):
+        if split.root is None:
+            contents = split.content_hashes()
+        else:
             found = [_asked(os.stat, os.path.join(split.root, key)) for key in split.keys]
             stats[name] = np.array([(stat.st_size, stat.st_mtime_ns) for stat in found], dtype=np.int64).reshape(-1, 2)
-            contents = _contents(split, stats[name], cache_dir)
-        else:
-            contents = split.content_hashes()
+            contents = _contents(split.root, split.keys, stats[name], cache_dir)
         digest = hashlib.sha256()
         for key, content in zip(split.keys, contents, strict=True):
             sha256, _, of_image = content.partition(":")
             kinds += filter(None, of_image.split(","))
             digest.update(f"{key}\x00{sha256}\n".encode("utf-8", "surrogateescape"))
         digests[name] = digest.hexdigest()
-    for sentence in kind_sentences(kinds):
+    for sentence in module("utils.data.images").kind_sentences(kinds) if kinds else ():
         log.info("Images: %s", sentence)
     return Fingerprints(digests, stats)
 
 
-def _contents(split: ImageFiles, stats: np.ndarray, cache_dir: Path | None) -> list[str]:
+def _contents(root: Path, keys: Sequence[str], stats: np.ndarray, cache_dir: Path | None) -> list[str]:
     """``content_of_file`` of every file of a split, in order."""
-    root = hashlib.sha256(str(split.root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
-    memory = cache_dir / "hashes" / f"{root[:16]}.txt" if cache_dir else None
+    place = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+    memory = cache_dir / "hashes" / f"{place[:16]}.txt" if cache_dir else None
     started_ns = time.time_ns()
     looks = [
         hashlib.blake2b(f"{key}\0{size}\0{mtime}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-        for key, (size, mtime) in zip(split.keys, stats.tolist(), strict=True)
+        for key, (size, mtime) in zip(keys, stats.tolist(), strict=True)
     ]
     known = _recall(memory)
-    todo = [row for row, look in enumerate(looks) if look not in known]
+    todo = {look: root / key for look, key in zip(looks, keys, strict=True) if look not in known}
     try:
         if todo:
-            _hash_files(split, {row: looks[row] for row in todo}, known)
+            _hash_files(todo, known)
     finally:  # also when it is stopped: what is hashed need not be hashed again
         if todo and memory:
             settled = stats[:, 1] < started_ns - _FORGOTTEN_NS
@@ -86,15 +85,13 @@ def _contents(split: ImageFiles, stats: np.ndarray, cache_dir: Path | None) -> l
     return [known[look] for look in looks]
 
 
-def _hash_files(split: ImageFiles, looks: dict[int, str], known: dict[str, str]) -> None:
-    """Read the files of these rows and put their contents' hashes into ``known``."""
-    paths = (split.path(row) for row in looks)
-    hashed = module("utils.data.loader").load_ahead(
-        partial(_asked, content_of_file), paths, workers=_THREADS, ahead=32 * _THREADS
-    )
-    bar = progress(hashed, total=len(looks), desc="Hashing images", unit="file", disable=len(looks) < 5000)
-    for look, (_, content) in zip(looks.values(), bar, strict=True):
-        known[look] = content
+def _hash_files(todo: dict[str, Path], known: dict[str, str]) -> None:
+    """Read files and put their contents' hashes into ``known``."""
+    content = partial(_asked, module("utils.data.images").content_of_file)
+    hashed = module("utils.data.loader").load_ahead(content, todo.values(), workers=_THREADS, ahead=32 * _THREADS)
+    bar = progress(hashed, total=len(todo), desc="Hashing images", unit="file", disable=len(todo) < 5000)
+    for look, (_, found) in zip(todo, bar, strict=True):
+        known[look] = found
 
 
 def _asked(question: Callable[[Any], Any], path: Any) -> Any:

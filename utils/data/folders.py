@@ -15,8 +15,8 @@ from textwrap import shorten
 import numpy as np
 
 from utils.config.config import Config
-from utils.data.images import MAX_PIXELS, image_suffixes, kinds_of_file
-from utils.data.splits import LAYOUT, Dataset, ImageFiles, normal_name
+from utils.data.images import ImageFiles, image_suffixes, kinds_of_file
+from utils.data.splits import LAYOUT, MAX_PIXELS, Dataset, normal_name
 from utils.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _suffix(name: str) -> str:
 def find_images(paths: Iterable[Path], unused: Unused | None = None) -> Iterator[Path]:
     """Files as they are given, and all images below folders; a folder's names are in memory while it is walked."""
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises where a folder above may not be searched
             walk = Walk(Unused() if unused is None else unused)
             walk.enter(path)
             yield from (path / name for name in walk.images(path))
@@ -167,7 +167,8 @@ class Listing:
 
 def list_folders(root: Path, config: Config) -> Listing:
     """Every image below ``root``, and whatever is wrong with the folders."""
-    listing = Listing(_split_folders(root))
+    with _named(root):
+        listing = Listing(_split_folders(root))
     if (root / "test").is_dir() and (root / "val").is_dir():
         listing.notes.append(f"{root} has test/ and val/: test/ is used, val/ is not")
     for split in listing.roots:
@@ -237,17 +238,22 @@ def _list_split(listing: Listing, split: str, root: Path, *, domains: bool) -> N
                 folders[domain, name] = f"{below}/{folder}" if below else folder
         # all are entered before the first is walked: a link from one class to another never takes that one's images
         entered = {group: walk.enter(split_root / folder) for group, folder in folders.items()}
-        for group, folder in folders.items():
-            before = unused.copy()
-            files[group] = sorted(walk.images(split_root, folder)) if entered[group] else []
-            if not files[group]:
-                found = Unused(unused - before).sentence() if entered[group] else "links to another class"
-                listing.problems.append(
-                    f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'};"
-                    " remove the folder or add images (such as .jpg or .png)"
-                )
     except DataError as error:
         listing.problems.append(str(error))
+        return
+    for group, folder in folders.items():
+        before, files[group] = unused.copy(), []
+        try:
+            files[group] += sorted(walk.images(split_root, folder)) if entered[group] else []
+        except DataError as error:
+            listing.problems.append(str(error))
+            continue
+        if not files[group]:
+            found = Unused(unused - before).sentence() if entered[group] else "links to another class"
+            listing.problems.append(
+                f"class {group[1]!r} in {(split_root / folder).parent} holds no image{found and f' (but {found})'}; "
+                "remove the folder or add images (such as .jpg or .png)"
+            )
 
 
 def _folders(walk: Walk, folder: Path, what: str) -> dict[str, str]:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.data.images import MAX_PIXELS, decode, open_image
+from utils import module
 from utils.data.loader import load_ahead
-from utils.data.splits import Split
+from utils.data.splits import MAX_PIXELS, Split
 from utils.errors import DataError
 from utils.hardware import available_cpus
 from utils.words import counted
@@ -87,10 +87,14 @@ def _named(number: int, source: ImageSource, load: Callable[[ImageSource], Loade
 
 def as_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A path, an open file, a PIL image, a tensor or an array as a PIL image in RGB: one way for all."""
+    images = module("utils.data.images")
+    image: Image.Image
     if isinstance(source, (str, Path)):
-        return open_image(Path(source), max_pixels)
+        image = images.open_image(Path(source), max_pixels)
+        return image
     if isinstance(source, Image.Image) or _is_file(source):
-        return decode(source, max_pixels)
+        image = images.decode(source, max_pixels)
+        return image
     if isinstance(source, Tensor):
         if source.ndim != 3 or source.shape[0] != 3 or source.shape[2] == 3:
             raise DataError(f"an image tensor is (3, H, W), got {tuple(source.shape)}")

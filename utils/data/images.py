@@ -4,7 +4,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from utils.data.splits import MAX_PIXELS, Split
 from utils.errors import DataError
 from utils.files import open_regular, sha256_of_file
 from utils.words import counted
 
 HINT_REPLACE = "replace or remove what is named, then start again: what is done stays"
-MAX_PIXELS = 178_956_970  # Pillow refuses more as a possible decompression bomb
 WHITE = (255, 255, 255)  # what a transparent picture is laid on, as a page shows it
 
 COMMON_FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG")  # tried first, as Pillow does
@@ -82,6 +82,38 @@ def kinds_of_file(path: Path) -> list[str] | None:
 def content_of_file(path: Path) -> str:
     """The SHA-256 of a file's bytes; behind it, after a colon, the kinds of picture that it is, if any (``KINDS``)."""
     return ":".join([sha256_of_file(path), *filter(None, [",".join(kinds_of_file(path) or ())])])
+
+
+class ImageFiles(Split):
+    """Image files below ``<root>/<class>/``, classes and files in sorted order.
+
+    Args:
+        root: the split's folder.
+        files: paths relative to ``root``, beginning with the class.
+        labels: the class of each file.
+        max_pixels: larger images are refused.
+    """
+
+    def __init__(
+        self, root: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.root: Path = root
+        self.keys, self.labels, self.max_pixels = tuple(files), np.asarray(labels, dtype=np.int64), max_pixels
+
+    def path(self, index: int) -> Path:
+        return self.root / self.keys[index]
+
+    def subset(self, rows: np.ndarray) -> "ImageFiles":
+        keys = [self.keys[row] for row in rows.tolist()]
+        return ImageFiles(self.root, keys, self.labels[rows], self.max_pixels)
+
+    def load(self, index: int) -> Image.Image:
+        path = self.path(index)
+        try:
+            return decode(path, self.max_pixels)
+        except UnreadableImage as error:
+            folder = Path(self.keys[index]).parent.as_posix()
+            raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {HINT_REPLACE}") from None
 
 
 @contextmanager

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.images import HINT_REPLACE, MAX_PIXELS, UnreadableImage, decode
-from utils.errors import DataError
-
 LAYOUT = "expected <folder>/train/<class>/<images> and <folder>/test/<class>/<images> (val/ is accepted for test/)"
+MAX_PIXELS = 178_956_970  # Pillow refuses more as a possible decompression bomb
 
 
 def normal_name(name: str) -> str:
@@ -26,10 +24,12 @@ class Split:
     Attributes:
         keys: what names each image within the split, for messages and for the random numbers of its views.
         labels: ``(images,)`` int64, the class of each image as its place in ``Dataset.class_names``.
+        root: the folder that keys are paths below; None where the images lie in memory.
     """
 
     keys: Sequence[str]
     labels: np.ndarray
+    root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,38 +45,6 @@ class Split:
     def content_hashes(self) -> list[str]:
         """The SHA-256 of every image's content, in order."""
         raise NotImplementedError
-
-
-class ImageFiles(Split):
-    """Image files below ``<root>/<class>/``, classes and files in sorted order.
-
-    Args:
-        root: the split's folder.
-        files: paths relative to ``root``, beginning with the class.
-        labels: the class of each file.
-        max_pixels: larger images are refused.
-    """
-
-    def __init__(
-        self, root: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, max_pixels: int = MAX_PIXELS
-    ) -> None:
-        self.root, self.keys, self.labels = root, tuple(files), np.asarray(labels, dtype=np.int64)
-        self.max_pixels = max_pixels
-
-    def path(self, index: int) -> Path:
-        return self.root / self.keys[index]
-
-    def subset(self, rows: np.ndarray) -> "ImageFiles":
-        keys = [self.keys[row] for row in rows.tolist()]
-        return ImageFiles(self.root, keys, self.labels[rows], self.max_pixels)
-
-    def load(self, index: int) -> Image.Image:
-        path = self.path(index)
-        try:
-            return decode(path, self.max_pixels)
-        except UnreadableImage as error:
-            folder = Path(self.keys[index]).parent.as_posix()
-            raise DataError(f"{path} (class {folder!r}) is not a readable image ({error}); {HINT_REPLACE}") from None
 
 
 class ImageArray(Split):

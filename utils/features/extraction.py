@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from utils.data.loader import load_ahead
-from utils.data.splits import Dataset, ImageFiles, Split
+from utils.data.splits import Dataset, Split
 from utils.data.transforms import Draws, Transforms, test_pixels, train_pixels
 from utils.errors import DataError
 from utils.features.rows import TEST_VIEW, View, ViewRow
@@ -63,16 +64,15 @@ def load_views(job: ViewsJob) -> np.ndarray:
     place = iter(pixels)
     for index, views in enumerate(job.views):
         image = job.images.load(index)
-        if job.stats is not None and isinstance(job.images, ImageFiles):
-            _check_unchanged(job.images, index, job.stats[index])
+        if job.stats is not None and job.images.root is not None:
+            _check_unchanged(job.images.root / job.images.keys[index], job.stats[index])
         for _, draws in views:
             next(place)[:] = test_pixels(image, job.size) if draws is None else train_pixels(image, job.size, draws)
     return pixels
 
 
-def _check_unchanged(images: ImageFiles, index: int, stats: np.ndarray) -> None:
+def _check_unchanged(path: Path, stats: np.ndarray) -> None:
     """Look at a file again after it was decoded: the content that was hashed names its rows."""
-    path = images.path(index)
     try:
         found = os.stat(path)
         unchanged = [found.st_size, found.st_mtime_ns] == stats.tolist()

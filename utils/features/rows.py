@@ -111,13 +111,13 @@ class FolderRows:
         return self.path(view).with_suffix(".filling.npy")
 
     def exists(self, view: int) -> bool:
-        return self.complete(view) or self._filling(view).exists()
+        return self.complete(view) or _exists(self._filling(view))
 
     def complete(self, view: int) -> bool:
-        return self.path(view).exists()
+        return _exists(self.path(view))
 
     def missing(self, view: int) -> np.ndarray:
-        if not self._filling(view).exists():
+        if not _exists(self._filling(view)):
             return np.full(self._images, not self.complete(view))
         missing = np.empty(self._images, dtype=bool)
         with self._opened(self._filling(view)) as file:
@@ -187,6 +187,11 @@ class FolderRows:
                     "remove it, its features are computed again"
                 )
             yield file
+
+
+def _exists(path: Path) -> bool:
+    with _refusals(path, "read"):  # a folder above may be another user's
+        return path.exists()
 
 
 @contextmanager
