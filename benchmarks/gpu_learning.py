@@ -152,6 +152,7 @@ class Projection:
     normalize: bool = False
     pooling: str = "token"
     variant: dict[str, str] = field(default_factory=dict)
+    adapters: None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         pixels = (images.to(self.device).float() / 255 - 0.5).flatten(1)

@@ -84,7 +84,9 @@ def test_a_method_a_data_set_and_a_flow_of_the_page_do_all_that_ours_do(tree, li
         ("tosca", None, "tosca"),
     ]
     table = (tmp_path / "tables" / "tables.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if "pnorm" in line]
+    lines = table.splitlines()
+    first = next(number for number, line in enumerate(lines) if "pnorm" in line)  # what repeats above is blank
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines[first : first + 2]]
     assert {cell for row in rows for cell in row} >= {"pnorm", "1", "2"}
     assert "residual" in table
 

@@ -45,7 +45,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 def test_a_key_does_what_its_declaration_says(key, tmp_path):
-    config, changed = make_config(VALID), make_config({**VALID, key.name: other_value(key)})
+    values = {**VALID, "first_session": "adapter"} if key.name.startswith("first_session_") else VALID
+    config, changed = make_config(values), make_config({**values, key.name: other_value(key)})
     assert config.shares_backbone_with(changed) == key.shares_the_backbone
     assert (key.identity_name in fixed_once_saved(config)) == key.must_agree
     before, after = identity(config), identity(changed)
@@ -117,5 +118,6 @@ def test_an_earlier_run_is_still_the_same_run():
     plain |= {"mlp_ratio": 16, "se_ratio": 16, "l1": 0.0005, "flow": "tosca", "epochs": 2, "batch_size": 4}
     plain |= {"optimizer": "sgd", "scheduler": "cosine", "lr": 0.1, "weight_decay": 0.0, "milestones": [10, 15]}
     plain |= {"image_size": 32, "normalize": False, "new_rows": "zeros", "old_rows": "train", "sigma": "learned"}
-    plain |= {"scenario": "class", "views": 1, "augment_seed": 1993, "seed": 1993}
+    plain |= {"scenario": "class", "views": 1, "augment_seed": 1993, "seed": 1993, "first_session": "none"}
+    plain |= {"first_session_lr": 0.01, "first_session_epochs": 20, "first_session_weight_decay": 0.0005}
     assert identity(make_config({**VALID, "data_path": "pets", "lr": 0.1})) == {**plain, **MEASURED}

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from backbone import adapters
 from backbone.adapters import AdaptedBlock, Adapter, adapter_state, add_adapters, load_adapters
-from backbone.forward import ClassTokenFeatures, PlainFeatures, ProductFeatures, make_features
+from backbone.forward import PlainFeatures, ProductFeatures, make_features
 from utils.errors import BackboneError
 
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 0}
 # what differs between forward passes: arguments of the model, precision, the class that computes it
 FORWARDS: dict[str, tuple[dict[str, Any], str, type]] = {
-    "fp32, class token": ({}, "fp32", ClassTokenFeatures),
-    "fp32, layer scale": ({"init_values": 0.3}, "fp32", ClassTokenFeatures),
+    "fp32, class token": ({}, "fp32", PlainFeatures),
+    "fp32, layer scale": ({"init_values": 0.3}, "fp32", PlainFeatures),
     "fp32, mean of tokens": ({"global_pool": "avg"}, "fp32", PlainFeatures),
     "bf16, class token": ({}, "bf16", ProductFeatures),
     "bf16, layer scale": ({"init_values": 0.3}, "bf16", ProductFeatures),

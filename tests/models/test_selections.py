@@ -154,14 +154,14 @@ def test_top_five_counts_the_fifth_class_and_not_the_sixth():
 def test_an_answer_s_probability_is_the_largest_of_the_softmax_over_classes():
     table = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
     *_, evaluation = evaluated(table, [(range(3), [0, 0])], [0, 1, 2])
-    np.testing.assert_allclose(evaluation.answers["sample"].probability, [0.5, 0.7], rtol=1e-6)
+    np.testing.assert_allclose(evaluation.answers["sample.probability"], [0.5, 0.7], rtol=1e-6)
 
 
 def test_the_choice_of_modules_is_counted_with_and_without_entropies():
     tasks = [(range(1), [0, 0]), (range(1, 2), [1, 1])]
     found, _, evaluation = evaluated(torch.zeros(4, 2), tasks, [0, 1], kind=FixedModules)
     assert found["selection_accuracy"] == 75
-    assert evaluation.answers["sample"].module.tolist() == [0, 1, 1, 1]
+    assert evaluation.answers["sample.module"].tolist() == [0, 1, 1, 1]
     assert evaluation.record.confusion["sample"] == [[1, 1], [0, 2]]  # [true task][chosen module]
     assert evaluation.record.entropy == {}
 

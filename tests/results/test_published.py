@@ -114,15 +114,16 @@ def test_what_leaves_the_protocol_as_it_is_does_not_count_as_a_difference(tmp_pa
 
 
 def test_a_baseline_is_judged_by_its_last_accuracy_and_ranpac_only_where_its_first_session_adapted(tmp_path):
-    published = read_published(PUBLISHED)
     ranpac = cub_run(89.5, model_name="ranpac", flow="tosca_r", epochs=3)  # which ranpac does not read
     rows, notes = judged(tmp_path, ranpac)
     assert rows["cub", "ranpac", "–"][1] == "not yet"
-    assert any("first_session None, published True" in note for note in notes)
-    published["method"] = {}
-    table, _ = published_table(read_runs([tmp_path])[0], published)
-    (row,) = ([cell.text for cell in row] for row in table.rows if row[1].text == "ranpac" and row[0].text == "cub")
-    assert row[3:] == ["–", row[4], "–", "–", "89.4", "89.50", "0.10", "within ±0.30", "1"]
+    assert any("first_session 'none', published 'adapter'" in note for note in notes)
+    rows, notes = judged(tmp_path, ranpac | cub_run(89.5, model_name="ranpac", first_session="adapter"))
+    row = rows["cub", "ranpac", "–"]
+    assert row == ["–", row[1], "–", "–", "89.4", "89.50", "0.10", "within ±0.30", "1"]
+    rows, notes = judged(tmp_path, cub_run(89.5, model_name="ranpac", first_session="adapter", first_session_lr=0.5))
+    assert rows["cub", "ranpac", "–"][1] == "not yet"
+    assert any("first_session_lr 0.5, published 0.01" in note for note in notes)
 
 
 def test_all_formats_and_a_picture_show_it(tmp_path, capsys, monkeypatch):
@@ -163,6 +164,9 @@ def test_every_published_protocol_is_that_of_its_config():
         )
         assert (config.init_cls, config.increment) == tuple(facts["split"].values())
         assert {key: getattr(config, key) for key in published["protocol"]} == published["protocol"]
+        ranpac = load_config(ROOT / "exps" / f"{cell.name}.json", ["model_name=ranpac", "first_session=adapter"])
+        session = {"first_session_lr": 0.01, "first_session_epochs": 20, "first_session_weight_decay": 0.0005}
+        assert {key: getattr(ranpac, key) for key in session} == session | facts.get("first_session", {})
         assert config.selection == published["selection"]
     assert published["data_sets"] == {}
 

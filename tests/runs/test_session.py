@@ -91,7 +91,7 @@ def test_the_features_are_those_of_the_backbone_with_the_saved_adapters(adapted:
     found = loaded.predict([test.load(index) for index in range(len(test))])
     with np.load(adapted.log_file().with_suffix(".npz")) as answers:
         order = [list(answers["files"]).index(key) for key in test.keys]
-        assert found.top[:, 0].tolist() == answers["predicted_sample"][order].tolist()
+        assert found.top[:, 0].tolist() == answers["sample.class"][order].tolist()
 
 
 def test_another_method_and_a_second_run_train_no_more(
@@ -251,7 +251,7 @@ def test_equal_runs_have_equal_configs_and_aper_is_never_without(tmp_path: Path)
     assert tiny_config(model_name="aper") == tiny_config(model_name="aper", first_session="adapter")
     (path := tmp_path / "config.json").write_text('{"dataset": "digits", "init_cls": 2, "increment": 2}')
     sweep = ["model_name=ranpac,aper", "first_session=none,adapter"]
-    cells = make_grid(path, ["backbone_type=glyphs_vit"], sweep)
+    cells = make_grid([path], ["backbone_type=glyphs_vit"], sweep)
     assert [cell.name for cell in cells] == [
         "model_name=ranpac,first_session=none",
         "model_name=ranpac,first_session=adapter",

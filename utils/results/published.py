@@ -110,16 +110,13 @@ def _differences(run: Run, published: Mapping[str, Any]) -> list[str]:
     config, method = run.values["config"], run.identity["model_name"]
     facts = published["data_sets"][config["dataset"]]
     protocol = {"dataset": config["dataset"], "model_name": method, **published["protocol"], **facts["split"]}
+    protocol |= {**facts.get("first_session", {}), **published["method"].get(method, {})}
     try:
         values, wanted = _counting(make_config(config)), _counting(make_config(protocol))
     except ConfigError as error:
         return [str(error)]
-    values["images"], wanted["images"] = (
-        [run.values["data"][n] for n in ("train_images", "test_images")],
-        facts["images"],
-    )
-    wanted |= {"status": "finished", **published["method"].get(method, {})}
-    values = {**config, **values, "status": run.status}
+    values |= {"images": [run.values["data"][n] for n in ("train_images", "test_images")], "status": run.status}
+    wanted |= {"images": facts["images"], "status": "finished"}
     return [f"{k} {values.get(k)!r}, published {v!r}" for k, v in wanted.items() if values.get(k) != v]
 
 
