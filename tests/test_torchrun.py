@@ -191,6 +191,20 @@ def test_a_rank_that_dies_ends_its_node_and_the_same_command_goes_on(tmp_path: P
         assert _results(config.parent, seed) == _results(one_process.folder, seed)
 
 
+def test_rank_0_trains_the_first_session_and_all_extract(tmp_path: Path, one_process: Reference) -> None:
+    session = {"first_session": "adapter", "first_session_epochs": 1, "first_session_lr": 0.5}
+    keys = {"data_path": str(one_process.data), "seed": [1], "model_name": "aper", "feature_batch_size": 4, **session}
+    one, two = _config(tmp_path / "one", **keys), _config(tmp_path / "two", **keys)
+    assert main([f"--config={one}"]) == 0
+    agent = _torchrun(two, "agent", "--standalone", "--nproc_per_node=2")
+    assert agent.end(120) == 0, agent.output()
+    adapters = [path.read_bytes() for path in sorted(tmp_path.rglob("first_session.pth"))]
+    assert len(adapters) == 2 and adapters[0] == adapters[1]
+    features = _features(one.parent)
+    assert len(features) == 4 and _features(two.parent) == features  # plain and adapted, train and test
+    assert _results(two.parent, 1) == _results(one.parent, 1)
+
+
 def test_several_devices_in_one_process_point_to_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"--config={_config(tmp_path, device=['0', '1'])}"]) == 2
     assert "torchrun --nproc_per_node=2 main.py" in capsys.readouterr().err

@@ -125,8 +125,9 @@ def test_the_data_of_all_files_is_checked(with_missing, keys, tmp_path, capsys, 
         ["{one}", "seed=1,2"],
         ["{one}", "--sweep", "l1=0,0.001"],
         ["{one}", "{two}"],
+        ["{one}", "model_name=simplecil", "first_session_epochs=1", "--sweep", "first_session=none,adapter"],
     ],
-    ids=["seeds", "sweep", "files"],
+    ids=["seeds", "sweep", "files", "first session"],
 )
 def test_runs_side_by_side_leave_the_same_bits_in_the_same_files(configs, tmp_path, capsys, pictures, arguments):
     given = [text.format(one=configs[0], two=configs[1]) for text in arguments]
