@@ -123,8 +123,8 @@ class Backbone:
         """Measure ``cost`` if it is not known."""
         if self.cost is None:
             image = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
-            flops, whole = count_flops(lambda: self(image)), whole_forward_flops(self.model, self.image_size)
-            self.cost = flops, whole, quickest_ms(lambda: self(image), self.device)
+            whole = sum(whole_forward_flops(part.model, self.image_size) for part in self.parts or (self,))
+            self.cost = count_flops(lambda: self(image)), whole, quickest_ms(lambda: self(image), self.device)
         return self.cost
 
     @property

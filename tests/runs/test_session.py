@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbone.adapters import adapter_state, load_adapters
 from backbone.create import load_model
+from backbone.flops import whole_forward_flops
 from backbone.forward import make_features
 from models import ContinualClassifier, first_session
 from models.api.export import as_module
@@ -23,6 +24,7 @@ from utils.config.grid import SweepCell, make_grid
 from utils.data.datasets import load_dataset
 from utils.data.transforms import Transforms
 from utils.errors import ConfigError, NumericError
+from utils.results.metrics import BY_RELEASE, INFERENCE
 from utils.runs.checkpoint import CheckpointFolder, load_tensors
 
 SESSION = {"first_session": "adapter", "first_session_epochs": 2, "first_session_lr": 0.5}
@@ -92,6 +94,15 @@ def test_the_features_are_those_of_the_backbone_with_the_saved_adapters(adapted:
     with np.load(adapted.log_file().with_suffix(".npz")) as answers:
         order = [list(answers["files"]).index(key) for key in test.keys]
         assert found.top[:, 0].tolist() == answers["sample.class"][order].tolist()
+
+
+def test_the_release_procedure_counts_every_network_that_is_read(adapted: Outcome) -> None:
+    loaded = ContinualClassifier.load(adapted.checkpoints).backbone
+    parts = loaded.parts or (loaded,)
+    assert len(parts) == (2 if adapted.config["model_name"] == "aper" else 1)
+    wanted = sum(whole_forward_flops(part.model, 32) for part in parts)
+    assert loaded.whole_flops == wanted
+    assert adapted.json()["cost"][INFERENCE + BY_RELEASE] > 0.99 * wanted / 1e9
 
 
 def test_another_method_and_a_second_run_train_no_more(
