@@ -1,9 +1,9 @@
-"""RanPAC on frozen features: ridge regression on 10,000 random ReLU features, without first-session adaptation.
+"""RanPAC: ridge regression on 10,000 random ReLU features of the frozen feature.
 
 McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023, Section 4.
-The paper first tunes the backbone on the first task by a parameter-efficient method (its Phase 1). That is left out
-here: every learner of this project sees the same frozen features. Training images pass the test transform, without
-augmentation. The statistics, and how λ is chosen, are in ``models/streaming/ridge.py``.
+The paper first tunes the backbone on the first task (its Phase 1): that is ``first_session=adapter``
+(``models/first_session.py``), and without it the features are the plain ones. Training images pass the test transform,
+without augmentation. The statistics, and how λ is chosen, are in ``models/streaming/ridge.py``.
 
 A class's score is wᵀh, as in the paper's own code. LAMDA-PILOT scores through its cosine layer, which divides w by its
 norm (and h by its own, the same for all classes): ``ranpac_normalized`` does that.
@@ -27,7 +27,7 @@ from utils.seeds import derive_seed
 
 METHOD = Method(
     "ranpac",
-    "ridge regression on 10,000 random features, without first-session adaptation",
+    "ridge regression on 10,000 random features; as in its paper with first_session=adapter",
     keys=(
         Key(
             "ranpac_whitened",
@@ -50,7 +50,7 @@ EPSILON = 1e-12  # the shortest length by which a class's weights are divided
 
 
 class RanPAC(Learner):
-    """Random projection, ReLU, and a ridge classifier from streamed statistics. No first-session adaptation."""
+    """Random projection, ReLU, and a ridge classifier from streamed statistics."""
 
     state_names = ("ridge",)
 

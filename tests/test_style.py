@@ -83,6 +83,15 @@ def test_no_modules_import_each_other():
     assert graph == {}, "these import each other, or import a module that does"
 
 
+def test_no_class_name_stands_for_two_things():
+    homes: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
 def test_the_trainer_does_not_import_main():
     assert "main" not in imported(ROOT / "trainer.py")
 
