@@ -57,7 +57,7 @@ def _report(args: argparse.Namespace) -> int:
     sections, empty = make_sections(runs)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is no folder; give another one")
-    page = output_file(args.html, "--html") if args.html else None
+    page = output_file(args.html, "--html", ".html", ".htm") if args.html else None
     comparisons = make_comparisons(sections, args.selection)
     main_tables, differences = [table for table, _ in comparisons], [table for _, table in comparisons]
     results, costs = [section_table(section, args.selection) for section in sections], cost_tables(sections)

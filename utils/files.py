@@ -85,17 +85,23 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def output_file(path: Path, option: str) -> Path:
+def output_file(path: Path, option: str, *suffixes: str) -> Path:
     """Return the file that output to ``path`` goes to: links are followed, and nothing but a regular file is replaced.
 
-    What killed processes left of writing it is removed. ``option`` is what the user calls it.
+    What killed processes left of writing it is removed.
+
+    Args:
+        option: what the user calls it.
+        suffixes: in one of which its name ends, if any: images, the results and the files of a run have other names.
     """
     target = Path(os.path.realpath(path))
-    with suppress(OSError):  # what cannot be removed is in nobody's way
-        remove_partials(target.parent, re.escape(target.name), locked=False)
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "a device, pipe or socket"
         raise UserError(f"{option} {str(path)!r} is {kind}; give the name of a regular file")
+    if suffixes and target.suffix not in suffixes:
+        raise UserError(f"{option} {str(path)!r}: give a name that ends in {' or '.join(suffixes)}")
+    with suppress(OSError):  # what cannot be removed is in nobody's way
+        remove_partials(target.parent, re.escape(target.name), locked=False)
     return target
 
 

@@ -90,9 +90,7 @@ def export(model: "Predictor", path: str | Path, selection: str | None = None) -
     The names of the classes go with it: as ``classes.json`` in the archive, or in ONNX's metadata as ``classes``.
     ONNX Runtime reads the latter from 1.18 on.
     """
-    path = output_file(expanded(path), "--export")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--export {str(path)!r}: the suffix says the format; give a name that ends in .pt2 or .onnx")
+    path = output_file(expanded(path), "--export", *SUFFIXES)
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None] if path.suffix == ".onnx" else []
     if missing:
         raise UserError(f"{path.name} needs {' and '.join(missing)}: pip install onnx onnxscript")

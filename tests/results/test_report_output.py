@@ -37,7 +37,7 @@ def test_no_torch_is_needed(logs, tmp_path):
 @pytest.mark.parametrize("option", ["--html", "--out"])
 def test_a_link_is_followed_and_stays_a_link(logs, tmp_path, option):
     target = tmp_path / ("real.html" if option == "--html" else "real_folder")
-    link = tmp_path / "link"
+    link = tmp_path / "link.html"
     link.symlink_to(target)
     if option == "--out":
         target.mkdir()
@@ -47,14 +47,23 @@ def test_a_link_is_followed_and_stays_a_link(logs, tmp_path, option):
 
 @posix
 def test_devices_pipes_and_folders_are_refused_in_one_line(logs, tmp_path, capsys):
-    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.html")
+    (folder := tmp_path / "folder.html").mkdir()
     for option, place in (
-        ("--html", "/dev/null"), ("--html", str(tmp_path / "pipe")), ("--html", str(tmp_path)), ("--out", "/dev/null"),
+        ("--html", str(tmp_path / "pipe.html")), ("--html", str(folder)), ("--out", "/dev/null"),
     ):  # fmt: skip
         assert report.main([str(logs), "--no-pictures", "--out", str(tmp_path / "out"), option, place]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert option in line and place in line
     assert not (tmp_path / "out").exists()  # known before anything is written
+
+
+def test_a_page_replaces_nothing_but_a_page(logs, tmp_path, capsys):
+    (run, *_) = logs.rglob("*.json")
+    before = run.read_bytes()
+    assert report.main([str(logs), "--no-pictures", "--out", str(tmp_path / "out"), "--html", str(run)]) == 2
+    assert "give a name that ends in .html or .htm" in capsys.readouterr().err
+    assert run.read_bytes() == before
 
 
 def test_a_page_of_surrogates_is_written(tmp_path):

@@ -151,9 +151,7 @@ class FeatureFile:
     """
 
     def __init__(self, path: Path, dim: int) -> None:
-        self.path, self.dim, self.rows = output_file(path, "--features"), dim, 0
-        if self.path.suffix != ".npy":  # images and the files of a run have other names
-            raise UserError(f"--features {str(path)!r}: give a name that ends in .npy: nothing else is replaced")
+        self.path, self.dim, self.rows = output_file(path, "--features", ".npy"), dim, 0
         self.shown = str(path) if path.absolute() == self.path else f"{path} (a link to {self.path})"
         self._writing = ExitStack()
 
