@@ -125,7 +125,7 @@ def closed_image() -> Image.Image:
         (np.zeros((0, 0), dtype=np.uint8), r"an image has pixels, got the shape \(0, 0\)"),
         (np.array(["a.png", "b.png"]), r"\(H, W, 3\) or \(H, W\), got \(2,\)"),
         (np.zeros((8, 8), dtype=np.int64), "array is uint8 or floating point, got int64"),
-        (io.BytesIO(b"no image"), "cannot identify"),
+        (io.BytesIO(b"no image"), "of no format that Pillow decodes"),
         (closed_image(), "closed image"),
         (7, "got int"),
         (None, "got NoneType"),

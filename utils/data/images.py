@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from utils.data.splits import MAX_PIXELS, Split
 from utils.errors import DataError
@@ -138,6 +138,8 @@ def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
         image = Image.open(file, formats=decoded_formats())
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{error} Set max_pixels to a higher number if the file can be trusted") from error
+    except UnidentifiedImageError as error:  # its words name the open file as Python does
+        raise UnreadableImage("its content is of no format that Pillow decodes") from error
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise UnreadableImage(
