@@ -377,7 +377,8 @@ def test_no_warning_of_pillow_reaches_the_terminal(tmp_path, reads, warns):
     said = subprocess.run(
         [sys.executable, "-c", f"{code} {reads}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert [word in said.stderr for word in ("DecompressionBombWarning", "larger than file")] == [warns, warns]
+    found = [word for word in ("DecompressionBombWarning", "larger than file") if word in said.stderr]
+    assert found[:1] == ["DecompressionBombWarning"] if warns else not said.stderr  # of the file Pillow 11 says nothing
 
 
 def test_our_own_bug_is_no_damaged_file(tmp_path, monkeypatch):
