@@ -49,7 +49,7 @@ def remove(cache_dir: Path, names: Sequence[str]) -> None:
         with FolderLock(bank / LOCK, f"bank {bank.name}"):
             size = size_of(bank)
             # the manifest last: an interrupted removal can be repeated
-            for path in [*bank.glob("*.npy"), *bank.glob("*.crc32"), *bank.glob(".*.partial"), bank / MANIFEST]:
+            for path in [*bank.glob("*.npy"), *bank.glob(".*.partial"), bank / MANIFEST]:
                 try:
                     path.unlink()
                 except OSError as error:
