@@ -47,7 +47,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "backbone/luca.py": ("tests/backbone/test_luca.py", "tests/golden", *TOSCA),
     "backbone/classifier.py": ("tests/backbone/test_classifier.py", "tests/golden", *TOSCA),
     "backbone/forward.py": ("tests/backbone/test_half.py", "tests/backbone/test_vit.py", "tests/models/test_cost.py"),
-    "backbone/adapters.py": ("tests/backbone/test_adapters.py", "tests/golden"),
+    "backbone/adapters.py": (
+        "tests/backbone/test_adapters.py",
+        "tests/models/test_first_session.py",
+        "tests/golden",
+    ),
     "models/tosca.py": ("tests/golden", *TOSCA),
     "models/training.py": ("tests/golden", *TOSCA),
     "models/selection.py": ("tests/golden", *TOSCA),

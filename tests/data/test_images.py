@@ -329,7 +329,7 @@ def test_pngs_with_large_texts_and_profiles_are_read(tmp_path, name):
 
 def test_a_decoder_is_never_a_program_that_the_file_starts(tmp_path):
     path = written(tmp_path / "a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(UnreadableImage, match="^its content is of no format that Pillow decodes$"):
+    with pytest.raises(UnreadableImage, match=r"^its content is of no format that Pillow decodes$"):
         decode(path)
     assert ".eps" not in image_suffixes()
 

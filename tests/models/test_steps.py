@@ -12,9 +12,10 @@ from backbone.classifier import CosineClassifier
 from backbone.luca import FLOWS, LuCA, make_luca
 from models import training
 from models.fast_step import GRADIENTS, FastStep
-from models.training import Step, make_step, train
+from models.training import Step, checked_mean, make_step, train
 from tests.conftest import tiny_config
 from utils.config.config import Config
+from utils.errors import NumericError
 
 DIM, ROWS = 48, 7
 
@@ -158,3 +159,12 @@ def test_an_edited_optimizer_is_the_one_that_trains(monkeypatch):
             step(h, rows)
         results.append(luca)
     assert_same(results[1], results[0])
+
+
+# -- what an epoch tells ----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_steps_and_a_bad_one_is_named():
+    assert checked_mean(torch.tensor([1.0, 4.0]), epoch=0) == 2.5
+    with pytest.raises(NumericError, match=r"^epoch 3, step 2: the loss is nan; "):
+        checked_mean(torch.tensor([1.0, torch.nan, torch.inf]), epoch=2)

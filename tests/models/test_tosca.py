@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from backbone.luca import FLOWS, LuCA
 from benchmarks.answers import all_answers
-from models.selection import choose_by_batch, entropy
+from models.selection import choose_by_batch, choose_by_sample, entropy
 from models.tosca import TOSCA, class_means
 from models.training import build_optimizer, build_schedule, shuffled_epochs, train
 from tests.conftest import tiny_config
@@ -87,6 +87,10 @@ def test_entropy_adds_the_releases_epsilon_inside_the_logarithm():
     expected = -((1 - p) * math.log(1 - p + 1e-9) + p * math.log(p + 1e-9))
     logits = torch.tensor([0.0, math.log(1e-9)], dtype=torch.float64)
     assert entropy(logits).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_sample_goes_to_its_module_of_lowest_entropy_and_of_equal_ones_to_the_first():
+    assert choose_by_sample(torch.tensor([[0.3, 0.1, 0.2], [0.2, 0.2, 0.5], [0.0, 0.7, 0.1]])).tolist() == [1, 0, 0]
 
 
 def test_a_batch_of_48_and_a_partial_last_one_choose_by_their_mean_entropy():
