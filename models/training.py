@@ -142,9 +142,7 @@ def make_step(
 
     def tried(step: Step | FastStep) -> list[Tensor]:
         """What one step gives; the parameters are put back."""
-        found = [*step(h, rows)]
-        step.finish()
-        found += [p.detach().clone() for p in parameters]
+        found = [*step(h, rows), *(p.detach().clone() for p in parameters)]
         for parameter, value in zip(parameters, start, strict=True):
             parameter.data, parameter.grad = value.clone(), None
         return found
