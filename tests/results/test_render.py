@@ -83,6 +83,18 @@ def test_no_line_for_a_terminal_is_longer_than_120_columns_and_no_number_is_lost
         assert text.count("(further columns)") > 0
 
 
+def test_names_that_are_cut_for_a_terminal_keep_both_ends():
+    keys = ("first_session", "first_session_lr", "first_session_weight_decay")
+    names = (*keys, *(f"measure {number} of a long name" for number in range(8)))
+    table = render.Table("key", "title", names, len(keys), ((render.Cell("none"),) * len(names),))
+    head = render.as_text([table], {}).splitlines()[2].split("  ")[: len(keys)]
+    assert len({name.strip() for name in head}) == len(keys)
+    for name, key in zip(map(str.strip, head), keys, strict=True):
+        first, _, last = name.partition("…")
+        assert key.startswith(first) and key.endswith(last)
+    assert "…" in "".join(head)
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "text"),
     [(99.5, 0.8, "[98.70, 100.00]"), (0.3, 0.5, "[0.00, 0.80]"), (50.0, 1.0, "[49.00, 51.00]"), (50.0, None, "–")],

@@ -264,4 +264,5 @@ def _width(cell: Cell) -> int:
 
 def _shortened(cell: Cell, longest: int) -> Cell:
     shown = escape.terminal(cell.text)
-    return cell if len(shown) <= longest else replace(cell, text=f"{shown[: longest - 1]}…")
+    kept = longest // 2  # of each end: keys often differ in the last letters alone
+    return cell if len(shown) <= longest else replace(cell, text=f"{shown[:kept]}…{shown[kept + 1 - longest :]}")
